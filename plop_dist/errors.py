@@ -1,0 +1,82 @@
+"""The errors that plop_dist raises, and the exit status each one stands for.
+
+A `UserError` is the user's to mend (configuration, data, checkpoint): the CLI prints its message without a traceback
+and exits with status 2. Everything else that fails while running exits with status 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PlopError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_status = 1
+
+
+class UserError(PlopError, ValueError):
+    """Bad input; the message names field, value, expectation and remedy."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """The configuration is malformed or contradicts itself."""
+
+
+class DataError(UserError):
+    """The calibration data cannot be read or holds nothing to read."""
+
+
+class ModelError(UserError):
+    """The model cannot be found, loaded or understood."""
+
+
+class LayoutError(UserError):
+    """The parallel layout does not divide the model or does not match the workers."""
+
+
+class ScoresError(UserError):
+    """A scores or placement file is missing, malformed, or of another schema."""
+
+
+class PlacementError(UserError):
+    """No placement satisfies the policy, or a target matches no module."""
+
+
+class ExportError(UserError):
+    """The target framework cannot express this placement as it is."""
+
+
+class NonFiniteWeightsError(UserError):
+    """Weights hold NaN or infinity. The scores of every other module have been written."""
+
+
+class MissingExtraError(UserError):
+    """A package that this step needs is not installed; the message holds the pip command."""
+
+
+class RunDirError(UserError):
+    """The run directory cannot be written or holds something unexpected."""
+
+
+class CollectiveError(PlopError):
+    """A collective failed or timed out; the message names rank, group and operation."""
+
+
+class WorkerError(PlopError):
+    """A worker died or raised; the message names its rank."""
+
+
+def suggest(name: str, available: Iterable[str]) -> str:
+    """Return a sentence with the near matches of `name` and everything that is available.
+
+    >>> suggest("megatorn", ["deepspeed", "megatron"])
+    "Did you mean 'megatron'? Available: deepspeed, megatron."
+    """
+    choices = sorted(available)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    return f"{hint}Available: {', '.join(choices)}."

@@ -1,0 +1,347 @@
+"""The values that travel between steps: projections, scores, placement, exports. Immutable, and equal to their files."""
+
+# M modules, S samples
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from plop_dist.errors import ScoresError
+from plop_dist.files import read_arrays, read_json, write_arrays, write_json
+
+SCORES_SCHEMA = "plop-dist/scores/1"
+PLACEMENT_SCHEMA = "plop-dist/placement/1"
+SAMPLES_FILE = "samples.safetensors"
+
+Storage = Literal["linear", "conv1d", "fused", "expert_parameter"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=False)
+
+
+class Projection(_Value):
+    """One logical linear map of the model under its Hugging Face name, whatever the backend fuses or renames.
+
+    in_features and out_features are global. `storage` says how the Hugging Face model holds the weight: `linear` (its
+    own nn.Linear at `fqn`), `conv1d` (its own module, weight transposed), `fused` (rows of the larger linear at
+    `stored_in`), `expert_parameter` (one slice of the 3-D parameter at `stored_in`).
+    """
+
+    fqn: str
+    type: str
+    layer: int | None = None
+    in_features: int = Field(gt=0)
+    out_features: int = Field(gt=0)
+    storage: Storage = "linear"
+    stored_in: str | None = None
+
+    @property
+    def holder(self) -> str:
+        """The Hugging Face module or parameter that a PEFT configuration must name to adapt this projection."""
+        return self.stored_in or self.fqn
+
+
+class ModuleScore(Projection):
+    """The NFN of one projection: nfn = gain / baseline.
+
+    gain: mean over num_tokens of ||W z_t|| / ||z_t||. num_skipped_tokens: real tokens left out because ||z_t|| is 0 or
+    a value is not finite. baseline: b(W) = E||Wu||; baseline_stderr: its standard error, 0 for exact and closed_form.
+    """
+
+    num_tokens: int = Field(ge=0)
+    num_skipped_tokens: int = Field(0, ge=0)
+    gain: float = Field(ge=0, allow_inf_nan=False)
+    baseline: float = Field(gt=0, allow_inf_nan=False)
+    baseline_stderr: float = Field(0.0, ge=0, allow_inf_nan=False)
+    nfn: float = Field(ge=0, allow_inf_nan=False)
+
+
+class LeftOut(Projection):
+    """A projection without a score and the reason: no token, only non-finite tokens, or non-finite weights."""
+
+    reason: Literal["no_tokens", "non_finite_activations", "non_finite_weights", "zero_weights"]
+    num_skipped_tokens: int = 0
+
+
+class TypeScore(_Value):
+    """Mean NFN over the modules of one type, with the 95% bootstrap interval over calibration samples (or null)."""
+
+    type: str
+    num_modules: int = Field(ge=1)
+    nfn: float = Field(ge=0, allow_inf_nan=False)
+    nfn_ci95: tuple[float, float] | None = None
+
+
+class ModelInfo(_Value):
+    """Which model was scored."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+    name_or_path: str
+    architecture: str | None = None
+    num_parameters: int | None = None
+    dtype: str | None = None
+
+
+class DataInfo(_Value):
+    """Which tokens it was scored on."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    source: str | None = None
+    num_samples: int | None = None
+    num_tokens: int | None = None
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class SampleTotals:
+    """Sums per module and sample, from which every mean and every bootstrap resample follows exactly.
+
+    fqns: M paths; sample_ids: (S,) int64; gain_total: (M, S) float64, sum of gain over the sample's tokens;
+    num_tokens and num_skipped: (M, S) int64.
+    """
+
+    fqns: tuple[str, ...]
+    sample_ids: np.ndarray
+    gain_total: np.ndarray
+    num_tokens: np.ndarray
+    num_skipped: np.ndarray
+
+    def write(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write atomically as safetensors; the paths are kept in the file's metadata."""
+        arrays = {
+            "sample_ids": self.sample_ids,
+            "gain_total": self.gain_total,
+            "num_tokens": self.num_tokens,
+            "num_skipped": self.num_skipped,
+        }
+        write_arrays(path, arrays, {**(metadata or {}), "fqns": json.dumps(self.fqns)})
+
+    @classmethod
+    def read(cls, path: Path) -> SampleTotals:
+        """Return the totals of a file. Raises ScoresError if it is missing or malformed."""
+        arrays, metadata = read_arrays(path)
+        try:
+            return cls(fqns=tuple(json.loads(metadata["fqns"])), **arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ScoresError(f"{path} does not hold sample totals ({error}); score again.") from error
+
+    def select(self, fqns: Iterable[str]) -> SampleTotals:
+        """Return the totals of these modules, in this order. Raises ScoresError naming one that is absent."""
+        row = {fqn: index for index, fqn in enumerate(self.fqns)}
+        wanted = tuple(fqns)
+        absent = [fqn for fqn in wanted if fqn not in row]
+        if absent:
+            raise ScoresError(f"{SAMPLES_FILE} has no module '{absent[0]}' that scores.json lists; score again.")
+        index = np.array([row[fqn] for fqn in wanted], dtype=np.int64)
+        return SampleTotals(
+            wanted, self.sample_ids, self.gain_total[index], self.num_tokens[index], self.num_skipped[index]
+        )
+
+
+class Scores(_Value):
+    """What scoring returns; equal to scores.json (design: file contract), plus the per-sample sums beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), populate_by_name=True)
+    schema_: Literal["plop-dist/scores/1"] = Field("plop-dist/scores/1", alias="schema")
+    model: ModelInfo
+    data: DataInfo
+    estimator: dict[str, Any]
+    parallel: dict[str, Any]
+    modules: tuple[ModuleScore, ...] = Field(min_length=1)
+    types: tuple[TypeScore, ...] = Field(min_length=1)
+    left_out: tuple[LeftOut, ...] = ()
+    versions: dict[str, Any] = {}
+    timing: dict[str, Any] = {}
+    _samples: SampleTotals | None = PrivateAttr(default=None)
+
+    @property
+    def samples(self) -> SampleTotals | None:
+        """Per-sample sums, or None where only scores.json is at hand (then nothing can be bootstrapped)."""
+        return self._samples
+
+    def with_samples(self, samples: SampleTotals | None) -> Scores:
+        """Return the same scores carrying these per-sample sums."""
+        copy = self.model_copy()
+        copy._samples = samples
+        return copy
+
+    def to_file(self, path: str | Path) -> None:
+        """Write scores.json atomically, and the per-sample sums to samples.safetensors beside it."""
+        target = Path(path)
+        if self._samples is not None:
+            self._samples.write(target.with_name(SAMPLES_FILE))
+        write_json(target, self.model_dump(mode="json", by_alias=True))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Scores:
+        """Return the scores of a file, checked against themselves.
+
+        Raises ScoresError saying what is wrong and where: missing, truncated, another schema, a field of the wrong
+        type, a type without modules, an nfn that is not gain / baseline.
+        """
+        target = Path(path)
+        scores = _parse(cls, SCORES_SCHEMA, read_json(target, what="scores", remedy="run plop-dist score first"), target)
+        _check_scores(scores, target)
+        samples = target.with_name(SAMPLES_FILE)
+        return scores.with_samples(SampleTotals.read(samples)) if samples.is_file() else scores
+
+
+class Placement(_Value):
+    """Where the adapters go; equal to placement.json (design: file contract).
+
+    `modules` are logical paths, in natural order; `module_types` the types they belong to, lowest NFN first;
+    `rank_pattern` maps a type or path to a rank other than `rank`. The scores it was drawn from ride along for the
+    exporters (what else exists in the model, what is fused into what).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    schema_: Literal["plop-dist/placement/1"] = Field("plop-dist/placement/1", alias="schema")
+    policy: dict[str, Any]
+    module_types: tuple[str, ...] = Field(min_length=1)
+    modules: tuple[str, ...] = Field(min_length=1)
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    rank_pattern: dict[str, int] = {}
+    num_trainable_parameters: int = Field(ge=0)
+    selection_confidence: float | None = Field(None, ge=0, le=1)
+    scores: str = "scores.json"
+    diagnostics: tuple[str, ...] = ()
+    _source: Scores | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> Scores:
+        """The scores this placement was drawn from. Raises ScoresError when they are not at hand."""
+        if self._source is None:
+            raise ScoresError(f"The placement was read without its scores; keep {self.scores} beside placement.json.")
+        return self._source
+
+    def with_source(self, scores: Scores) -> Placement:
+        """Return the same placement carrying the scores it was drawn from."""
+        copy = self.model_copy()
+        copy._source = scores
+        return copy
+
+    @property
+    def chosen(self) -> tuple[ModuleScore, ...]:
+        """The scored modules that get an adapter, in natural order."""
+        wanted = set(self.modules)
+        return tuple(module for module in self.source.modules if module.fqn in wanted)
+
+    @property
+    def is_whole_types(self) -> bool:
+        """Whether the modules are exactly all scored modules of module_types, so that naming the types is enough."""
+        types = set(self.module_types)
+        return {m.fqn for m in self.source.modules if m.type in types} == set(self.modules)
+
+    def rank_of(self, module: Projection) -> int:
+        """Return the LoRA rank of one module: its own path's entry in rank_pattern, its type's, or the common rank."""
+        return self.rank_pattern.get(module.fqn, self.rank_pattern.get(module.type, self.rank))
+
+    def to_file(self, path: str | Path) -> None:
+        """Write placement.json atomically."""
+        write_json(Path(path), self.model_dump(mode="json", by_alias=True))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Placement:
+        """Return the placement of a file together with the scores it names.
+
+        Raises ScoresError if either file is malformed or they do not belong together.
+        """
+        target = Path(path)
+        tree = read_json(target, what="placement", remedy="run plop-dist place first")
+        placement = _parse(cls, PLACEMENT_SCHEMA, tree, target)
+        scores = Scores.from_file(target.with_name(Path(placement.scores).name))
+        known = {module.fqn for module in scores.modules}
+        foreign = [fqn for fqn in placement.modules if fqn not in known]
+        if foreign:
+            raise ScoresError(
+                f"{target}: module '{foreign[0]}' is not in {placement.scores} of model "
+                f"'{scores.model.name_or_path}'; the placement is for another model: run plop-dist place again."
+            )
+        return placement.with_source(scores)
+
+    def to_peft(self, **options: Any) -> Any:
+        """Return a peft.LoraConfig. Options (r, lora_alpha, lora_dropout, ...) go to LoraConfig as they are.
+
+        Raises ExportError when PEFT cannot adapt exactly these modules.
+        """
+        return _exporter("peft", "to_config")(self, **options)
+
+    def to_megatron(self, **options: Any) -> Any:
+        """Return a Megatron-Bridge PEFT object (LoRA, or our CanonicalLoRA where a fused linear is taken in part)."""
+        return _exporter("megatron_bridge", "to_config")(self, **options)
+
+    def to_deepspeed(self, **options: Any) -> Any:
+        """Return a deepspeed.linear.LoRAConfig. Raises ExportError when its substring match would adapt others."""
+        return _exporter("deepspeed", "to_config")(self, **options)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an exporter returns: files (relative path -> text) and the lines to paste; pure, nothing is written.
+
+    flags: the command-line flags or overrides, one per entry; notes: what the user should know (what was widened,
+    which ranks could not be expressed).
+    """
+
+    target: str
+    files: Mapping[str, str]
+    flags: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    widened: tuple[str, ...] = field(default=())
+
+
+def _exporter(module: str, attribute: str) -> Any:
+    # By name and at call time: values know their exporters without importing any framework.
+    import importlib
+
+    return getattr(importlib.import_module(f"plop_dist.exporters.{module}"), attribute)
+
+
+def _parse[T: BaseModel](cls: type[T], schema: str, tree: Any, path: Path) -> T:
+    if not isinstance(tree, dict):
+        raise ScoresError(f"{path} holds a {type(tree).__name__}, expected an object with schema '{schema}'.")
+    if tree.get("schema") != schema:
+        raise ScoresError(f"{path}: schema is {tree.get('schema')!r}, but this version reads '{schema}'.")
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise ScoresError(f"{path}: {where}: {first['msg']}, found {str(first['input'])[:80]!r}{more}.") from error
+
+
+def _check_scores(scores: Scores, path: Path) -> None:
+    seen: set[str] = set()
+    by_type: dict[str, list[float]] = {}
+    for index, module in enumerate(scores.modules):
+        if module.fqn in seen:
+            raise ScoresError(f"{path}: modules.{index}: '{module.fqn}' is listed twice.")
+        seen.add(module.fqn)
+        by_type.setdefault(module.type, []).append(module.nfn)
+        expected = module.gain / module.baseline
+        if abs(module.nfn - expected) > 1e-6 * max(expected, 1e-30):
+            raise ScoresError(
+                f"{path}: modules.{index} ('{module.fqn}'): nfn is {module.nfn}, but gain / baseline is {expected}; "
+                "the file was edited: score again."
+            )
+    listed = [entry.type for entry in scores.types]
+    if sorted(listed) != sorted(by_type):
+        odd = sorted(set(listed) ^ set(by_type)) or sorted(name for name in listed if listed.count(name) > 1)
+        raise ScoresError(f"{path}: types and modules disagree about '{odd[0]}'; the file was edited: score again.")
+    for entry in scores.types:
+        mean = sum(by_type[entry.type]) / len(by_type[entry.type])
+        if entry.num_modules != len(by_type[entry.type]) or abs(entry.nfn - mean) > 1e-6 * max(mean, 1e-30):
+            raise ScoresError(
+                f"{path}: types: '{entry.type}' says {entry.num_modules} modules with nfn {entry.nfn}, but its modules "
+                f"are {len(by_type[entry.type])} with mean {mean}; the file was edited: score again."
+            )
