@@ -76,6 +76,10 @@ class Recorder(Protocol):
         """
         ...
 
+    def sq_norm(self, z_TI: Tensor) -> Tensor:
+        """Return ||z_t||^2, (T,) float32, remembered for the next site that reads the very same tensor (q, k, v)."""
+        ...
+
     def record_routing(self, router: str, map_TE: Tensor) -> None:
         """Record which experts each local token goes to: (T_local, num_experts) bool, after capacity drops."""
         ...
@@ -122,8 +126,7 @@ class Groups:
     """The process groups of the axes that matter here; a missing name means one rank on that axis.
 
     features: "tp" and "etp" (expert tensor parallel) -> group. routing: the group over which routed tokens are
-    exchanged (Megatron's tp x ep), or None. tokens_of_rank: for sequence parallelism, this rank's place in "tp".
-    copies: per feature group, (index, count) of this rank among the ranks that hold the same weights, by which
+    exchanged (Megatron's tp x ep), or None. copies: per feature group, (index, count) of this rank among the ranks that hold the same weights, by which
     baseline work is split. stage: a label for this rank's disjoint set of modules (pipeline stage).
     """
 

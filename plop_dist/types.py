@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -21,6 +21,9 @@ PLACEMENT_SCHEMA = "plop-dist/placement/1"
 SAMPLES_FILE = "samples.safetensors"
 
 Storage = Literal["linear", "conv1d", "fused", "expert_parameter"]
+
+
+_T = TypeVar("_T", bound=BaseModel)
 
 
 class _Value(BaseModel):
@@ -306,7 +309,7 @@ def _exporter(module: str, attribute: str) -> Any:
     return getattr(importlib.import_module(f"plop_dist.exporters.{module}"), attribute)
 
 
-def _parse[T: BaseModel](cls: type[T], schema: str, tree: Any, path: Path) -> T:
+def _parse(cls: type[_T], schema: str, tree: Any, path: Path) -> _T:
     if not isinstance(tree, dict):
         raise ScoresError(f"{path} holds a {type(tree).__name__}, expected an object with schema '{schema}'.")
     if tree.get("schema") != schema:

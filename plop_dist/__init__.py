@@ -1,0 +1,31 @@
+"""Exact Normalized Feature Norms of sharded models, and LoRA placement from them (PLoP, arXiv 2506.20629).
+
+Importing this package imports no framework: not torch, Ray, DeepSpeed, Megatron or PEFT.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plop_dist.plugin import score as score
+    from plop_dist.select import place as place
+    from plop_dist.types import Placement as Placement
+    from plop_dist.types import Scores as Scores
+
+__version__ = "0.1.0"
+__all__ = ["Placement", "Scores", "__version__", "place", "score"]
+
+_HOME = {
+    "score": "plop_dist.plugin",
+    "place": "plop_dist.select",
+    "Placement": "plop_dist.types",
+    "Scores": "plop_dist.types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'plop_dist' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)

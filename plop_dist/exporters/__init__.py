@@ -1,0 +1,1 @@
+"""Writing a placement as another framework's own PEFT configuration: one pure file per target."""

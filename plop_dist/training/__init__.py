@@ -1,0 +1,1 @@
+"""Training that continues with the chosen adapters."""
