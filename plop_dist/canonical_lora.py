@@ -129,7 +129,7 @@ def _transform(
     if name == "linear_fc1" and len(self.canonical_mapping[self.match(m, name, prefix)[0]]) == 1:
         # Bridge keeps grouped experts' fc1 as one adapter: it would silently adapt gate and up alike.
         raise PlacementError(
-            f"{full_name} takes one adapter for gate and up together in Megatron-Bridge; choose both of linear_fc1_gate "
+            f"{full_name} takes one adapter for gate and up in Megatron-Bridge; choose both of linear_fc1_gate "
             "and linear_fc1_up, or moe_grouped_gemm=False."
         )
     return wrapped

@@ -154,6 +154,14 @@ class ScorableModel(Protocol):
         """
         ...
 
+    def routed_layout(self, micro_batch: MicroBatch) -> Tensor:
+        """Return the sample id of each token that this rank's routers see: (T_local,) int64, as in record_routing.
+
+        -1 for padding and for a token that another rank already counts. Asked for only where a router was recorded;
+        the sums of routed experts add up over all ranks.
+        """
+        ...
+
     def forward(self, micro_batches: Sequence[MicroBatch], begin: Callable[[int], None]) -> None:
         """Run the model without gradients, hiding the pipeline schedule; collective over the replica's ranks.
 

@@ -191,7 +191,9 @@ class Scores(_Value):
         type, a type without modules, an nfn that is not gain / baseline.
         """
         target = Path(path)
-        scores = _parse(cls, SCORES_SCHEMA, read_json(target, what="scores", remedy="run plop-dist score first"), target)
+        scores = _parse(
+            cls, SCORES_SCHEMA, read_json(target, what="scores", remedy="run plop-dist score first"), target
+        )
         _check_scores(scores, target)
         samples = target.with_name(SAMPLES_FILE)
         return scores.with_samples(SampleTotals.read(samples)) if samples.is_file() else scores
