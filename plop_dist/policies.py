@@ -36,6 +36,7 @@ def _rule(candidates: Candidates, config: PlacementConfig) -> Callable[[np.ndarr
         return lambda values_bU: np.ones(values_bU.shape, dtype=bool)
     if config.policy == "threshold":
         threshold = config.threshold
+        assert threshold is not None, "the configuration is validated"
         return lambda values_bU: values_bU < threshold
     if config.policy == "budget" and config.fit == "set":
         limit = config.max_trainable_parameters

@@ -23,8 +23,8 @@ def place(scores: Scores, policy: PlacementConfig | str | None = None, **options
     """Return the placement that a policy draws from scores.
 
     policy: the section `placement` of a configuration, the name of a policy, or None for the defaults; options: single
-    fields over it (k, rank, exclude, ...). selection_confidence is P(the same choice) over bootstrap resamples of the calibration
-    samples, and None when the scores carry no per-sample sums. Deterministic.
+    fields over it (k, rank, exclude, ...). selection_confidence is P(the same choice) over bootstrap resamples of the
+    calibration samples, and None when the scores carry no per-sample sums. Deterministic.
 
     Raises ConfigError for an unknown or invalid option and PlacementError when k exceeds the number of candidates, a
     name matches no module, or nothing satisfies the policy.
@@ -36,13 +36,11 @@ def place(scores: Scores, policy: PlacementConfig | str | None = None, **options
     if not chosen_U.any():
         raise PlacementError(_nothing_chosen(candidates, config))
     modules = candidates.members(chosen_U)
-    if config.policy == "budget" and config.fit == "rank":
-        rank = highest_fitting_rank(modules, config)
-        # alpha / rank scales the adapter's output: it stays what the user asked for.
-        config = config.model_copy(update={"rank": rank, "alpha": config.alpha * rank / config.rank})
+    is_rank_fitted = config.policy == "budget" and config.fit == "rank"
+    rank = highest_fitting_rank(modules, config) if is_rank_fitted else config.rank
     samples = scores.samples
     confidence = None if samples is None else selection_confidence(scores.modules, samples, choose)
-    placement = _placement(scores, config, modules, confidence)
+    placement = _placement(scores, config, modules, rank, confidence)
     return placement.model_copy(
         update={"diagnostics": tuple(item.text for item in diagnose(scores, placement))}
     ).with_source(scores)
@@ -77,7 +75,7 @@ def choose_units(candidates: Candidates, choose: PolicyFunction) -> np.ndarray:
 
 
 def _placement(
-    scores: Scores, config: PlacementConfig, modules: Sequence[ModuleScore], confidence: float | None
+    scores: Scores, config: PlacementConfig, modules: Sequence[ModuleScore], rank: int, confidence: float | None
 ) -> Placement:
     types = {module.type for module in modules}
     names = types | {module.fqn for module in modules}
@@ -85,8 +83,9 @@ def _placement(
         policy=config.model_dump(mode="json"),
         module_types=tuple(name for name in ordered_types(scores) if name in types),
         modules=tuple(module.fqn for module in modules),
-        rank=config.rank,
-        alpha=config.alpha,
+        rank=rank,
+        # alpha / rank scales the adapter's output: that ratio stays what the user asked for.
+        alpha=config.alpha * rank / config.rank,
         rank_pattern={name: rank for name, rank in config.rank_pattern.items() if name in names},
         num_trainable_parameters=0,
         selection_confidence=confidence,
