@@ -63,6 +63,23 @@ def group_means(nfn_bM: np.ndarray, group_M: np.ndarray, num_groups: int) -> np.
         return np.where(counts > 0, totals / np.maximum(counts, 1), np.nan)
 
 
+def resample(
+    modules: Sequence[ModuleScore],
+    samples: SampleTotals,
+    function: Callable[[np.ndarray], np.ndarray],
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    sample_size: int | None = None,
+) -> np.ndarray:
+    """Return what a function of the NFN, (b, M) to (b, U), gives on every resample: (B, U).
+
+    sample_size: draw so many samples per resample instead of all, to see what fewer would have given. Raises
+    ScoresError if `samples` lacks a module.
+    """
+    counts_BS = draw_counts(len(samples.sample_ids), num_resamples, seed, sample_size)
+    return np.concatenate([function(nfn_bM) for nfn_bM in resampled_nfn(modules, samples, counts_BS)])
+
+
 def type_intervals(
     modules: Sequence[ModuleScore], samples: SampleTotals, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
@@ -74,33 +91,9 @@ def type_intervals(
     types = sorted({module.type for module in modules})
     index = {name: position for position, name in enumerate(types)}
     group_M = np.array([index[module.type] for module in modules])
-    counts_BS = draw_counts(len(samples.sample_ids), num_resamples, seed)
-    blocks = [group_means(nfn, group_M, len(types)) for nfn in resampled_nfn(modules, samples, counts_BS)]
-    low_G, high_G = np.nanquantile(np.concatenate(blocks), [0.025, 0.975], axis=0)
+    means_BG = resample(modules, samples, lambda nfn_bM: group_means(nfn_bM, group_M, len(types)), num_resamples, seed)
+    low_G, high_G = np.nanquantile(means_BG, [0.025, 0.975], axis=0)
     return {name: (float(low_G[i]), float(high_G[i])) for name, i in index.items()}
-
-
-def choice_probabilities(
-    modules: Sequence[ModuleScore],
-    samples: SampleTotals,
-    policy: PolicyFunction,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-    sample_size: int | None = None,
-) -> tuple[float, np.ndarray]:
-    """Return P(the policy chooses exactly what it chooses on all samples), and P(chosen) of each of its units, (U,).
-
-    policy: maps NFN (b, M), in the order of `modules`, to choices (b, U), bool. sample_size: draw so many samples per
-    resample instead of all, to see what fewer would have given.
-    """
-    reference_U = policy(np.array([[module.nfn for module in modules]]))[0]
-    counts_BS = draw_counts(len(samples.sample_ids), num_resamples, seed, sample_size)
-    num_same, num_chosen_U = 0, np.zeros(len(reference_U), dtype=np.int64)
-    for nfn_bM in resampled_nfn(modules, samples, counts_BS):
-        choice_bU = policy(nfn_bM)
-        num_same += int((choice_bU == reference_U).all(axis=1).sum())
-        num_chosen_U += choice_bU.sum(axis=0)
-    return num_same / num_resamples, num_chosen_U / num_resamples
 
 
 def selection_confidence(
@@ -110,8 +103,11 @@ def selection_confidence(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> float:
-    """Return the fraction of resamples in which the policy makes the same choice as on all samples.
+    """Return the fraction of resamples in which the policy makes the same choice as on the scores themselves.
 
-    policy: see choice_probabilities; `plop_dist.select.policy_function` builds one from a PlacementConfig.
+    policy: maps NFN (b, M), in the order of `modules`, to choices (b, U), bool, between any units;
+    `plop_dist.select.policy_function` builds one from a PlacementConfig.
     """
-    return choice_probabilities(modules, samples, policy, num_resamples, seed)[0]
+    reference_U = policy(np.array([[module.nfn for module in modules]]))[0]
+    choices_BU = resample(modules, samples, policy, num_resamples, seed)
+    return float((choices_BU == reference_U).all(axis=1).mean())

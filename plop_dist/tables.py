@@ -1,0 +1,168 @@
+"""Scores, explanations and sweeps on the terminal: a table where someone looks, plain aligned lines in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from plop_dist.diagnostics import Diagnostic
+from plop_dist.explain import Explanation
+from plop_dist.parameters import num_trainable_parameters
+from plop_dist.sweep import Sweep
+from plop_dist.types import Placement, Scores, TypeScore
+
+
+@dataclass
+class Grid:
+    """Rows of text under headers; columns whose header starts with `>` are aligned to the right."""
+
+    title: str
+    headers: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+    highlighted: set[int] = field(default_factory=set)
+
+
+def print_types(scores: Scores, placement: Placement | None = None, console: Console | None = None) -> None:
+    """Print the types, lowest NFN first: NFN, interval, modules and, with a placement, what is chosen at which cost."""
+    grid = Grid(f"NFN per module type · {scores.model.name_or_path}", ["type", ">NFN", ">95% interval", ">modules"])
+    if placement is not None:
+        grid.headers = [*grid.headers, ">chosen", ">parameters"]
+    for entry in scores.types:
+        row = [entry.type, f"{entry.nfn:.4f}", interval_text(entry.nfn_ci95), f"{entry.num_modules}"]
+        if placement is not None:
+            row += _chosen_cells(entry, scores, placement)
+            if row[4]:
+                grid.highlighted.add(len(grid.rows))
+        grid.rows.append(row)
+    _show(grid, console)
+    if placement is not None:
+        _line(_summary(placement), console)
+
+
+def print_explanation(explanation: Explanation, console: Console | None = None) -> None:
+    """Print why each type is in or out, the next-best choice, and the alternatives at matched rank."""
+    grid = Grid(
+        f"Why · {explanation.rule}",
+        ["type", ">NFN", ">95% interval", "in", "reason", ">P(chosen)", ">parameters"],
+    )
+    for verdict in explanation.verdicts:
+        share = "yes" if verdict.num_chosen == verdict.num_modules else f"{verdict.num_chosen}/{verdict.num_modules}"
+        if verdict.num_chosen:
+            grid.highlighted.add(len(grid.rows))
+        grid.rows.append(
+            [
+                verdict.type,
+                f"{verdict.nfn:.4f}",
+                interval_text(verdict.interval),
+                share if verdict.num_chosen else "no",
+                verdict.reason,
+                percent(verdict.probability),
+                f"{verdict.num_parameters:,}",
+            ]
+        )
+    _show(grid, console)
+    _line(f"Confidence: {percent(explanation.confidence)} of bootstrap resamples make the same choice.", console)
+    if explanation.next_best:
+        _line(f"Next best: {explanation.next_best}.", console)
+    grid = Grid(
+        "Alternatives at the same rank", ["choice", "types", ">modules", ">parameters", ">mean NFN", ">P(chosen)"]
+    )
+    for other in explanation.alternatives:
+        types, nfn = " ".join(other.module_types), f"{other.nfn:.4f}"
+        counts = [f"{other.num_modules}", f"{other.num_parameters:,}"]
+        grid.rows.append([other.name, types, *counts, nfn, percent(other.probability)])
+    _show(grid, console)
+
+
+def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
+    """Print the choice for every k, and for fewer samples."""
+    unit = sweep.granularity
+    grid = Grid(f"Choice by k ({unit}s)", [">k", f"adds {unit}", ">NFN", ">modules", ">parameters", ">confidence"])
+    for row in sweep.by_k:
+        counts = [f"{row.num_modules}", f"{row.num_parameters:,}"]
+        grid.rows.append([f"{row.k}", row.added, f"{row.nfn:.4f}", *counts, percent(row.confidence)])
+    _show(grid, console)
+    if not sweep.by_samples:
+        _line("No samples.safetensors beside the scores: confidence and smaller samples are unknown.", console)
+        return
+    grid = Grid("Choice by number of samples", [">samples", "chosen", "final choice", ">P(final choice)"])
+    for entry in sweep.by_samples:
+        final = "yes" if entry.is_final_choice else "no"
+        grid.rows.append([f"{entry.num_samples}", short_list(entry.units), final, percent(entry.agreement)])
+    _show(grid, console)
+
+
+def print_diagnostics(diagnostics: Iterable[Diagnostic], console: Console | None = None) -> None:
+    """Print findings, one per line, warnings in colour on a terminal."""
+    console = console or Console()
+    for finding in diagnostics:
+        style = "[yellow]warning:[/]" if finding.severity == "warning" else "[dim]note:[/]"
+        if console.is_terminal:
+            console.print(f"{style} {escape(finding.text)}", highlight=False)
+        else:
+            _line(f"{finding.severity}: {finding.text}", console)
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    """Return an interval as `0.6310 to 0.6420`, or a dash."""
+    return "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share as `99.4%`, or a dash."""
+    return "-" if share is None else f"{share:.1%}"
+
+
+def short_list(names: Sequence[str], most: int = 8) -> str:
+    """Return names separated by spaces, the rest counted."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return " ".join(names[:most]) + more
+
+
+def _chosen_cells(entry: TypeScore, scores: Scores, placement: Placement) -> list[str]:
+    inside = set(placement.modules)
+    members = [module for module in scores.modules if module.type == entry.type and module.fqn in inside]
+    if not members:
+        return ["", ""]
+    share = "yes" if len(members) == entry.num_modules else f"{len(members)}/{entry.num_modules}"
+    return [share, f"{num_trainable_parameters(members, placement.rank_of):,}"]
+
+
+def _summary(placement: Placement) -> str:
+    confidence = placement.selection_confidence
+    sure = "" if confidence is None else f", the same in {confidence:.1%} of bootstrap resamples"
+    return (
+        f"Chosen: {' '.join(placement.module_types)} · {len(placement.modules)} modules, rank {placement.rank}, "
+        f"{placement.num_trainable_parameters:,} trainable parameters{sure}."
+    )
+
+
+def _show(grid: Grid, console: Console | None) -> None:
+    console = console or Console()
+    is_right = [header.startswith(">") for header in grid.headers]
+    headers = [header.lstrip(">") for header in grid.headers]
+    if console.is_terminal:
+        table = Table(title=escape(grid.title), title_justify="left", header_style="bold")
+        for header, right in zip(headers, is_right, strict=True):
+            table.add_column(header, justify="right" if right else "left", overflow="fold")
+        for index, row in enumerate(grid.rows):
+            table.add_row(*map(escape, row), style="green" if index in grid.highlighted else None)
+        console.print(table)
+        return
+    _line(grid.title, console)
+    widths = [max(len(cell) for cell in column) for column in zip(headers, *grid.rows, strict=True)]
+    for row in [headers, *grid.rows]:
+        cells = zip(row, widths, is_right, strict=True)
+        _line(
+            "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip(),
+            console,
+        )
+
+
+def _line(text: str, console: Console | None) -> None:
+    # A pipe gets the line whole: rich would fold it at 80 columns and read [brackets] as markup.
+    (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
