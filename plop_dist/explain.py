@@ -224,12 +224,12 @@ def _unit_reasons(candidates: Candidates, config: PlacementConfig, chosen_U: np.
     cost = cost_function(candidates, rank_function(config))
 
     def ranked(unit: int) -> str:
-        place = f"number {position_U[unit]} of {len(values_U)} from the {word}"
-        return f"{place}, {'within' if chosen_U[unit] else 'beyond'} k = {config.k}"
+        side = "within" if chosen_U[unit] else "beyond"
+        return f"number {position_U[unit]} of {len(values_U)}, {word} NFN first; {side} k = {config.k}"
 
     def budgeted(unit: int) -> str:
         mean, limit = np.nanmean(values_U), config.max_trainable_parameters or 0
-        needs = cost(np.arange(len(values_U)) == unit)
+        needs = cost([unit])
         if chosen_U[unit]:
             return f"gap {mean - values_U[unit]:+.4f} to the mean {mean:.4f} for {needs:,} parameters"
         if needs > limit:

@@ -18,7 +18,7 @@ from plop_dist.types import ModuleScore, Projection
 _EXACT_UNITS = 12  # 2^12 subsets: instant; beyond, the budget is filled greedily
 _EXACT_CALLS = 8  # 2^8 subsets, where each subset's parameters must be counted by themselves
 
-Cost = Callable[[np.ndarray], int]
+Cost = Callable[[Sequence[int] | np.ndarray], int]
 
 
 def build_policy(candidates: Candidates, config: PlacementConfig) -> PolicyFunction:
@@ -79,9 +79,9 @@ class BudgetRule:
         self._limit = limit
         self._cost = cost_function(candidates, rank_function(config))
         num_units = len(candidates.units)
-        self._cost_U = np.array([self._cost(row) for row in np.eye(num_units, dtype=bool)], dtype=np.int64)
+        self._cost_U = np.array([self._cost([unit]) for unit in range(num_units)], dtype=np.int64)
         # Projections fused into one linear share an A matrix: then a set costs less than its members apart.
-        self._is_additive = int(self._cost_U.sum()) == self._cost(np.ones(num_units, dtype=bool))
+        self._is_additive = int(self._cost_U.sum()) == self._cost(range(num_units))
         self._subsets: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
         if (self._cost_U > limit).all():
             cheapest = int(self._cost_U.argmin())
@@ -124,17 +124,21 @@ class BudgetRule:
         return self._subsets[key]
 
     def _count(self, subsets: np.ndarray, positive: np.ndarray) -> np.ndarray:
-        masks = np.zeros((len(subsets), len(self._cost_U)), dtype=bool)
-        masks[:, positive] = subsets
-        return np.array([self._cost(mask) for mask in masks])
+        return np.array([self._cost(positive[subset]) for subset in subsets])
 
     def _fill(self, chosen_U: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-        spent = 0
-        for unit in ordered:
-            # Costs apart are never less than together, so this cannot overrun the limit.
-            if spent + self._cost_U[unit] <= self._limit:
-                spent += self._cost_U[unit]
-                chosen_U[unit] = True
+        """Take units in this order, skipping each that no longer fits.
+
+        Costs apart are never less than together, so the sum of the former cannot overrun the limit.
+        """
+        remaining = self._limit
+        while len(ordered):
+            spent = np.cumsum(self._cost_U[ordered])
+            num_fitting = int(np.searchsorted(spent, remaining, side="right"))
+            chosen_U[ordered[:num_fitting]] = True
+            remaining -= int(spent[num_fitting - 1]) if num_fitting else 0
+            ordered = ordered[num_fitting + 1 :]
+            ordered = ordered[self._cost_U[ordered] <= remaining]
         return chosen_U
 
 
@@ -145,14 +149,12 @@ def rank_function(config: PlacementConfig) -> Callable[[Projection], int]:
 
 
 def cost_function(candidates: Candidates, rank_of: Callable[[Projection], int]) -> Cost:
-    """Return the function from chosen units, (U,) bool, to their adapters' trainable parameters."""
+    """Return the function from indices of units to the trainable parameters of adapters on all of them."""
     members: list[list[ModuleScore]] = [[] for _ in candidates.units]
     for module, unit in zip(candidates.modules, candidates.unit_M, strict=True):
         if unit >= 0:
             members[unit].append(module)
-    return lambda chosen_U: num_trainable_parameters(
-        [module for unit in np.flatnonzero(chosen_U) for module in members[unit]], rank_of
-    )
+    return lambda units: num_trainable_parameters([module for unit in units for module in members[unit]], rank_of)
 
 
 def highest_fitting_rank(modules: Sequence[ModuleScore], config: PlacementConfig) -> int:

@@ -92,7 +92,7 @@ def _by_k(scores: Scores, candidates: Candidates, config: PlacementConfig) -> li
             confidence = float((choose_first(sign * values_BU, k) == chosen_U).all(axis=1).mean())
         last = int(order[k - 1])
         num_modules = len(candidates.members(chosen_U))
-        rows.append(ByK(k, candidates.units[last], float(values_U[last]), num_modules, cost(chosen_U), confidence))
+        rows.append(ByK(k, candidates.units[last], float(values_U[last]), num_modules, cost(order[:k]), confidence))
     return rows
 
 
