@@ -63,6 +63,7 @@ class Collector:
             for row, projection in enumerate(site.projections, start=self._row[id(site)])
             if self.reducer.is_owner(site.group)
         ]
+        self.owned = tuple(fqn for _, fqn in self._owned)  # the paths whose sums step() returns
         self._num_rows = sum(len(site.projections) for site in model.sites)
 
     @contextmanager
@@ -90,7 +91,7 @@ class Collector:
             self._remembered = None
             parts = [self._finish(index, micro_batch) for index, micro_batch in enumerate(micro_batches)]
         self._notes.clear()
-        return _add(parts, [fqn for _, fqn in self._owned])
+        return add_totals(parts, self.owned)
 
     # -- Recorder ------------------------------------------------------------------------------------------------
 
@@ -176,7 +177,7 @@ class Collector:
     def _accumulate(
         self, in_sq: list[Tensor], out_sq: list[Tensor], rows: list[int], columns: list[Tensor]
     ) -> SampleTotals:
-        fqns = tuple(fqn for _, fqn in self._owned)
+        fqns = self.owned
         if not rows:
             return _empty(fqns)
         distinct = {id(ids_T): ids_T for ids_T in columns}
@@ -255,8 +256,10 @@ def _empty(fqns: tuple[str, ...]) -> SampleTotals:
     return SampleTotals(fqns, torch.zeros(0, dtype=torch.int64).numpy(), none.astype("float64"), none, none)
 
 
-def _add(parts: Sequence[SampleTotals], fqns: Sequence[str]) -> SampleTotals:
-    """Return the sum of totals over the same modules; samples are united."""
+def add_totals(parts: Sequence[SampleTotals], fqns: Sequence[str]) -> SampleTotals:
+    """Return the sum of totals over these modules; samples are united, and without parts there are none."""
+    if not parts:
+        return _empty(tuple(fqns))
     if len(parts) == 1:
         return parts[0]
     samples = sorted({int(sample) for part in parts for sample in part.sample_ids})
@@ -274,8 +277,3 @@ def _add(parts: Sequence[SampleTotals], fqns: Sequence[str]) -> SampleTotals:
         num_tokens.astype("int64"),
         num_skipped.astype("int64"),
     )
-
-
-def add_totals(parts: Sequence[SampleTotals], fqns: Sequence[str]) -> SampleTotals:
-    """Return the sum of several steps' totals for these modules (no part: no samples)."""
-    return _add(parts, fqns) if parts else _empty(tuple(fqns))

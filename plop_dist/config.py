@@ -142,6 +142,14 @@ class TrainConfig(_Section):
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field([], description="Besides console and JSONL.")
 
 
+class ExportConfig(_Section):
+    """What `run` writes for other frameworks."""
+
+    targets: list[str] = Field(["peft"], description="Export targets, e.g. [peft, megatron-bridge].")
+    engine: str | None = Field(None, description="Engine of the target framework, where it has several.")
+    widen: bool = Field(False, description="Accept the nearest choice where a target cannot express the placement.")
+
+
 class ClusterConfig(_Section):
     """Where the ranks run."""
 
@@ -162,6 +170,7 @@ class Config(_Section):
     parallel: ParallelConfig = ParallelConfig()
     estimator: EstimatorConfig = EstimatorConfig()
     placement: PlacementConfig = PlacementConfig()
+    export: ExportConfig = ExportConfig()
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -176,7 +185,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError naming the file, the key, what was found and what is expected.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -185,14 +194,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"Config file '{file}' does not exist; pass the path of a YAML file.")
     try:
         tree = OmegaConf.load(file)
-        for override in overrides:
-            if "=" not in override:
-                raise ConfigError(f"Override '{override}' is not key=value, e.g. data.num_samples=64.")
-        merged = OmegaConf.to_container(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+        if not isinstance(tree, DictConfig):
+            raise ConfigError(f"{file} does not hold a mapping; expected keys such as model: and data:.")
+        for key, value in map(split_override, overrides):
+            OmegaConf.update(tree, key, value, merge=isinstance(value, dict))
+        merged = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file} cannot be read as YAML with overrides: {' '.join(str(error).split())}") from error
-    if not isinstance(merged, dict):
-        raise ConfigError(f"{file} holds a {type(merged).__name__}, expected keys such as model: and data:.")
+    assert isinstance(merged, dict)
     return parse_config({str(key): value for key, value in merged.items()}, source=str(file))
 
 
@@ -204,6 +213,35 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
         raise ConfigError("\n".join(f"{source}: {_explain(item)}" for item in error.errors())) from error
     _check_consistency(config, source)
     return config
+
+
+def split_override(override: str) -> tuple[str, Any]:
+    """Return key and value of `key=value`; the value is YAML unless the key is a template or not valid YAML.
+
+    A template's braces would be a YAML mapping; its `\\n` and `\\t` are a line break and a tab, as in quoted YAML.
+    """
+    import yaml
+
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"Override '{override}' is not key=value, e.g. data.num_samples=64.")
+    if key.endswith("template"):
+        plain = None if text == "null" else text.replace("\\n", "\n").replace("\\t", "\t")
+        return key.strip(), plain
+    try:
+        return key.strip(), _number(yaml.safe_load(text)) if text else ""
+    except yaml.YAMLError:
+        return key.strip(), text
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 2e-4 as text; everyone who types it means the number.
+    if isinstance(value, str):
+        try:
+            return float(value) if any(letter in value for letter in "eE") else value
+        except ValueError:
+            return value
+    return value
 
 
 def _explain(item: Any) -> str:

@@ -136,6 +136,17 @@ class SampleTotals:
         except (KeyError, TypeError, ValueError) as error:
             raise ScoresError(f"{path} does not hold sample totals ({error}); score again.") from error
 
+    def observed(self) -> SampleTotals:
+        """Return the totals of the samples that any module has seen a token of (scoring may have stopped early)."""
+        seen = (self.num_tokens + self.num_skipped).any(axis=0)
+        return SampleTotals(
+            self.fqns,
+            self.sample_ids[seen],
+            self.gain_total[:, seen],
+            self.num_tokens[:, seen],
+            self.num_skipped[:, seen],
+        )
+
     def select(self, fqns: Iterable[str]) -> SampleTotals:
         """Return the totals of these modules, in this order. Raises ScoresError naming one that is absent."""
         row = {fqn: index for index, fqn in enumerate(self.fqns)}

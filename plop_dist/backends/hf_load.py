@@ -1,0 +1,99 @@
+"""How a Hugging Face model, its configuration and its tokenizer are read, with one clear error for each way to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plop_dist.builtin_model import resolve
+from plop_dist.config import ModelConfig
+from plop_dist.errors import ModelError, PlopError
+
+
+def load_hf_config(model: ModelConfig) -> Any:
+    """Return the model's transformers configuration. Raises ModelError."""
+    from transformers import AutoConfig
+
+    with _explained(model, "configuration"):
+        return AutoConfig.from_pretrained(resolve(model.name_or_path), trust_remote_code=model.trust_remote_code)
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """Return the model's tokenizer, with a padding token (its value is never looked at). Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    with _explained(model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(model.name_or_path), trust_remote_code=model.trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_model(model: ModelConfig, **options: Any) -> torch.nn.Module:
+    """Return the model with its weights, in eval mode. Extra options go to from_pretrained.
+
+    Raises ModelError when the directory is missing, a file is corrupt, or weights are missing from the checkpoint
+    (which transformers would fill with random numbers).
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _explained(model, "model"):
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            resolve(model.name_or_path),
+            dtype=model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
+        raise ModelError(
+            f"model.name_or_path '{model.name_or_path}' has no weights for {len(missing)} parameters, e.g. "
+            f"'{missing[0]}'; they would be random. Point it at a complete checkpoint."
+        )
+    return loaded.eval()
+
+
+def meta_model(model: ModelConfig, hf_config: Any = None) -> torch.nn.Module:
+    """Return the model built on the meta device from its configuration alone: shapes and names, no weights."""
+    from transformers import AutoModelForCausalLM
+
+    hf_config = hf_config or load_hf_config(model)
+    with _explained(model, "architecture"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code).eval()
+
+
+def needs_head(exclude: list[str]) -> bool:
+    """Tell whether the LM head is scored, so that logits must be computed: unless placement.exclude names it."""
+    from plop_dist.names import path_matches
+
+    return not any(path_matches("lm_head", pattern) for pattern in exclude)
+
+
+@contextmanager
+def _explained(model: ModelConfig, what: str) -> Iterator[None]:
+    name = model.name_or_path
+    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
+    if looks_local and not Path(name).is_dir():
+        raise ModelError(
+            f"model.name_or_path '{name}' is not a directory; pass a Hugging Face id or a directory with config.json "
+            "and safetensors files."
+        )
+    try:
+        yield
+    except PlopError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated kinds
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ModelError(
+            f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {first_line}); check "
+            "that the directory or id exists and its files are complete."
+        ) from error

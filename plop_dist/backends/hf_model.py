@@ -1,0 +1,100 @@
+"""A Hugging Face model as the collector sees it, whole or sharded by modules that keep its forward signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plop_dist.protocols import Groups, MicroBatch, Site
+
+
+class HFModel:
+    """ScorableModel over a transformers model (or an engine that is called like one).
+
+    module: the transformers model that owns the sites. call: what runs the forward pass (the module itself, its base
+    model without the head, or an engine around it). num_parameters: of the whole model.
+    """
+
+    micro_batches_per_step = 1
+
+    def __init__(
+        self,
+        module: nn.Module,
+        sites: Sequence[Site],
+        *,
+        groups: Groups | None = None,
+        call: Callable[..., Any] | None = None,
+        with_head: bool = False,
+        num_parameters: int | None = None,
+    ) -> None:
+        self.module = module
+        self.sites = sites
+        self.groups = groups or Groups()
+        self.device = next(module.parameters()).device
+        self._call = call or (module if with_head else headless(module))
+        signature = inspect.signature(_forward_of(self._call)).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
+        self._takes_positions = "position_ids" in signature
+        self._options: dict[str, Any] = {}
+        if "use_cache" in signature or takes_any:
+            self._options["use_cache"] = False
+        if not with_head and "logits_to_keep" in signature:
+            self._options["logits_to_keep"] = 1  # an engine has to run the head: on one token only
+        self._num_parameters = num_parameters or sum(parameter.numel() for parameter in module.parameters())
+
+    def token_layout(self, micro_batch: MicroBatch) -> Tensor:
+        """Return sample_ids as they are, (b, s)."""
+        return micro_batch.sample_ids.to(self.device)
+
+    def routed_layout(self, micro_batch: MicroBatch) -> Tensor:
+        """Return sample_ids, flat: every token is seen by this rank's routers."""
+        return self.token_layout(micro_batch).reshape(-1)
+
+    def forward(self, micro_batches: Sequence[MicroBatch], begin: Callable[[int], None]) -> None:
+        """Run the micro-batches one after the other."""
+        for index, micro_batch in enumerate(micro_batches):
+            begin(index)
+            inputs = {
+                "input_ids": micro_batch.input_ids,
+                "attention_mask": micro_batch.attention_mask,
+                **({"position_ids": micro_batch.position_ids} if self._takes_positions else {}),
+                **micro_batch.extra,
+            }
+            self._call(
+                **{key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in inputs.items()},
+                **self._options,
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Return architecture, number of parameters of the whole model, and dtype."""
+        dtype = next(parameter.dtype for parameter in self.module.parameters() if parameter.is_floating_point())
+        return {
+            "architecture": type(self.module).__name__,
+            "num_parameters": self._num_parameters,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+
+def headless(module: nn.Module) -> nn.Module:
+    """Return the part of a transformers model that ends before the LM head, or the model if it has no such part."""
+    base = getattr(module, getattr(module, "base_model_prefix", ""), None)
+    return base if isinstance(base, nn.Module) else module
+
+
+def pick_device() -> torch.device:
+    """Return this rank's device: its local GPU, or the CPU."""
+    import os
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _forward_of(call: Callable[..., Any]) -> Callable[..., Any]:
+    module = getattr(call, "module", call)  # a DeepSpeed or DDP engine wraps the model it forwards to
+    return module.forward if isinstance(module, nn.Module) else module

@@ -1,0 +1,85 @@
+"""How a linear module is observed: one hook that notes the squared norms of its input and of its output."""
+
+# T tokens, I in_features, O out_features
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from plop_dist.backends.hf_modules import Block, LinearModule
+from plop_dist.norms import local_sq_norm
+from plop_dist.protocols import LocalWeight, Part, Recorder
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+
+class LinearSite:
+    """A module that reads z as its first argument and returns W z (+ bias), or a tuple that begins with it.
+
+    blocks: the logical projections inside it. in_part and out_part: WHOLE, or PARTIAL where this rank sees a shard of
+    the features. bias_in_output: whether the output holds the module's bias (which is not part of the gain).
+    is_sharded and in_index describe its weight as LocalWeight does. gather: gives whole parameters where they are
+    partitioned between forwards (ZeRO-3, FSDP).
+    """
+
+    def __init__(
+        self,
+        linear: LinearModule,
+        *,
+        group: str = "tp",
+        in_part: Part = Part.WHOLE,
+        out_part: Part = Part.WHOLE,
+        is_sharded: bool = False,
+        in_index: slice | Tensor | None = None,
+        gather: Gather | None = None,
+    ) -> None:
+        self.module = linear.module
+        self.blocks: Sequence[Block] = linear.blocks
+        self.projections = tuple(block.projection for block in linear.blocks)
+        self.group = group
+        self._is_transposed = linear.is_transposed
+        self._in_part, self._out_part = in_part, out_part
+        self._is_sharded, self._in_index = is_sharded, in_index
+        self._gather = gather
+
+    def attach(self, recorder: Recorder) -> Callable[[], None]:
+        """Install the hook and return the function that removes it."""
+
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            z = args[0] if args else next(iter(kwargs.values()))
+            y = local(output[0] if isinstance(output, tuple) else output)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                y = y - local(bias)
+            recorder.record(
+                self,
+                recorder.sq_norm(local(z)),
+                [local_sq_norm(block.take(y)) for block in self.blocks],
+                in_part=self._in_part,
+                out_part=self._out_part,
+                leading_shape=z.shape[:-1],
+            )
+
+        # Before DeepSpeed's own post-forward hook, which releases the parameters (and with them the bias) at stage 3.
+        return self.module.register_forward_hook(observe, prepend=True, with_kwargs=True).remove
+
+    @contextmanager
+    def weights(self) -> Iterator[Iterator[LocalWeight]]:
+        """Give access to one LocalWeight per projection. Collective where parameters are partitioned."""
+        with self._gather([self.module.weight]) if self._gather else nullcontext():
+            weight = local(self.module.weight.detach())
+            weight_OI = weight.T if self._is_transposed else weight
+            yield (
+                LocalWeight(block.projection, block.take_rows(weight_OI), self._is_sharded, self._in_index)
+                for block in self.blocks
+            )
+
+
+def local(tensor: Any) -> Tensor:
+    """Return this rank's part of a DTensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

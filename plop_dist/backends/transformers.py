@@ -1,0 +1,27 @@
+"""Loads a model with transformers alone: whole in one process, or sharded by its own tensor-parallel plan."""
+
+from __future__ import annotations
+
+from plop_dist.backends.hf_experts import find_expert_sites
+from plop_dist.backends.hf_load import load_model, needs_head
+from plop_dist.backends.hf_model import HFModel, pick_device
+from plop_dist.backends.hf_modules import find_linears
+from plop_dist.backends.sites import LinearSite
+from plop_dist.config import Config
+from plop_dist.protocols import ScorableModel, Site
+
+
+class TransformersBackend:
+    """One process; tp and dp ranks through transformers' own DTensor plan (see hf_tp)."""
+
+    def load(self, config: Config) -> ScorableModel:
+        """Return the loaded model. Raises ModelError."""
+        module = load_model(config.model).to(pick_device())
+        with_head = needs_head(config.placement.exclude)
+        return HFModel(module, whole_sites(module, with_head), with_head=with_head)
+
+
+def whole_sites(module, with_head: bool, **options) -> list[Site]:
+    """Return the sites of a model none of whose features are sharded; options go to LinearSite."""
+    linears = [linear for linear in find_linears(module) if with_head or linear.blocks[0].projection.type != "lm_head"]
+    return [*(LinearSite(linear, **options) for linear in linears), *find_expert_sites(module)]

@@ -1,0 +1,101 @@
+"""How far a run has come: one JSON line per event, shown as a bar on a terminal and as plain lines in a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_LABEL = {"baseline": "baselines of modules", "scoring": "samples scored", "training": "training steps"}
+_LINE_SECONDS = 5.0
+
+
+class EventWriter:
+    """Appends events to RUN_DIR/events.jsonl; only rank 0 has one, the driver reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last: dict[str, float] = {}
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        """Note an event. Progress of one kind is kept ten times a second at most, its last one always."""
+        now = time.monotonic()
+        is_last = fields.get("done") == fields.get("total")
+        if "done" in fields and not is_last and now - self._last.get(kind, -1.0) < 0.1:
+            return
+        self._last[kind] = now
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"event": kind, "time": round(time.time(), 3), **fields}) + "\n")
+
+
+class EventDisplay:
+    """Shows events on stderr: a progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console)
+        self._tasks: dict[str, Any] = {}
+        self._shown: dict[str, float] = {}
+
+    def __enter__(self) -> EventDisplay:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        """Show one event."""
+        if "done" in fields and kind in _LABEL:
+            self._progress(kind, fields["done"], fields["total"], fields.get("note", ""))
+        else:
+            self._line(_sentence(kind, fields))
+
+    def _progress(self, kind: str, done: int, total: int, note: str) -> None:
+        if self._bar is not None:
+            if kind not in self._tasks:
+                self._tasks[kind] = self._bar.add_task(_LABEL[kind], total=total)
+            self._bar.update(self._tasks[kind], completed=done, total=total, description=f"{_LABEL[kind]} {note}")
+            return
+        now = time.monotonic()
+        if done == total or now - self._shown.setdefault(kind, now - _LINE_SECONDS + 2) >= _LINE_SECONDS:
+            self._shown[kind] = now
+            self._line(f"{_LABEL[kind]}: {done}/{total} {note}".rstrip())
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def both(writer: EventWriter) -> Iterator[Any]:
+    """Yield a function that writes and shows each event: what a run without a driver uses."""
+    with EventDisplay() as display:
+
+        def notify(kind: str, **fields: Any) -> None:
+            writer(kind, **fields)
+            display(kind, **fields)
+
+        yield notify
+
+
+def _sentence(kind: str, fields: dict[str, Any]) -> str:
+    if kind == "resumed":
+        return f"resumed: {fields['done']} of {fields['total']} samples were scored before"
+    if kind == "stable":
+        return f"stopped after {fields['done']} of {fields['total']} samples: the selection is {fields['confidence']:.0%} sure"
+    return fields.get("text") or f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items())

@@ -1,0 +1,61 @@
+"""The whole job: score -> place -> export -> train -> report, each stage only if it is not done yet."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from plop_dist import ranks, worker
+from plop_dist.config import Config
+from plop_dist.events import EventWriter, both
+from plop_dist.registry import missing_extra
+from plop_dist.run_dir import RunDir
+
+
+def run(config: Config, command: str) -> Path:
+    """Run every stage that is not done, and return the report's path. Raises UserError or WorkerError."""
+    stages = ["score", "place", "export", *(["train"] if config.train.method != "none" else [])]
+    if any(worker.reason_to_run(config, stage) for stage in stages):
+        launch(config, stages, command)
+    return report(config.run_path)
+
+
+def score(config: Config, command: str) -> None:
+    """Score, whether or not scores are there already."""
+    launch(config, ["score"], command, force=True)
+
+
+def launch(config: Config, stages: Sequence[str], command: str, *, force: bool = False) -> None:
+    """Run stages on all ranks of the layout: in this process, in those a launcher started, or as Ray workers."""
+    run_dir = RunDir(config.run_dir)
+    if ranks.rank() == 0:
+        run_dir.prepare()
+        run_dir.keep_config(config, command)
+    if ranks.launched_ranks() is not None or config.parallel.world_size == 1:
+        with both(EventWriter(run_dir.events)) as notify:
+            worker.run_rank(config, stages, notify, force=force)
+        return
+    try:
+        cluster = importlib.import_module("plop_dist.cluster")
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, f"a run on {config.parallel.world_size} ranks") from error
+    cluster.run_workers(config, stages, force=force)
+
+
+def report(run_dir: Path) -> Path:
+    """Write RUN_DIR/report.html and return its path. Raises UserError."""
+    if ranks.rank() != 0:
+        return run_dir / "report.html"
+    try:
+        write_report = importlib.import_module("plop_dist.report.page").write_report
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "the HTML report") from error
+    return write_report(run_dir)
+
+
+def command_line() -> str:
+    """Return the command that started this process, as one can paste it."""
+    return shlex.join(["plop-dist", *sys.argv[1:]])

@@ -1,0 +1,77 @@
+"""Which rank this process is: reads the launcher's environment, joins the process group, and leaves it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from plop_dist.config import Config
+from plop_dist.errors import LayoutError
+
+_T = TypeVar("_T")
+
+
+def launched_ranks() -> int | None:
+    """Return the number of ranks that torchrun or the DeepSpeed launcher started, or None outside a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
+
+
+def rank() -> int:
+    """Return this process's global rank, 0 where there is only one."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[int]:
+    """Join the process group that the layout needs and yield this process's rank.
+
+    gloo on the CPU, nccl with GPUs; every collective waits at most cluster.timeout_s. A group that is already there
+    (Ray Train's) is used and left as it is. Raises LayoutError if the number of ranks is not the layout's.
+    """
+    import torch
+    import torch.distributed as dist
+
+    needed = config.parallel.world_size
+    started = dist.get_world_size() if dist.is_initialized() else launched_ranks() or 1
+    if started != needed:
+        raise LayoutError(
+            f"{config.parallel.layout.product_text} = {needed}, but {started} rank(s) were started; start {needed} or "
+            "change the parallel section."
+        )
+    created = needed > 1 and not dist.is_initialized()
+    if created:
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(seconds=config.cluster.timeout_s)
+        )
+    try:
+        yield rank()
+    finally:
+        if created and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def wait_for_rank_0() -> None:
+    """Return once every rank is here, so that what rank 0 has written can be read. Collective over the world."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def agree(decide: Callable[[], _T]) -> _T:
+    """Return rank 0's decision on every rank; only rank 0 decides. Collective over the world."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return decide()
+    box: list[Any] = [decide() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,122 @@
+"""What a run directory holds and which stage must run again, with the reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plop_dist.config import Config
+from plop_dist.errors import RunDirError
+from plop_dist.files import write_json, write_text
+
+STAGES_FILE = "stages.json"
+
+
+class RunDir:
+    """Paths and finished stages of one run directory."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.scores = self.path / "scores.json"
+        self.placement = self.path / "placement.json"
+        self.exports = self.path / "exports"
+        self.train = self.path / "train"
+        self.config = self.path / "config.yaml"
+        self.events = self.path / "events.jsonl"
+        self.command = self.path / "command.txt"
+
+    def prepare(self) -> None:
+        """Create the directory and prove that it can be written, before anything is computed. Raises RunDirError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path) as probe:
+                probe.write(b"0" * 4096)
+                probe.flush()
+                os.fsync(probe.fileno())
+        except OSError as error:
+            raise RunDirError(
+                f"run_dir '{self.path}' cannot be written ({error.strerror or error}); make it writable, free space, or "
+                "choose another run_dir."
+            ) from error
+
+    def keep_config(self, config: Config, command: str) -> None:
+        """Write the resolved configuration and the command that reproduces the run."""
+        from omegaconf import OmegaConf
+
+        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+        write_text(self.command, command + "\n")
+
+    def reason_to_run(self, stage: str, inputs: Mapping[str, Any]) -> str | None:
+        """Return why a stage must run, or None if it is done with these inputs and its result is still there."""
+        known = self._stages().get(stage)
+        if known is None:
+            return "it has not run yet"
+        missing = [name for name in known["outputs"] if not (self.path / name).exists()]
+        if missing:
+            return f"{missing[0]} is missing"
+        before, now = _flat(known["inputs"]), _flat(inputs)
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                return f"{key} changed from {before.get(key)!r} to {now.get(key)!r}"
+        return None
+
+    def finish(self, stage: str, inputs: Mapping[str, Any], outputs: list[str]) -> None:
+        """Note that a stage is done: what it depended on, and what it wrote (paths below the run directory)."""
+        stages = {**self._stages(), stage: {"inputs": json.loads(json.dumps(inputs)), "outputs": outputs}}
+        write_json(self.path / STAGES_FILE, stages)
+
+    def _stages(self) -> dict[str, Any]:
+        try:
+            stages = json.loads((self.path / STAGES_FILE).read_text())
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+            return {}  # nothing certain is known: everything runs
+        return stages if isinstance(stages, dict) else {}
+
+
+def stage_inputs(stage: str, config: Config) -> dict[str, Any]:
+    """Return what a stage's result depends on; a change of any of it makes the stage run again."""
+    run = RunDir(config.run_dir)
+    tree = config.model_dump(mode="json")
+    if stage == "score":
+        inputs = {name: tree[name] for name in ("model", "data", "estimator", "parallel")}
+        if config.estimator.stop_when_stable:
+            inputs["placement"] = tree["placement"]
+        # the LM head is scored only if the placement may choose it
+        return {**inputs, "exclude": tree["placement"]["exclude"], "files": _files(config)}
+    if stage == "place":
+        return {"placement": tree["placement"], "scores": content_hash(run.scores)}
+    if stage == "export":
+        return {"export": tree["export"], "placement.json": content_hash(run.placement)}
+    return {
+        **{name: tree[name] for name in ("model", "parallel", "train")},
+        "data": {name: tree["data"][name] for name in ("path", "split", "text_field", "template", "messages_field")},
+        "placement.json": content_hash(run.placement),
+        "files": _files(config),
+    }
+
+
+def content_hash(path: Path) -> str | None:
+    """Return a short hash of a file's content, None if it is absent."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+
+
+def _files(config: Config) -> dict[str, Any]:
+    """Return size and time of local inputs: an edited data file or an overwritten checkpoint counts as a change."""
+    found = {}
+    for name in (config.data.path, config.train.data_path, config.model.name_or_path, config.model.checkpoint):
+        path = Path(name) if name else None
+        if path is not None and path.exists():
+            parts = sorted(path.iterdir()) if path.is_dir() else [path]
+            found[str(name)] = [[part.name, part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
+    return found
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping) and tree:
+        return {key: value for name in tree for key, value in _flat(tree[name], f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): tree}

@@ -1,0 +1,166 @@
+"""What one rank does from beginning to end: load, score, place, export, train. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from plop_dist import progress, ranks
+from plop_dist.aggregate import check_weights
+from plop_dist.config import Config
+from plop_dist.data import load_rows, plan_steps, select_rows, step_micro_batches, tokenize
+from plop_dist.errors import PlopError, WorkerError
+from plop_dist.protocols import ScorableModel
+from plop_dist.registry import BACKENDS, TRAINERS, load
+from plop_dist.run_dir import RunDir, stage_inputs
+from plop_dist.types import Placement, Scores
+
+Notify = Callable[..., None]
+
+
+def run_rank(config: Config, stages: Sequence[str], notify: Notify, *, force: bool = False) -> None:
+    """Run the stages that are not done yet on this rank; rank 0 writes results. Collective over all ranks.
+
+    notify(kind, **fields) is called on rank 0 only. force: run them also when their results are there. Raises UserError for bad input and WorkerError, naming the rank,
+    for anything unforeseen.
+    """
+    with ranks.joined(config) as rank:
+        tell = notify if rank == 0 else _nothing
+        for stage in stages:
+            try:
+                reason = ranks.agree(lambda stage=stage: reason_to_run(config, stage))
+                if reason is None and not force:
+                    tell("status", text=f"{stage}: done before, kept")
+                    continue
+                tell("stage", stage=stage, text=f"{stage}: runs because {reason or 'it was asked for'}")
+                _STAGES[stage](config, rank, tell)
+            except PlopError:
+                raise
+            except Exception as error:
+                raise WorkerError(f"rank {rank}: {stage} failed: {type(error).__name__}: {error}") from error
+
+
+def reason_to_run(config: Config, stage: str) -> str | None:
+    """Return why a stage must run, or None if its result is there and still fits the configuration."""
+    return RunDir(config.run_dir).reason_to_run(stage, stage_inputs(stage, config))
+
+
+def score(config: Config, rank: int, notify: Notify) -> Scores:
+    """Score the configured model on the configured data; rank 0 writes scores.json. Collective over all ranks."""
+    from plop_dist.backends.hf_load import load_tokenizer
+    from plop_dist.scoring import Pass, score_model
+
+    run_dir = RunDir(config.run_dir)
+    # Data before weights: a typo in a column name should not cost the minutes that loading takes.
+    tokenizer = load_tokenizer(config.model)
+    samples = tokenize(select_rows(load_rows(config.data.path, config.data.split), config.data), config.data, tokenizer)
+    notify("status", text=f"{len(samples)} samples; loading {config.model.name_or_path} with {config.parallel.backend}")
+    model: ScorableModel = load("backend", BACKENDS, config.parallel.backend)().load(config)
+    groups = model.groups
+    plan = plan_steps(
+        [len(sample) for sample in samples],
+        config.data.batch_size,
+        groups.num_replicas,
+        model.micro_batches_per_step,
+        uniform=groups.uniform_steps,
+        in_order=config.estimator.stop_when_stable,
+    )
+    side = tokenizer.padding_side if config.data.padding_side == "auto" else config.data.padding_side
+    done_after = _cumulative(plan)
+    inputs = stage_inputs("score", config)
+    key = progress.fingerprint([inputs, progress.hash_samples(samples)])
+    scores = score_model(
+        model,
+        Pass(
+            num_steps=len(plan),
+            micro_batches=lambda step: step_micro_batches(
+                samples, plan[step], groups.replica, pad_id=tokenizer.pad_token_id, side=side
+            ),
+            num_samples=len(samples),
+            samples_after=lambda step: done_after[step],
+            log=progress.ProgressLog(run_dir.path, key, rank),
+        ),
+        estimator=config.estimator,
+        placement=config.placement,
+        info={
+            "model": {"name_or_path": config.model.name_or_path, **model.describe()},
+            "data": {"source": config.data.path, "max_length": config.data.max_length},
+            "parallel": config.parallel.model_dump(),
+        },
+        notify=notify,
+    )
+    if rank == 0:
+        scores.to_file(run_dir.scores)
+        progress.clear(run_dir.path)
+    release = getattr(model, "release", None)
+    if release is not None:
+        release()
+    check_weights(scores)
+    if rank == 0:
+        run_dir.finish("score", inputs, [run_dir.scores.name])
+    return scores
+
+
+def place(config: Config, rank: int, notify: Notify) -> Placement:
+    """Choose the targets from scores.json; rank 0 writes placement.json."""
+    from plop_dist import select
+
+    run_dir = RunDir(config.run_dir)
+    ranks.wait_for_rank_0()
+    placement = select.place(Scores.from_file(run_dir.scores), config.placement)
+    if rank == 0:
+        placement.to_file(run_dir.placement)
+        run_dir.finish("place", stage_inputs("place", config), [run_dir.placement.name])
+        notify("status", text=f"LoRA targets: {', '.join(placement.module_types)}")
+    return placement
+
+
+def export(config: Config, rank: int, notify: Notify) -> None:
+    """Write the placement for every target of export.targets; rank 0 does it."""
+    from plop_dist.export import write_export
+
+    run_dir = RunDir(config.run_dir)
+    if rank == 0:
+        placement = Placement.from_file(run_dir.placement)
+        written = []
+        for target in config.export.targets:
+            engine = config.export.engine
+            export = write_export(placement, target, run_dir.exports, engine=engine, widen=config.export.widen)
+            written += [f"exports/{target}/{name}" for name in export.files]
+        run_dir.finish("export", stage_inputs("export", config), written)
+        notify("status", text=f"exported to {', '.join(written)}")
+
+
+def train(config: Config, rank: int, notify: Notify) -> None:
+    """Go on with train.method and the placement in the same ranks. Collective over all ranks."""
+    from plop_dist.training.log import TrainingLog
+
+    run_dir = RunDir(config.run_dir)
+    ranks.wait_for_rank_0()
+    placement = Placement.from_file(run_dir.placement)
+    trainer = load("train.method", TRAINERS, config.train.method)
+    with TrainingLog(config, run_dir.train, notify if rank == 0 else None) as log:
+        summary: dict[str, Any] = trainer(config, placement, log)
+        log.finish(summary)
+    if rank == 0:
+        run_dir.finish("train", stage_inputs("train", config), ["train/summary.json"])
+
+
+_STAGES: dict[str, Callable[[Config, int, Notify], Any]] = {
+    "score": score,
+    "place": place,
+    "export": export,
+    "train": train,
+}
+
+
+def _cumulative(plan: list[list[list[list[int]]]]) -> list[int]:
+    done, total = [], 0
+    for step in plan:
+        total += sum(len(micro) for replica in step for micro in replica)
+        done.append(total)
+    return done
+
+
+def _nothing(kind: str, **fields: Any) -> None:
+    pass
