@@ -12,6 +12,7 @@ is always of type `lm_head`, whatever the family calls it (GPT-NeoX: `embed_out`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -84,7 +85,7 @@ class LinearModule:
 def find_linears(model: nn.Module) -> list[LinearModule]:
     """Return every linear module of the model in definition order, each once; the output head too, embeddings not.
 
-    Experts kept as 3-D parameters and routers kept as a bare parameter are not modules: see hf_experts.
+    Routers too, which transformers keeps as a bare parameter. Experts kept as 3-D parameters: see hf_experts.
     Raises ModelError if weights are quantised or the model already carries PEFT adapters.
     """
     modules = dict(model.named_modules())
@@ -96,6 +97,9 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
             sizes, own_storage = (module.in_features, module.out_features), "linear"
         elif isinstance(module, Conv1D):
             sizes, own_storage = (module.nx, module.nf), "conv1d"
+        elif _ROUTER.search(type(module).__name__) and isinstance(getattr(module, "weight", None), nn.Parameter):
+            found.append(_router(path, module))
+            continue
         else:
             continue
         owner_path, _, name = path.rpartition(".")
@@ -206,6 +210,10 @@ _LAYOUTS: dict[str, dict[str, Callable[[Any, int], _Parts]]] = {
 }  # fmt: skip
 
 
+# Routers of transformers' experts: a bare (E, I) weight; each of them returns its raw logits, alone or first.
+_ROUTER = re.compile(r"(Top[kK]|Hash)Router$")
+
+
 def _split(owner: nn.Module, name: str, num_rows: int) -> _Parts | None:
     layout = _LAYOUTS.get(name, {}).get(type(owner).__name__)
     return layout(owner, num_rows) if layout else None
@@ -237,6 +245,18 @@ def _projection(
     )
 
 
+def _router(path: str, module: Any) -> LinearModule:
+    """A bare parameter, not a linear module, so that PEFT can only reach it as a parameter."""
+    num_experts, hidden_size = parameter_shape(module.weight)
+    projection = _projection(path, (hidden_size, num_experts), "expert_parameter", f"{path}.weight")
+    return LinearModule(path, module, (Block(projection),))
+
+
+def parameter_shape(parameter: Any) -> tuple[int, ...]:
+    """Return a parameter's global shape, also where ZeRO-3 has released it and its own shape is (0,)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def _output_head(model: nn.Module) -> nn.Module | None:
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     return get_output_embeddings() if get_output_embeddings else None
@@ -252,7 +272,7 @@ def _refuse(path: str, module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     is_library = any(cls.__module__.split(".")[0] in _QUANTISERS for cls in type(module).__mro__)
     is_packed = hasattr(module, "qweight")
-    is_narrow = isinstance(module, nn.Linear) and weight is not None and not _is_plain(weight)
+    is_narrow = isinstance(module, nn.Linear) and weight is not None and not is_plain(weight)
     if is_library or is_packed or is_narrow:
         kind = f"{type(module).__name__}, weight {getattr(weight, 'dtype', None)}"
         raise ModelError(
@@ -264,5 +284,6 @@ def _refuse(path: str, module: nn.Module) -> None:
 _QUANTISERS = ("bitsandbytes", "auto_gptq", "gptqmodel", "awq", "hqq", "aqlm", "eetq", "quanto")
 
 
-def _is_plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor) -> bool:
+    """Tell whether a weight holds its own values: floating point of at least 16 bits, neither packed nor scaled."""
     return weight.is_floating_point() and weight.element_size() >= 2
