@@ -1,0 +1,99 @@
+"""Placement -> peft.LoraConfig: adapter_config.json, and the object itself.
+
+PEFT matches a list of target_modules by equality or dotted suffix; fused 3-D experts are reached by target_parameters
+alone. Ranks that differ go into rank_pattern, with alpha_pattern holding alpha / rank at the placement's value.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from plop_dist.exporters.targets import (
+    Targets,
+    check_engine,
+    hugging_face_targets,
+    number,
+    shortest_names,
+)
+from plop_dist.types import Export, Placement
+
+FILE = "adapter_config.json"
+
+
+def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
+    """Return adapter_config.json and the LoraConfig call. Raises ExportError for a part of a fused linear."""
+    check_engine(engine, ("peft",), "peft")
+    targets = hugging_face_targets(placement, "peft", widen)
+    fields = lora_config_fields(placement, targets)
+    tree = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": placement.source.model.name_or_path,
+        "bias": "none",
+        "inference_mode": False,
+        **fields,
+    }
+    arguments = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value not in ({}, None, False))
+    return Export(
+        target="peft",
+        files={FILE: json.dumps(tree, indent=2) + "\n"},
+        flags=(f'LoraConfig(task_type="CAUSAL_LM", {arguments})',),
+        notes=(*targets.notes, *count_note(placement, targets)),
+        widened=targets.widened,
+    )
+
+
+def to_config(placement: Placement, *, widen: bool = False, **options: Any) -> Any:
+    """Return a peft.LoraConfig adapting exactly the placement; `options` override its fields (r, lora_alpha, ...).
+
+    With `r` or `lora_alpha` given, ranks in rank_pattern stay and their alphas follow the new ratio.
+    Raises ExportError when PEFT cannot adapt exactly these modules and `widen` is false.
+    """
+    from peft import LoraConfig
+
+    resized = placement.model_copy(
+        update={"rank": options.get("r", placement.rank), "alpha": options.get("lora_alpha", placement.alpha)}
+    ).with_source(placement.source)
+    fields = lora_config_fields(resized, hugging_face_targets(resized, "peft", widen))
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **fields, **options})
+
+
+def lora_config_fields(placement: Placement, targets: Targets) -> dict[str, Any]:
+    """Return LoraConfig's fields that depend on the placement."""
+    ranks, alphas = rank_patterns(placement, targets)
+    # PEFT corrects this per module, with a warning each time it is wrong.
+    has_conv1d = any(module.storage == "conv1d" for module in placement.source.modules)
+    return {
+        "r": targets.rank,
+        "lora_alpha": number(targets.alpha),
+        "lora_dropout": 0.0,
+        "target_modules": list(targets.modules),
+        "target_parameters": list(targets.parameters) or None,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "fan_in_fan_out": has_conv1d,
+    }
+
+
+def rank_patterns(placement: Placement, targets: Targets) -> tuple[dict[str, int], dict[str, float]]:
+    """Return PEFT's rank_pattern and alpha_pattern: regexes that PEFT matches against the end of a path."""
+    ranks: dict[str, int] = {}
+    paths = [holder.path for holder in targets.holders]
+    for rank in sorted({holder.rank for holder in targets.holders} - {targets.rank}):
+        for name in shortest_names([holder.path for holder in targets.holders if holder.rank == rank], paths):
+            # PEFT lets any prefix stand before a pattern: a full path says that it begins there.
+            ranks[f"^{re.escape(name)}" if name in paths else re.escape(name)] = rank
+    alphas = {name: number(targets.alpha * rank / targets.rank) for name, rank in ranks.items()}
+    return ranks, alphas
+
+
+def count_note(placement: Placement, targets: Targets) -> tuple[str, ...]:
+    """Return a note when widening changes the number of trainable parameters."""
+    if not targets.widened:
+        return ()
+    return (
+        f"{targets.num_trainable_parameters:,} trainable parameters instead of the placement's "
+        f"{placement.num_trainable_parameters:,}.",
+    )
