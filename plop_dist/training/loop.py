@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 from plop_dist.config import Config, TrainConfig
 from plop_dist.training.checkpoint import Checkpoints, fingerprint
@@ -149,12 +149,27 @@ def sum_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """
     targets = labels[:, 1:].reshape(-1)
     predictions = logits[:, :-1].reshape(-1, logits.size(-1)).float()
-    return F.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
+    return cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
 
 
 def count_targets(batch: Batch) -> int:
     """Return how many next tokens of the micro-batch have a label."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """Return the arguments of a transformers model's forward pass for this micro-batch.
+
+    A mask without padding is left out: then transformers keeps packed samples apart by their position_ids.
+    """
+    inputs: dict[str, Any] = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "use_cache": False,
+    }
+    if not bool(batch["attention_mask"].all()):
+        inputs["attention_mask"] = batch["attention_mask"]
+    return inputs
 
 
 def sum_over(group: dist.ProcessGroup | None, *values: float, device: torch.device) -> list[float]:
@@ -174,7 +189,7 @@ def _totals(engine: Engine, micro_batches: Sequence[Batch]) -> tuple[float, int]
 
 
 def _seed(seed: int, step: int, dp_rank: int) -> None:
-    """Key dropout by (seed, step, dp_rank): a resumed run draws the same masks, and checkpoints need no random state."""
+    """Key dropout by (seed, step, dp_rank): a resumed run draws the same masks without stored random state."""
     key = hashlib.sha256(f"dropout:{seed}:{step}:{dp_rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
