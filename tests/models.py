@@ -48,11 +48,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """Return the configuration of a tiny model of the family; `overrides` are configuration fields."""
+    """Return the configuration of a tiny model; `overrides` are its fields (all of them for a family not in FAMILIES)."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
     }  # fmt: skip
-    return AutoConfig.for_model(family, **{**fields, **FAMILIES[family], **overrides})
+    return AutoConfig.for_model(family, **{**fields, **FAMILIES.get(family, {}), **overrides})
 
 
 def tiny(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
