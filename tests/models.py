@@ -48,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """Return the configuration of a tiny model; `overrides` are its fields (all of them for a family not in FAMILIES)."""
+    """Return the configuration of a tiny model; `overrides` are its fields (all of them where FAMILIES has none)."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
     }  # fmt: skip

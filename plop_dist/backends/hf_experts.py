@@ -250,7 +250,11 @@ def _warn_unknown(path: str, module: nn.Module) -> None:
     """Say which 3-D parameters nothing can be read from: experts classes outside the registered implementations."""
     for name, parameter in module.named_parameters(recurse=False):
         is_convolution = isinstance(module, nn.modules.conv._ConvNd)
-        if len(parameter_shape(parameter)) == 3 and not is_convolution and "expert" in f"{path}.{name}".lower():
+        if (
+            len(parameter_shape(parameter)) == 3
+            and not is_convolution
+            and "expert" in f"{path} {type(module).__name__}".lower()
+        ):
             log.warning(
                 "'%s.%s' (%s) is not scored: it runs no registered experts implementation.",
                 path,
