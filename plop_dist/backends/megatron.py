@@ -1,0 +1,253 @@
+"""Loads a Hugging Face checkpoint into Megatron at any layout through Megatron-Bridge, or wraps a host's model list."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from plop_dist.backends import megatron_cpu
+from plop_dist.backends.hf_load import load_hf_config, meta_model, needs_head
+from plop_dist.backends.hf_modules import find_linears
+from plop_dist.backends.megatron_model import MegatronModel
+from plop_dist.backends.megatron_names import bridge_names, conventional_names
+from plop_dist.builtin_model import resolve
+from plop_dist.config import Config
+from plop_dist.errors import LayoutError, MissingExtraError, ModelError
+from plop_dist.mesh import divisors, nearest
+from plop_dist.protocols import ScorableModel
+
+logger = logging.getLogger(__name__)
+
+_INSTALL = (
+    "Python 3.12, pip install 'plop-dist[megatron]' and then pip install --no-deps 'megatron-bridge>=0.6,<0.7' "
+    "(its optional dependencies are not needed)"
+)
+
+
+class MegatronBackend:
+    """Tensor, sequence, pipeline, data and expert parallelism through Megatron-core."""
+
+    def load(self, config: Config) -> ScorableModel:
+        """Return the configured model, loaded at its layout. Collective over the world.
+
+        model.checkpoint: a torch_dist checkpoint of any layout, whose weights replace the Hugging Face ones. Raises
+        MissingExtraError, LayoutError and ModelError.
+        """
+        chunks, bridge = load_chunks(config)
+        hf_config = load_hf_config(config.model)
+        whole = meta_model(config.model, hf_config)
+        known = {block.projection.fqn: block.projection for linear in find_linears(whole) for block in linear.blocks}
+        return MegatronModel(
+            chunks,
+            bridge_names(bridge._model_bridge.mapping_registry()),
+            with_head=needs_head(config.placement.exclude),
+            known=known,
+            vocab_size=hf_config.vocab_size,
+            architecture=type(whole).__name__,
+            num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
+        )
+
+
+def wrap(chunks: Sequence[nn.Module], exclude: Sequence[str] = ("lm_head",)) -> ScorableModel:
+    """Return a host's own Megatron model list as a ScorableModel; Megatron-Bridge is not needed. Collective.
+
+    Mode, hooks, random state and gradients are left alone. exclude: with lm_head in it the logits are not computed.
+    """
+    return MegatronModel(list(chunks), conventional_names, with_head=needs_head(list(exclude)))
+
+
+def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
+    """Return this rank's model chunks in eval mode, with weights, and the AutoBridge that made them. Collective."""
+    auto_bridge = import_auto_bridge()
+    hf_config = load_hf_config(config.model)
+    check_layout(hf_config, config)
+    _check_family(auto_bridge, hf_config, config)
+    initialize(config)
+    directory = resolve(config.model.name_or_path)
+    try:
+        bridge = auto_bridge.from_hf_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
+        provider = bridge.to_megatron_provider(load_weights=config.model.checkpoint is None)
+    except ValueError as error:
+        raise ModelError(f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge: {error}") from error
+    dtype = _dtype(config, hf_config)
+    configure(provider, config, dtype)
+    chunks = provider.provide_distributed_model(
+        wrap_with_ddp=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+    )
+    if config.model.checkpoint is not None:
+        load_checkpoint(chunks, Path(config.model.checkpoint))
+    return [chunk.eval() for chunk in chunks], bridge
+
+
+def import_auto_bridge() -> Any:
+    """Return Megatron-Bridge's AutoBridge. Raises MissingExtraError saying what to install."""
+    for package, minimum in (("megatron-core", (0, 17)), ("megatron-bridge", (0, 6))):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise MissingExtraError(
+                f"parallel.backend megatron needs {package}, which is not installed: {_INSTALL}"
+            ) from None
+        if tuple(int(part) for part in found.split(".")[:2]) < minimum:
+            wanted = ".".join(map(str, minimum))
+            raise MissingExtraError(
+                f"parallel.backend megatron needs {package} {wanted} or newer, and {found} is installed (older ones load "
+                f"wrong weights with transformers 5): {_INSTALL}"
+            )
+    try:
+        return megatron_cpu.import_bridge().AutoBridge
+    except ImportError as error:
+        raise MissingExtraError(f"Megatron-Bridge cannot be imported ({error}): {_INSTALL}") from error
+
+
+def initialize(config: Config) -> None:
+    """Create Megatron's process groups for the layout, unless the host has done so. Collective over the world.
+
+    Raises LayoutError if existing groups have another layout.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel = config.parallel
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    if parallel_state.model_parallel_is_initialized():
+        have = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        if have != (parallel.tp, parallel.pp):
+            raise LayoutError(
+                f"parallel.tp is {parallel.tp} and parallel.pp {parallel.pp}, but this process already runs Megatron at "
+                f"tp {have[0]} and pp {have[1]}; use those."
+            )
+        return
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=1,  # an expert's own output must be whole to be measured
+        distributed_timeout_minutes=math.ceil(config.cluster.timeout_s / 60),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+
+
+def configure(provider: Any, config: Config, dtype: torch.dtype) -> None:
+    """Set layout, dtype and, without Transformer Engine, the local layers on a Bridge provider; finalize it."""
+    parallel = config.parallel
+    provider.tensor_model_parallel_size = parallel.tp
+    provider.pipeline_model_parallel_size = parallel.pp
+    provider.context_parallel_size = parallel.cp
+    provider.expert_model_parallel_size = parallel.ep
+    provider.expert_tensor_parallel_size = 1
+    provider.sequence_parallel = parallel.sequence_parallel
+    provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = dtype
+    provider.bf16, provider.fp16 = dtype is torch.bfloat16, dtype is torch.float16
+    provider.moe_token_dispatcher_type = "alltoall"
+    provider.moe_shared_expert_overlap = False
+    provider.gradient_accumulation_fusion = False
+    provider.mtp_num_layers = None
+    provider.should_pad_vocab = True
+    provider.make_vocab_size_divisible_by = 1
+    if not megatron_cpu.has_transformer_engine():
+        _use_local_layers(provider)
+    provider.finalize()
+
+
+def check_layout(hf_config: Any, config: Config) -> None:
+    """Raise LayoutError where the layout does not divide the model, naming the nearest sizes that do."""
+    parallel = config.parallel
+    text = hf_config.get_text_config()
+    experts = next((getattr(text, name, None) for name in _EXPERT_FIELDS if getattr(text, name, None)), None)
+    heads = getattr(text, "num_attention_heads", None)
+    pairs = [
+        ("tp", "num_attention_heads", heads),
+        ("tp", "num_key_value_heads", getattr(text, "num_key_value_heads", None)),
+        ("tp", "intermediate_size", getattr(text, "intermediate_size", None)),
+        ("tp", "hidden_size", getattr(text, "hidden_size", None) if parallel.sequence_parallel else None),
+        ("pp", "num_hidden_layers", getattr(text, "num_hidden_layers", None)),
+        ("ep", "number of experts", experts),
+    ]
+    for axis, field, total in pairs:
+        size = getattr(parallel, axis)
+        if total and total % size:
+            fitting = " or ".join(map(str, nearest(size, _common_divisors(axis, pairs))))
+            raise LayoutError(
+                f"parallel.{axis} ({size}) does not divide the model's {field} ({total}); use parallel.{axis}={fitting}."
+            )
+    if parallel.ep > 1 and not experts:
+        raise LayoutError(f"parallel.ep is {parallel.ep}, but the model has no experts; set parallel.ep=1.")
+    if parallel.cp > 1 and not megatron_cpu.has_transformer_engine():
+        raise LayoutError(
+            f"parallel.cp is {parallel.cp}: Megatron's context parallelism needs Transformer Engine, which is not "
+            "installed; set parallel.cp=1 or install transformer-engine (CUDA only)."
+        )
+
+
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def _common_divisors(axis: str, pairs: Sequence[tuple[str, str, int | None]]) -> list[int]:
+    totals = [total for name, _, total in pairs if name == axis and total]
+    return divisors(math.gcd(*totals))
+
+
+def _check_family(auto_bridge: Any, hf_config: Any, config: Config) -> None:
+    if auto_bridge.supports(hf_config):
+        return
+    architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
+    raise ModelError(
+        f"model.name_or_path '{config.model.name_or_path}' is a {architecture}, which Megatron-Bridge "
+        f"{version('megatron-bridge')} does not know; use parallel.backend=deepspeed or transformers for it."
+    )
+
+
+def _dtype(config: Config, hf_config: Any) -> torch.dtype:
+    if config.model.dtype != "auto":
+        return getattr(torch, config.model.dtype)
+    dtype = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _use_local_layers(provider: Any) -> None:
+    provider.transformer_layer_spec = megatron_cpu.local_block_spec
+    for fusion in (
+        "bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm", "bias_dropout_fusion",
+        "apply_rope_fusion", "cross_entropy_loss_fusion", "moe_permute_fusion", "moe_router_fusion",
+        "memory_efficient_layer_norm", "moe_grouped_gemm",
+    ):  # fmt: skip
+        if hasattr(provider, fusion):
+            setattr(provider, fusion, False)
+
+
+def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
+    """Load a torch_dist checkpoint, saved at whatever layout, into the chunks. Collective. Raises ModelError."""
+    from megatron.core import dist_checkpointing
+
+    latest = directory / "latest_checkpointed_iteration.txt"
+    if latest.is_file():
+        directory = directory / f"iter_{int(latest.read_text().strip()):07d}"
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        raise ModelError(
+            f"model.checkpoint '{directory}' is not a Megatron torch_dist checkpoint (no metadata.json in it); pass the "
+            "directory that dist_checkpointing.save wrote, or one with latest_checkpointed_iteration.txt."
+        )
+    keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    wanted = {key: chunk.sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}
+    loaded = dist_checkpointing.load(wanted, str(directory))
+    for key, chunk in zip(keys, chunks, strict=True):
+        chunk.load_state_dict(loaded[key], strict=True)
