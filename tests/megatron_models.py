@@ -29,7 +29,7 @@ def samples() -> list[Tensor]:
 
 def true_gains(directory: Path, rows: Sequence[Tensor]) -> dict[str, tuple[float, int]]:
     """Return per projection the mean gain and the number of tokens: float64, one row at a time, no padding, no fusion."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, experts_implementation="eager").eval()
     seen: dict[str, list[Tensor]] = defaultdict(list)
 
     def note(fqn: str, z_TI: Tensor, weight_OI: Tensor) -> None:

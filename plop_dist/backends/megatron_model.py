@@ -19,7 +19,6 @@ from plop_dist.backends.megatron_names import (
     NamedLinear,
     find_named_linears,
     linear_kind,
-    local_out_features,
     logical_projection,
 )
 from plop_dist.backends.megatron_sites import ExpertSite, MegatronSite, RouterSite
@@ -289,7 +288,7 @@ def read_groups(config: Any) -> Groups:
         return group if group is not None and dist.get_world_size(group) > 1 else None
 
     tp_group = named(state.get_tensor_model_parallel_group())
-    ep_group = named(state.get_expert_model_parallel_group(check_initialized=False))
+    ep_group = state.get_expert_model_parallel_group()
     data_group = state.get_data_parallel_group(with_context_parallel=True)
     copies = {"tp": (dist.get_rank(data_group), dist.get_world_size(data_group))}
     if config.num_moe_experts:
@@ -303,7 +302,7 @@ def read_groups(config: Any) -> Groups:
         stage=str(state.get_pipeline_model_parallel_rank()),
         replica=state.get_data_parallel_rank(),
         num_replicas=num_replicas,
-        uniform_steps=ep_group is not None and num_replicas > 1,
+        uniform_steps=bool(config.num_moe_experts) and dist.get_world_size(ep_group) > 1 and num_replicas > 1,
     )
 
 
