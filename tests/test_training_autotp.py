@@ -8,36 +8,21 @@ from typing import Any
 import pytest
 
 from tests.spawn import run_ranks
-from tests.training_cases import assert_equal, check_run, prepare, recorded_gradients, run_engine
+from tests.training_cases import assert_equal, check_run, gradients_of, prepare, recorded_gradients, run_engine
 
 
 def _job(rank: int, directory: str, tp: int, dp: int) -> dict[str, Any]:
-    import plop_dist.training.autotp as autotp
-
     out: dict[str, Any] = {}
     options = {"backend": "deepspeed", "tp": tp, "dp": dp, "train": {"gradient_accumulation_steps": 4 // dp}}
-    shards: list[Any] = []
-    original = autotp.add_adapters
-    autotp.add_adapters = lambda *args: shards.append(original(*args)) or shards[-1]
     with recorded_gradients() as seen:
         out["whole"] = run_engine("autotp", directory, f"whole-{dp}", **options)
-        out["gradients"] = [_by_name(shards[0], grads) for grads in seen]
-    autotp.add_adapters = original
+        out["gradients"] = gradients_of(seen)
     out["killed"] = run_engine("autotp", directory, f"resumed-{dp}", num_steps=3, **options)
     out["resumed"] = run_engine("autotp", directory, f"resumed-{dp}", **options)
     if dp > 1:
         out["zero1"] = run_engine("autotp", directory, "zero1", **options, zero_stage=1)
         run_engine("autotp", directory, "zero1-resumed", num_steps=3, **options, zero_stage=1)
         out["zero1_resumed"] = run_engine("autotp", directory, "zero1-resumed", **options, zero_stage=1)
-    return out
-
-
-def _by_name(shards: list[Any], grads: dict[int, Any]) -> dict[str, Any]:
-    out = {}
-    for shard in shards:
-        A, B = shard.gather(grads[id(shard.A)], grads[id(shard.B)])
-        out[f"base_model.model.{shard.fqn}.lora_A.default.weight"] = A
-        out[f"base_model.model.{shard.fqn}.lora_B.default.weight"] = B
     return out
 
 

@@ -1,4 +1,4 @@
-"""One training problem for every engine: tiny model, rows, placement, and what plain PEFT in one process makes of it."""
+"""One training problem for every engine: tiny model, rows, placement, and what plain PEFT makes of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from plop_dist.backends.hf_modules import find_linears
 from plop_dist.config import Config, parse_config
 from plop_dist.names import natural_key
 from plop_dist.training import loop
+from plop_dist.training.adapters import AdapterShard
 from plop_dist.training.initial import reset_peft_adapter
 from plop_dist.types import DataInfo, ModelInfo, ModuleScore, Placement, Scores, TypeScore
 from tests.models import random_tokens
@@ -88,22 +89,46 @@ class Rows:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
 
 
+class Recorded(list):
+    """Per AdamW step the clipped gradients by id of parameter, and the adapters they belong to."""
+
+    shards: list[AdapterShard]
+
+
 @contextmanager
-def recorded_gradients() -> Iterator[list[dict[int, Tensor]]]:
-    """Yield a list that gets, at every AdamW step, the clipped gradients by id of parameter."""
-    original, seen = torch.optim.AdamW.step, []
+def recorded_gradients() -> Iterator[Recorded]:
+    """Yield a list that gets the gradients of every AdamW step, and the adapters made inside the block."""
+    step_of, init_of = torch.optim.AdamW.step, AdapterShard.__init__
+    seen = Recorded()
+    seen.shards = []
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(
-            {id(p): p.grad.detach().clone() for g in self.param_groups for p in g["params"] if p.grad is not None}
-        )
-        return original(self, *args, **kwargs)
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seen.append({id(p): p.grad.detach().clone() for p in parameters})
+        return step_of(self, *args, **kwargs)
 
-    torch.optim.AdamW.step = step  # type: ignore[method-assign]
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init_of(self, *args, **kwargs)
+        seen.shards.append(self)
+
+    torch.optim.AdamW.step, AdapterShard.__init__ = step, init  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        torch.optim.AdamW.step = original  # type: ignore[method-assign]
+        torch.optim.AdamW.step, AdapterShard.__init__ = step_of, init_of  # type: ignore[method-assign]
+
+
+def gradients_of(seen: Recorded) -> list[dict[str, Tensor]]:
+    """Return the whole clipped gradients of every step under PEFT's names. Collective over the shards' groups."""
+    steps = []
+    for gradients in seen:
+        whole = {}
+        for shard in seen.shards:
+            A, B = shard.gather(gradients[id(shard.A)], gradients[id(shard.B)])
+            whole[f"base_model.model.{shard.fqn}.lora_A.default.weight"] = A
+            whole[f"base_model.model.{shard.fqn}.lora_B.default.weight"] = B
+        steps.append(whole)
+    return steps
 
 
 def reference(
@@ -150,9 +175,7 @@ def assert_equal(name: str, found: Any, expected: Any, tolerance: float = 1e-4) 
     """Compare in relative terms, by the largest absolute value of what is expected."""
     found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    assert error <= tolerance, (
-        f"{name}: relative error {error:.2e} (found {found.flatten()[:4]}, {expected.flatten()[:4]})"
-    )
+    assert error <= tolerance, f"{name}: relative error {error:.2e}, {found.flatten()[:4]}, {expected.flatten()[:4]}"
 
 
 def run_engine(module: str, directory: str, run: str, num_steps: int = 0, **options: Any) -> dict[str, Any]:
@@ -170,16 +193,16 @@ def run_engine(module: str, directory: str, run: str, num_steps: int = 0, **opti
     def log(record: dict[str, Any]) -> None:
         records.append(record)
         if record["step"] == num_steps:
-            raise Killed
+            raise KilledError
 
     try:
         result = trainer.train(config, placement, log, data=Rows())
-    except Killed:
+    except KilledError:
         return {"records": records}
     return {"records": records, "result": result}
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a worker's death."""
 
 

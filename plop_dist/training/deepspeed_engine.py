@@ -1,4 +1,4 @@
-"""What the DeepSpeed engines share: configuration, optimizer, and the state a checkpoint needs without the base model."""
+"""What the DeepSpeed engines share: configuration, optimizer, and the state a checkpoint needs."""
 
 from __future__ import annotations
 
