@@ -27,13 +27,15 @@ _MLP_TYPES = frozenset({"fc1", "fc2", "fc_in", "fc_out", "up_proj", "gate_proj",
 class Candidates:
     """The units a policy chooses between, in natural order of their names.
 
-    unit_M: (M,) int64, the unit of each scored module, -1 for one that may not be chosen; reasons: why not, by path.
+    unit_M: (M,) int64, the unit of each scored module, -1 for one that may not be chosen; reasons: why not, by path;
+    left_out: the projections without a score, which are never chosen but may share a fused weight with chosen ones.
     """
 
     modules: tuple[ModuleScore, ...]
     units: tuple[str, ...]
     unit_M: np.ndarray  # noqa: N815 (shape suffix)
     reasons: dict[str, str]
+    left_out: tuple[LeftOut, ...] = ()
 
     def values(self, nfn_bM: np.ndarray) -> np.ndarray:
         """Return the mean NFN of each unit: (b, U), float64, NaN without a token.
@@ -72,7 +74,7 @@ def find_candidates(
     units = tuple(sorted(set(unit_of.values()), key=natural_key))
     index = {name: position for position, name in enumerate(units)}
     unit_M = np.array([index[unit_of[m.fqn]] if m.fqn in unit_of else -1 for m in modules], dtype=np.int64)
-    return Candidates(tuple(modules), units, unit_M, reasons)
+    return Candidates(tuple(modules), units, unit_M, reasons, tuple(left_out))
 
 
 def matches(projection: Projection, entry: str) -> bool:

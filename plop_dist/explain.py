@@ -136,7 +136,7 @@ def _alternative(
         name=name,
         module_types=tuple(entry for entry in ordered_types(scores) if entry in types),
         num_modules=len(modules),
-        num_parameters=num_trainable_parameters(modules, rank_function(config)),
+        num_parameters=num_trainable_parameters(modules, rank_function(config), scores.left_out),
         nfn=sum(module.nfn for module in modules) / len(modules),
         probability=probability,
     )
@@ -189,7 +189,7 @@ def _verdicts(
                 num_chosen=sum(module.fqn in inside for module in modules),
                 reason=_reason(modules, units, candidates, config, inside, reason_of),
                 probability=probability,
-                num_parameters=num_trainable_parameters(modules, rank_function(config)),
+                num_parameters=num_trainable_parameters(modules, rank_function(config), scores.left_out),
             )
         )
     return verdicts

@@ -80,7 +80,7 @@ class BudgetRule:
         self._cost = cost_function(candidates, rank_function(config))
         num_units = len(candidates.units)
         self._cost_U = np.array([self._cost([unit]) for unit in range(num_units)], dtype=np.int64)
-        # Projections fused into one linear share an A matrix: then a set costs less than its members apart.
+        # Projections fused into one linear share one A matrix: then a set costs other than its members apart.
         self._is_additive = int(self._cost_U.sum()) == self._cost(range(num_units))
         self._subsets: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
         if (self._cost_U > limit).all():
@@ -127,18 +127,20 @@ class BudgetRule:
         return np.array([self._cost(positive[subset]) for subset in subsets])
 
     def _fill(self, chosen_U: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-        """Take units in this order, skipping each that no longer fits.
-
-        Costs apart are never less than together, so the sum of the former cannot overrun the limit.
-        """
+        """Take units in this order, skipping each that no longer fits."""
+        taken: list[int] = []
         remaining = self._limit
         while len(ordered):
             spent = np.cumsum(self._cost_U[ordered])
             num_fitting = int(np.searchsorted(spent, remaining, side="right"))
-            chosen_U[ordered[:num_fitting]] = True
+            taken += ordered[:num_fitting].tolist()
             remaining -= int(spent[num_fitting - 1]) if num_fitting else 0
             ordered = ordered[num_fitting + 1 :]
             ordered = ordered[self._cost_U[ordered] <= remaining]
+        # With unequal ranks, a fused linear taken whole costs more than its parts: every part then gets the highest.
+        while not self._is_additive and self._cost(taken) > self._limit:
+            taken.pop()
+        chosen_U[taken] = True
         return chosen_U
 
 
@@ -154,10 +156,14 @@ def cost_function(candidates: Candidates, rank_of: Callable[[Projection], int]) 
     for module, unit in zip(candidates.modules, candidates.unit_M, strict=True):
         if unit >= 0:
             members[unit].append(module)
-    return lambda units: num_trainable_parameters([module for unit in units for module in members[unit]], rank_of)
+    return lambda units: num_trainable_parameters(
+        [module for unit in units for module in members[unit]], rank_of, candidates.left_out
+    )
 
 
-def highest_fitting_rank(modules: Sequence[ModuleScore], config: PlacementConfig) -> int:
+def highest_fitting_rank(
+    modules: Sequence[ModuleScore], config: PlacementConfig, left_out: Sequence[Projection] = ()
+) -> int:
     """Return the highest common rank at which adapters on `modules` fit the budget; rank_pattern stays as given.
 
     Raises PlacementError when rank 1 does not fit.
@@ -167,7 +173,7 @@ def highest_fitting_rank(modules: Sequence[ModuleScore], config: PlacementConfig
     ceiling = max(max(module.in_features, module.out_features) for module in modules)
 
     def count(rank: int) -> int:
-        return num_trainable_parameters(modules, rank_function(config.model_copy(update={"rank": rank})))
+        return num_trainable_parameters(modules, rank_function(config.model_copy(update={"rank": rank})), left_out)
 
     if count(1) > limit:
         raise PlacementError(

@@ -37,7 +37,7 @@ def place(scores: Scores, policy: PlacementConfig | str | None = None, **options
         raise PlacementError(_nothing_chosen(candidates, config))
     modules = candidates.members(chosen_U)
     is_rank_fitted = config.policy == "budget" and config.fit == "rank"
-    rank = highest_fitting_rank(modules, config) if is_rank_fitted else config.rank
+    rank = highest_fitting_rank(modules, config, scores.left_out) if is_rank_fitted else config.rank
     samples = scores.samples
     confidence = None if samples is None else selection_confidence(scores.modules, samples, choose)
     placement = _placement(scores, config, modules, rank, confidence)
@@ -90,7 +90,7 @@ def _placement(
         num_trainable_parameters=0,
         selection_confidence=confidence,
     )
-    count = num_trainable_parameters(modules, placement.rank_of)
+    count = num_trainable_parameters(modules, placement.rank_of, scores.left_out)
     return placement.model_copy(update={"num_trainable_parameters": count}).with_source(scores)
 
 
