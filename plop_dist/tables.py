@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from plop_dist.diagnostics import Diagnostic
 from plop_dist.explain import Explanation
+from plop_dist.files import read_json
 from plop_dist.parameters import num_trainable_parameters
 from plop_dist.sweep import Sweep
 from plop_dist.types import Placement, Scores, TypeScore
@@ -107,6 +109,22 @@ def print_diagnostics(diagnostics: Iterable[Diagnostic], console: Console | None
             _line(f"{finding.severity}: {finding.text}", console)
 
 
+def print_training(summary_path: Path, console: Console | None = None) -> None:
+    """Print what a training's summary.json says: steps, held-out loss before and after, adapter. Nothing if absent."""
+    if not summary_path.is_file():
+        return
+    summary = read_json(summary_path, what="training summary", remedy="run plop-dist run again")
+    parts = [f"Trained: {summary.get('method', 'adapter')}"]
+    if summary.get("num_steps") is not None:
+        parts.append(f"{summary['num_steps']} steps")
+    before, after = summary.get("held_out_before"), summary.get("held_out_after")
+    if before is not None and after is not None:
+        parts.append(f"held-out loss {before:.4f} -> {after:.4f}")
+    if summary.get("adapter"):
+        parts.append(f"adapter {summary['adapter']}")
+    _line(" · ".join(parts), console)
+
+
 def interval_text(interval: tuple[float, float] | None) -> str:
     """Return an interval as `0.6310 to 0.6420`, or a dash."""
     return "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
@@ -129,7 +147,7 @@ def _chosen_cells(entry: TypeScore, scores: Scores, placement: Placement) -> lis
     if not members:
         return ["", ""]
     share = "yes" if len(members) == entry.num_modules else f"{len(members)}/{entry.num_modules}"
-    return [share, f"{num_trainable_parameters(members, placement.rank_of):,}"]
+    return [share, f"{num_trainable_parameters(members, placement.rank_of, scores.left_out):,}"]
 
 
 def _summary(placement: Placement) -> str:
