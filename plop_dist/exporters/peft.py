@@ -66,8 +66,8 @@ def lora_config_fields(placement: Placement, targets: Targets) -> dict[str, Any]
     # PEFT corrects this per module, with a warning each time it is wrong.
     has_conv1d = any(module.storage == "conv1d" for module in placement.source.modules)
     return {
-        "r": targets.rank,
-        "lora_alpha": number(targets.alpha),
+        "r": placement.rank,
+        "lora_alpha": number(placement.alpha),
         "lora_dropout": 0.0,
         "target_modules": list(targets.modules),
         "target_parameters": list(targets.parameters) or None,
@@ -80,12 +80,12 @@ def lora_config_fields(placement: Placement, targets: Targets) -> dict[str, Any]
 def rank_patterns(placement: Placement, targets: Targets) -> tuple[dict[str, int], dict[str, float]]:
     """Return PEFT's rank_pattern and alpha_pattern: regexes that PEFT matches against the end of a path."""
     ranks: dict[str, int] = {}
-    paths = [holder.path for holder in targets.holders]
-    for rank in sorted({holder.rank for holder in targets.holders} - {targets.rank}):
-        for name in shortest_names([holder.path for holder in targets.holders if holder.rank == rank], paths):
+    paths = [holder.peft_path for holder in targets.holders]
+    for rank in sorted({holder.rank for holder in targets.holders} - {placement.rank}):
+        for name in shortest_names([holder.peft_path for holder in targets.holders if holder.rank == rank], paths):
             # PEFT lets any prefix stand before a pattern: a full path says that it begins there.
             ranks[f"^{re.escape(name)}" if name in paths else re.escape(name)] = rank
-    alphas = {name: number(targets.alpha * rank / targets.rank) for name, rank in ranks.items()}
+    alphas = {name: number(placement.alpha * rank / placement.rank) for name, rank in ranks.items()}
     return ranks, alphas
 
 

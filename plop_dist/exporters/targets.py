@@ -22,12 +22,21 @@ _RENAMED_BESIDE_EXPERTS = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_
 
 @dataclass(frozen=True)
 class Holder:
-    """A module (or parameter, where `is_parameter`) that gets one adapter, and its rank."""
+    """A module, or 3-D expert parameter, that gets one adapter.
+
+    peft_path: what PEFT must be told, and whether it is a parameter (target_parameters) or a module.
+    """
 
     path: str
+    peft_path: str
     is_parameter: bool
     rank: int
     projections: tuple[Projection, ...]
+
+    @property
+    def is_expert_parameter(self) -> bool:
+        """Whether the weights are slices of a 3-D parameter, so that no module of their own exists."""
+        return self.projections[0].storage == "expert_parameter"
 
 
 @dataclass(frozen=True)
@@ -35,14 +44,14 @@ class Targets:
     """What a PEFT-based framework is asked to adapt.
 
     modules, parameters: the shortest exact names (a name matches a path that is equal to it or ends with "." + it).
-    rank, alpha: the placement's; widened: what is adapted beyond the placement, one sentence each.
+    known_paths: every module or expert parameter of the model, adapted or not. widened: what is adapted beyond the
+    placement, one sentence each.
     """
 
     holders: tuple[Holder, ...]
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
-    rank: int
-    alpha: float
+    known_paths: tuple[str, ...]
     has_experts: bool
     widened: tuple[str, ...]
     notes: tuple[str, ...]
@@ -103,8 +112,8 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
     known = [_holder(path, tuple(parts), 1, has_experts) for path, parts in by_holder.items()]
     named = {
         is_parameter: shortest_names(
-            [holder.path for holder in holders if holder.is_parameter == is_parameter],
-            [holder.path for holder in known if holder.is_parameter == is_parameter],
+            [holder.peft_path for holder in holders if holder.is_parameter == is_parameter],
+            [holder.peft_path for holder in known if holder.is_parameter == is_parameter],
             min_parts=2 if is_parameter else 1,
         )
         for is_parameter in (False, True)
@@ -113,8 +122,7 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
         holders=tuple(holders),
         modules=named[False],
         parameters=named[True],
-        rank=placement.rank,
-        alpha=placement.alpha,
+        known_paths=tuple(by_holder),
         has_experts=has_experts,
         widened=tuple(widened),
         notes=notes,
@@ -172,13 +180,13 @@ def check_engine(engine: str | None, allowed: tuple[str, ...], target: str) -> s
     return engine
 
 
-def no_parameters(targets: Targets, target: str) -> None:
+def refuse_parameters(targets: Targets, target: str) -> None:
     """Raise ExportError if 3-D parameters are among the targets, for a framework without target_parameters."""
     if targets.parameters:
         raise ExportError(
             f"{target} cannot name parameters, and {', '.join(targets.parameters)} can only be adapted as such "
             "(target_parameters) beside experts kept as 3-D parameters. Nearest choice: leave these types out "
-            "(placement.exclude), or export to peft, trl, axolotl or verl."
+            "(placement.exclude), or export to peft, trl, axolotl, ms-swift or verl."
         )
 
 
@@ -223,10 +231,10 @@ def _suffixes(path: str) -> list[str]:
 
 def _holder(path: str, parts: tuple[Projection, ...], rank: int, has_experts: bool) -> Holder:
     if parts[0].storage == "expert_parameter":
-        return Holder(path, True, rank, parts)
+        return Holder(path, path, True, rank, parts)
     if has_experts and path.rpartition(".")[2] in _RENAMED_BESIDE_EXPERTS:
-        return Holder(f"{path}.weight", True, rank, parts)
-    return Holder(path, False, rank, parts)
+        return Holder(path, f"{path}.weight", True, rank, parts)
+    return Holder(path, path, False, rank, parts)
 
 
 def _refuse_part(target: str, path: str, wanted: list[Projection], parts: list[Projection], widen: bool) -> None:
