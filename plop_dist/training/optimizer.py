@@ -34,10 +34,12 @@ class AdapterOptimizer:
             norm_groups,
         )
         self._parameters = [parameter for shard in shards for parameter in (shard.A, shard.B)]
+        # In bfloat16 an update smaller than a 256th of the weight would be lost: AdamW works on float32 copies.
+        self._masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self._parameters]
         # A pipeline stage may hold no adapter at all; torch refuses an optimizer without parameters.
         self._adamw = (
-            torch.optim.AdamW(self._parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
-            if self._parameters
+            torch.optim.AdamW(self._masters, lr=train.learning_rate, weight_decay=train.weight_decay)
+            if self._masters
             else None
         )
 
@@ -54,26 +56,30 @@ class AdapterOptimizer:
                 dist.all_reduce(parameter.grad, group=self._dp_group)
         norm = self._grad_norm(device)
         scale = min(1.0, self._max_norm / (norm + 1e-6))
-        for parameter in self._parameters:
-            parameter.grad.mul_(scale)
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            master.grad = parameter.grad.to(master.dtype).mul_(scale)
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 group["lr"] = learning_rate
             self._adamw.step()
-            self._adamw.zero_grad()
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
+            parameter.grad = master.grad = None
         return norm
 
     def state(self) -> dict[str, Any]:
         """Return this rank's adapter parameters and AdamW's state."""
         return {
-            "adapters": [parameter.detach().cpu() for parameter in self._parameters],
+            "adapters": [master.detach().cpu() for master in self._masters],
             "optimizer": self._adamw.state_dict() if self._adamw is not None else None,
         }
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what state() returned, in place."""
-        for parameter, saved in zip(self._parameters, state["adapters"], strict=True):
+        for parameter, master, saved in zip(self._parameters, self._masters, state["adapters"], strict=True):
+            master.copy_(saved)
             parameter.copy_(saved)
         if self._adamw is not None:
             self._adamw.load_state_dict(state["optimizer"])
