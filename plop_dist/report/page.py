@@ -1,0 +1,114 @@
+"""RUN_DIR/report.html: one page with the choice, its reasons and the training, that opens without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plop_dist.diagnostics import diagnose
+from plop_dist.errors import ScoresError
+from plop_dist.explain import explain
+from plop_dist.files import read_json, write_text
+from plop_dist.registry import missing_extra
+from plop_dist.report import figures
+from plop_dist.report.redact import redact
+from plop_dist.sweep import sweep
+from plop_dist.tables import interval_text, percent, short_list
+from plop_dist.types import Placement, Scores
+
+_PLOTLY_MARK = "/*plotly*/"
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write report.html into a run directory and return its path.
+
+    Reads scores.json (required) and samples.safetensors, placement.json, train/log.jsonl, train/summary.json,
+    config.yaml and command.txt where they exist. plotly.js is part of the page; secrets are left out of it.
+    Raises ScoresError when scores.json is missing or malformed, MissingExtraError without plotly or jinja2.
+    """
+    directory = Path(run_dir)
+    try:
+        import jinja2
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "plop-dist report") from error
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("plop_dist.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(interval=interval_text, percent=percent, short_list=short_list)
+    page = environment.get_template("report.html.j2").render(plotly_mark=_PLOTLY_MARK, **build_context(directory))
+    path = directory / "report.html"
+    # Put in last: four megabytes of script need no escaping and no template engine.
+    write_text(path, page.replace(_PLOTLY_MARK, get_plotlyjs(), 1))
+    return path
+
+
+def build_context(directory: Path) -> dict[str, Any]:
+    """Return everything the template shows, without secrets. Raises ScoresError as write_report does."""
+    scores = Scores.from_file(directory / "scores.json")
+    placement = None
+    if (directory / "placement.json").is_file():
+        placement = Placement.from_file(directory / "placement.json")
+        scores = placement.source
+    log, num_unreadable = _read_log(directory / "train" / "log.jsonl")
+    policy = placement.policy if placement is not None else {}
+    swept = sweep(scores, **policy)
+    charts = {
+        "types": figures.types_figure(scores, placement),
+        "heatmap": figures.heatmap_figure(scores),
+        "samples": figures.samples_figure(swept) if swept.by_samples else None,
+        "loss": figures.training_figure(log, "loss", "loss", held_out=True),
+        "reward": figures.training_figure(log, "reward", "reward"),
+        "nfn": figures.tracked_nfn_figure(log),
+    }
+    config = _read_text(directory / "config.yaml")
+    command = _read_text(directory / "command.txt")
+    return {
+        "scores": redact(scores.model_dump(mode="json", by_alias=True, exclude={"modules", "left_out"})),
+        "num_modules": len(scores.modules),
+        "placement": None if placement is None else redact(placement.model_dump(mode="json", exclude={"modules"})),
+        "num_chosen": 0 if placement is None else len(placement.modules),
+        "explanation": None if placement is None else explain(scores, placement),
+        "diagnostics": diagnose(scores, placement),
+        "sweep": swept,
+        "charts": redact({name: chart for name, chart in charts.items() if chart is not None}),
+        "training": redact(_read_summary(directory / "train" / "summary.json")),
+        "num_unreadable": num_unreadable,
+        "config": redact(config),
+        "command": redact(command),
+    }
+
+
+def _read_log(path: Path) -> tuple[list[Mapping[str, Any]], int]:
+    """Return the log's entries and how many lines are unreadable, as the last one is after a crash."""
+    entries: list[Mapping[str, Any]] = []
+    num_unreadable = 0
+    for line in (_read_text(path) or "").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            entry = None
+        if isinstance(entry, dict):
+            entries.append(entry)
+        else:
+            num_unreadable += 1
+    return entries, num_unreadable
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    summary = read_json(path, what="training summary", remedy="run plop-dist run again")
+    if not isinstance(summary, dict):
+        raise ScoresError(f"{path} holds a {type(summary).__name__}, expected an object; run plop-dist run again.")
+    return summary
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
