@@ -55,7 +55,7 @@ class MegatronEngine:
         from megatron.core import parallel_state as state
 
         self._config, self._placement = config, placement
-        self._peft = placement.to_megatron(dropout=config.train.lora_dropout)
+        self._peft = placement.to_megatron(engine="canonical", dropout=config.train.lora_dropout)
         self._chunks: list[Any] = self._peft(chunks, training=True)
         self._peft.set_params_to_save(self._chunks)
         self._model_config = unwrap(self._chunks[0]).config
@@ -217,12 +217,12 @@ def _check(config: Config, placement: Placement) -> None:
         if rank % tp:
             fitting = " or ".join(str(tp * near) for near in nearest(rank // tp, range(1, rank // tp + 2)))
             raise LayoutError(
-                f"placement.rank ({rank}) is not divisible by parallel.tp ({tp}): Megatron shards A along the rank; use "
-                f"placement.rank={fitting}."
+                f"placement.rank ({rank}) is not divisible by parallel.tp ({tp}): Megatron shards A along the rank; "
+                f"use placement.rank={fitting}."
             )
     experts = [fqn for fqn in placement.modules if expert_index(fqn) is not None]
     if experts and (tp > 1 or ep > 1):
         raise PlacementError(
-            f"'{experts[0]}' is a routed expert, and adapters of experts are trained with parallel.tp and parallel.ep of "
-            f"1 alone, not {tp} and {ep}; set placement.experts=false or those sizes to 1."
+            f"'{experts[0]}' is a routed expert, and adapters of experts are trained with parallel.tp=1 and parallel.ep=1 "
+            f"alone, not {tp} and {ep}; set placement.experts=false or those sizes to 1."
         )

@@ -1,0 +1,242 @@
+"""Training in DeepSpeed's PipelineModule, times data parallelism: PEFT adapters in the layers of each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from plop_dist.backends.hf_load import load_model, load_tokenizer
+from plop_dist.config import Config
+from plop_dist.errors import LayoutError, ModelError
+from plop_dist.training import loop
+from plop_dist.training.adapters import AdapterShard, check_complete, lora_config, save_peft_adapter
+from plop_dist.training.deepspeed_engine import (
+    adamw,
+    deepspeed_config,
+    engine_state,
+    load_engine_state,
+    parameters_of,
+    set_learning_rate,
+)
+from plop_dist.training.initial import reset_peft_adapter
+from plop_dist.types import Placement
+
+
+def train(
+    config: Config,
+    placement: Placement,
+    log: Callable[[dict[str, Any]], None],
+    data: loop.Data | None = None,
+) -> dict[str, Any]:
+    """Train the adapters of a model cut into pipeline stages; see loop.run for what it returns and writes.
+
+    `data` replaces the configured training rows. Collective over all ranks. Raises ModelError for a model that is not
+    a plain stack of decoder layers, LayoutError for a stage without adapters.
+    """
+    if data is None:
+        from plop_dist.training.data import TrainingData
+
+        data = TrainingData(config, load_tokenizer(config.model))
+    engine = PipelineEngine(config, placement)
+    try:
+        return loop.run(engine, data, config, placement, log)
+    finally:
+        engine.close()
+
+
+class PipelineEngine:
+    """loop.Engine over deepspeed.pipe.PipelineModule."""
+
+    def __init__(self, config: Config, placement: Placement):
+        import deepspeed
+        from deepspeed.pipe import PipelineModule
+        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+        from peft import inject_adapter_in_model
+
+        deepspeed.init_distributed(dist_backend=dist.get_backend())
+        self._config, self._placement = config, placement
+        model = load_model(config.model)
+        layers = pipeline_layers(model)
+        model.requires_grad_(False)
+        inject_adapter_in_model(lora_config(placement, config), model)
+        reset_peft_adapter(model, config.train.seed)
+        shards = _whole_shards(model)
+        check_complete({shard.fqn for shard in shards}, placement)
+        self._total, self._scale = 0.0, 1.0
+        pipe = PipelineModule(
+            layers=layers,
+            topology=PipeDataParallelTopology(num_pp=config.parallel.pp, num_dp=config.parallel.dp),
+            loss_fn=self._loss,
+            partition_method="type:DecoderLayer",
+            activation_checkpoint_interval=0,
+            dynamic_shape=True,
+        )
+        own = {id(parameter) for parameter in pipe.parameters()}
+        self._shards = [shard for shard in shards if id(shard.A) in own]
+        self._check_stages()
+        parameters = parameters_of(self._shards)
+        self._engine = deepspeed.initialize(
+            model=pipe,
+            config=deepspeed_config(config, config.train.gradient_accumulation_steps),
+            optimizer=adamw(parameters, config),
+            model_parameters=parameters,
+        )[0]
+        self._engine.clip_fp32_gradients = self._clip  # DeepSpeed's own does not keep the norm, and misses later stages
+        grid = self._engine.grid
+        self._pp_group, self.dp_group = grid.get_pipe_parallel_group(), grid.get_data_parallel_group()
+        self.dp_rank, self.dp_size = grid.get_data_parallel_rank(), config.parallel.dp
+        self.device = self._engine.device
+
+    def step(self, micro_batches: Sequence[loop.Batch], num_targets: int, learning_rate: float) -> tuple[float, float]:
+        """Run one optimizer step through DeepSpeed's 1F1B schedule. See loop.Engine."""
+        set_learning_rate(self._engine, learning_rate)
+        # DeepSpeed averages over micro-batches and replicas; the loss is a mean over tokens.
+        self._total, self._scale = 0.0, len(micro_batches) * self.dp_size / num_targets
+        self._engine.train_batch(iter([_as_pipe_input(batch) for batch in micro_batches]))
+        if self._config.parallel.zero_stage:
+            self._grad_norm = float(self._engine.get_global_grad_norm())
+        total = loop.sum_over(self._pp_group, self._total, device=self.device)[0]
+        return loop.sum_over(self.dp_group, total, device=self.device)[0] / num_targets, self._grad_norm
+
+    def sum_loss(self, micro_batches: Sequence[loop.Batch]) -> float:
+        """Return the summed loss without gradients. See loop.Engine."""
+        self._total, self._scale = 0.0, 1.0
+        self._engine.eval_batch(
+            iter([_as_pipe_input(batch) for batch in micro_batches]),
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=len(micro_batches),
+        )
+        self._engine.fwd_outputs = []
+        return loop.sum_over(self._pp_group, self._total, device=self.device)[0]
+
+    def state(self) -> dict[str, Any]:
+        """Return this rank's adapter and optimizer state."""
+        return engine_state(self._engine, self._shards)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what state() returned."""
+        load_engine_state(self._engine, self._shards, state)
+
+    def save_adapter(self, directory: Path) -> None:
+        """Write the whole adapter in PEFT's format. Collective over all ranks."""
+        save_peft_adapter(directory, self._shards, self._placement, self._config, owns=self.dp_rank == 0)
+
+    def close(self) -> None:
+        """Give DeepSpeed's hooks and buffers back."""
+        self._engine.destroy()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = loop.sum_token_losses(logits, labels)
+        self._total += float(loss.detach())
+        return loss * self._scale
+
+    def _clip(self) -> None:
+        """Clip by the norm over all stages, and keep it. Collective over the pipeline."""
+        grads = [p.grad for p in parameters_of(self._shards) if p.grad is not None]
+        square = sum(float(grad.float().square().sum(dtype=torch.float64)) for grad in grads)
+        self._grad_norm = loop.sum_over(self._pp_group, square, device=self.device)[0] ** 0.5
+        scale = min(1.0, self._config.train.max_grad_norm / (self._grad_norm + 1e-6))
+        for grad in grads:
+            grad.mul_(scale)
+
+    def _check_stages(self) -> None:
+        counts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, len(self._shards))
+        if not all(counts):
+            raise LayoutError(
+                f"parallel.pp is {self._config.parallel.pp}, but rank {counts.index(0)}'s stage holds no chosen "
+                "module; use a smaller parallel.pp, parallel.tp instead, or placement.granularity=type."
+            )
+
+
+class Embedding(nn.Module):
+    """First pipeline layer: (input_ids, position_ids, attention_mask) -> (hidden, position_ids, attention_mask)."""
+
+    def __init__(self, embed_tokens: nn.Module):
+        super().__init__()
+        self.embed_tokens = embed_tokens
+
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hidden states (batch, sequence, hidden) with what the decoder layers need beside them."""
+        input_ids, position_ids, attention_mask = inputs
+        hidden = self.embed_tokens(input_ids)
+        if torch.is_grad_enabled():
+            hidden.requires_grad_()  # the schedule sends a gradient back even where nothing here is trained
+        return hidden, position_ids, attention_mask
+
+
+class DecoderLayer(nn.Module):
+    """One transformers decoder layer with the mask and rotary embedding that its model would hand to it."""
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module, config: Any, index: int):
+        super().__init__()
+        self.layer, self.rotary, self.config = layer, rotary, config
+        self.is_sliding = (getattr(config, "layer_types", None) or {index: None})[index] == "sliding_attention"
+
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next hidden states, and position_ids and attention_mask as they are."""
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+        hidden, position_ids, attention_mask = inputs
+        make_mask = create_sliding_window_causal_mask if self.is_sliding else create_causal_mask
+        # A mask without padding is left out, as in loop.model_inputs: then packed samples are kept apart.
+        padding = None if bool(attention_mask.all()) else attention_mask
+        mask = make_mask(
+            config=self.config, inputs_embeds=hidden, attention_mask=padding, past_key_values=None,
+            position_ids=position_ids,
+        )  # fmt: skip
+        output = self.layer(
+            hidden, attention_mask=mask, position_ids=position_ids, use_cache=False,
+            position_embeddings=self.rotary(hidden, position_ids),
+        )  # fmt: skip
+        return output[0] if isinstance(output, tuple) else output, position_ids, attention_mask
+
+
+class Head(nn.Module):
+    """Last pipeline layer: the final norm and the LM head; returns logits (batch, sequence, vocab)."""
+
+    def __init__(self, norm: nn.Module, lm_head: nn.Module):
+        super().__init__()
+        self.norm, self.lm_head = norm, lm_head
+
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Return the logits."""
+        return self.lm_head(self.norm(inputs[0]))
+
+
+def pipeline_layers(model: Any) -> list[nn.Module]:
+    """Return the model as a list of layers to cut into stages. Raises ModelError unless it is built like Llama."""
+    body = model.base_model
+    missing = [name for name in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(body, name)]
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if missing or kinds or not hasattr(model, "lm_head"):
+        what = (
+            f"has no {missing[0]}" if missing else f"has layers of type {sorted(kinds)}" if kinds else "has no lm_head"
+        )
+        raise ModelError(
+            f"{type(model).__name__} {what}: DeepSpeed's pipeline takes plain stacks of decoder layers (Llama, Qwen2, "
+            "Qwen3, Mistral); use parallel.tp instead of parallel.pp, or parallel.backend=megatron."
+        )
+    decoder = [DecoderLayer(layer, body.rotary_emb, model.config, index) for index, layer in enumerate(body.layers)]
+    return [Embedding(body.embed_tokens), *decoder, Head(body.norm, model.lm_head)]
+
+
+def _whole_shards(model: nn.Module) -> list[AdapterShard]:
+    shards = []
+    for fqn, module in model.named_modules():
+        if "default" in getattr(module, "lora_A", {}):
+            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+            # DeepSpeed's ZeRO norm counts unmarked parameters on the first stage alone.
+            A.tensor_model_parallel = B.tensor_model_parallel = True
+            shards.append(AdapterShard(fqn, A, B))
+    return shards
+
+
+def _as_pipe_input(batch: loop.Batch) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    return (batch["input_ids"], batch["position_ids"], batch["attention_mask"]), batch["labels"]
