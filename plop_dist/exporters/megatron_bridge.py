@@ -34,10 +34,7 @@ def export(placement: Placement, *, engine: str | None = None, widen: bool = Fal
             "peft.py": (
                 '"""The adapters of this run: pass `peft` to the recipe\'s ConfigContainer."""\n\n'
                 f"from {home} import {_class(targets)}\n\npeft = {_class(targets)}(\n"
-                + "".join(
-                    f"    {name}={json.dumps(value) if name == 'target_modules' else value!r},\n"
-                    for name, value in fields.items()
-                )
+                + "".join(f"    {name}={_literal(value)},\n" for name, value in fields.items())
                 + ")\n"
             ),
             "peft.yaml": yaml_text({"type": "canonical_lora" if targets.is_canonical else "lora", **fields}),
@@ -85,3 +82,7 @@ def _fields(targets: MegatronTargets) -> dict[str, Any]:
 
 def _class(targets: MegatronTargets) -> str:
     return "CanonicalLoRA" if targets.is_canonical else "LoRA"
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list) else repr(value)
