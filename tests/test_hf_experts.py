@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from plop_dist.backends.hf_experts import IMPLEMENTATION, ExpertSite, find_expert_sites
 from plop_dist.errors import LayoutError, ModelError
 from tests.models import random_tokens, tiny, tiny_config
+from tests.spawn import run_ranks
 
 NEMOTRON = {
     "hidden_size": 32, "layers_block_type": ["moe", "attention"], "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -242,6 +243,39 @@ def test_bfloat16_outputs_equal_the_eager_ones() -> None:
     with attached(find_expert_sites(model), notes):
         assert torch.equal(model(tokens).logits, eager)
     assert all(row.dtype == torch.float32 for _, in_sq_T, out_sq, _ in notes.calls for row in [in_sq_T, *out_sq])
+
+
+def zero_three_equals_whole(rank: int) -> int:
+    """Compare the sites of a model partitioned by ZeRO-3 with those of the whole model; return the number of calls."""
+    import deepspeed
+
+    whole, tokens = tiny("qwen3_moe"), random_tokens(2, 9, seed=rank)
+    sites, expected = find_expert_sites(whole), Notes()
+    with torch.no_grad(), attached(sites, expected):
+        whole(tokens)
+    deepspeed.init_distributed(dist_backend="gloo")
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    engine, *_ = deepspeed.initialize(model=tiny("qwen3_moe"), config=config)
+    experts = engine.module.model.layers[0].mlp.experts
+    assert experts.down_proj.shape == (0,), "not partitioned"
+
+    partitioned, notes = find_expert_sites(engine.module), Notes()
+    with torch.no_grad(), attached(partitioned, notes):
+        engine(tokens)
+    assert notes.gains() == expected.gains()
+    for site, reference in zip(partitioned, sites, strict=True):
+        assert site.projections == reference.projections
+        with site.weights() as weights, reference.weights() as whole_weights:
+            for local, known in zip(weights, whole_weights, strict=True):
+                assert torch.equal(local.weight_OI, known.weight_OI), known.projection.fqn
+    assert experts.down_proj.shape == (0,), "still gathered"
+    return len(notes.calls)
+
+
+@pytest.mark.slow
+def test_experts_partitioned_by_zero_three() -> None:
+    assert all(num_calls >= 8 for num_calls in run_ranks(2, zero_three_equals_whole))
 
 
 def test_quantised_and_sharded_experts_are_refused() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -274,7 +275,6 @@ def test_quantised_weights_are_refused() -> None:
 
 
 def test_a_model_with_adapters_is_refused() -> None:
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["v_proj"]))
+    model = get_peft_model(tiny("llama"), LoraConfig(target_modules=["v_proj"]))
     with pytest.raises(ModelError, match=r"v_proj' already carries a PEFT adapter; score the base model"):
         find_linears(model)

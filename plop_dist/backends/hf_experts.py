@@ -215,9 +215,9 @@ def _gathered(parameter: nn.Parameter, gather: Gather | None) -> AbstractContext
     if gather is not None:
         return gather([parameter])
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        return GatheredParameters([parameter])
+        return deepspeed.zero.GatheredParameters([parameter])
     return nullcontext()
 
 
