@@ -120,7 +120,9 @@ def worst(found: dict[str, Any], truth: dict[str, tuple[float, int]]) -> tuple[f
     """Return the largest relative error of a gain and where; names and token counts must agree exactly."""
     scored = {fqn: count for fqn, (_, count) in found.items() if count}
     assert scored == {fqn: count for fqn, (_, count) in truth.items()}, {
-        fqn: (scored.get(fqn), truth.get(fqn)) for fqn in {*scored, *truth} if scored.get(fqn) != truth.get(fqn, (0, 0))[1]
+        fqn: (scored.get(fqn), truth.get(fqn))
+        for fqn in {*scored, *truth}
+        if scored.get(fqn) != truth.get(fqn, (0, 0))[1]
     }
     return max((abs(found[fqn][0] / truth[fqn][0] - 1), fqn) for fqn in truth)
 
@@ -132,3 +134,28 @@ def fresh() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.barrier()
+
+
+def logits(model: Any, row: Tensor) -> Tensor | None:
+    """Return the logits (s, V) of one row on the ranks of the last pipeline stage, None elsewhere. Collective."""
+    from megatron.core import parallel_state
+
+    caught: list[Tensor] = []
+    layer = getattr(model._bare[-1], "output_layer", None)
+    handle = layer and layer.register_forward_hook(lambda module, args, output: caught.append(output[0]))
+    ones = torch.ones_like(row)[None]
+    model.forward([MicroBatch(row[None], ones, ones)], lambda _: None)
+    if handle is None:
+        return None
+    handle.remove()
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(caught[0]) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, caught[0].contiguous(), group=group)
+    return torch.cat(parts, dim=-1)[: len(row), 0]
+
+
+def true_logits(directory: Path, row: Tensor) -> Tensor:
+    """Return transformers' logits (s, V) in float32."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(row[None]).logits[0]

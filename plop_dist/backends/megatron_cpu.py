@@ -133,13 +133,14 @@ def _patch_cuda_calls() -> list[str]:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_, **__: None
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]  # tied embeddings under pp
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda *_, **__: _CPU_STREAM  # type: ignore[assignment,return-value]
     schedules.torch = _TorchOnCpu(torch)  # its torch.zeros(..., device="cuda")
     megatron_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
-    return ["torch.cuda device, stream and synchronize calls", "pipeline schedule counters", "random state tracker"]
+    return ["torch.cuda device, stream and copy calls", "pipeline schedule counters", "random state tracker"]
 
 
 class _Stream:
