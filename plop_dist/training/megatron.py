@@ -223,6 +223,6 @@ def _check(config: Config, placement: Placement) -> None:
     experts = [fqn for fqn in placement.modules if expert_index(fqn) is not None]
     if experts and (tp > 1 or ep > 1):
         raise PlacementError(
-            f"'{experts[0]}' is a routed expert, and adapters of experts are trained with parallel.tp=1 and parallel.ep=1 "
+            f"'{experts[0]}' is a routed expert; adapters of experts are trained at parallel.tp=1 and parallel.ep=1 "
             f"alone, not {tp} and {ep}; set placement.experts=false or those sizes to 1."
         )
