@@ -1,4 +1,4 @@
-"""What the Megatron tests run in their ranks: load a layout, score, and the one-process float64 truth to compare with."""
+"""What the Megatron tests run in their ranks: load a layout, score it, and the float64 truth of one process."""
 
 # T tokens, I in_features, O out_features
 
@@ -28,7 +28,7 @@ def samples() -> list[Tensor]:
 
 
 def true_gains(directory: Path, rows: Sequence[Tensor]) -> dict[str, tuple[float, int]]:
-    """Return per projection the mean gain and the number of tokens: float64, one row at a time, no padding, no fusion."""
+    """Return per projection the mean gain and the number of tokens: float64, one row at a time, no padding."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, experts_implementation="eager").eval()
     seen: dict[str, list[Tensor]] = defaultdict(list)
 

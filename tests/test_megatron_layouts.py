@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from plop_dist.baseline import compute_baselines
 from plop_dist.config import EstimatorConfig

@@ -102,8 +102,8 @@ def import_auto_bridge() -> Any:
         if tuple(int(part) for part in found.split(".")[:2]) < minimum:
             wanted = ".".join(map(str, minimum))
             raise MissingExtraError(
-                f"parallel.backend megatron needs {package} {wanted} or newer, and {found} is installed (older ones load "
-                f"wrong weights with transformers 5): {_INSTALL}"
+                f"parallel.backend megatron needs {package} {wanted} or newer, and {found} is installed (older ones "
+                f"load wrong weights with transformers 5): {_INSTALL}"
             )
     try:
         return megatron_cpu.import_bridge().AutoBridge
@@ -131,8 +131,8 @@ def initialize(config: Config) -> None:
         )
         if have != (parallel.tp, parallel.pp):
             raise LayoutError(
-                f"parallel.tp is {parallel.tp} and parallel.pp {parallel.pp}, but this process already runs Megatron at "
-                f"tp {have[0]} and pp {have[1]}; use those."
+                f"parallel.tp is {parallel.tp} and parallel.pp {parallel.pp}, but this process already runs Megatron "
+                f"at tp {have[0]} and pp {have[1]}; use those."
             )
         return
     parallel_state.initialize_model_parallel(
@@ -187,7 +187,8 @@ def check_layout(hf_config: Any, config: Config) -> None:
         if total and total % size:
             fitting = " or ".join(map(str, nearest(size, _common_divisors(axis, pairs))))
             raise LayoutError(
-                f"parallel.{axis} ({size}) does not divide the model's {field} ({total}); use parallel.{axis}={fitting}."
+                f"parallel.{axis} ({size}) does not divide the model's {field} ({total}); "
+                f"use parallel.{axis}={fitting}."
             )
     if parallel.ep > 1 and not experts:
         raise LayoutError(f"parallel.ep is {parallel.ep}, but the model has no experts; set parallel.ep=1.")
@@ -243,8 +244,8 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
         directory = directory / f"iter_{int(latest.read_text().strip()):07d}"
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise ModelError(
-            f"model.checkpoint '{directory}' is not a Megatron torch_dist checkpoint (no metadata.json in it); pass the "
-            "directory that dist_checkpointing.save wrote, or one with latest_checkpointed_iteration.txt."
+            f"model.checkpoint '{directory}' is not a Megatron torch_dist checkpoint (no metadata.json in it); pass "
+            "the directory that dist_checkpointing.save wrote, or one with latest_checkpointed_iteration.txt."
         )
     keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     wanted = {key: chunk.sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}

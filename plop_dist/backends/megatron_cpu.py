@@ -68,7 +68,7 @@ def import_bridge() -> types.ModuleType:
 
 
 def local_block_spec(provider: Any, vp_stage: int | None = None) -> Any:
-    """Return Megatron's own (non Transformer Engine) layers for this stage, with norms that allow what theirs refuse."""
+    """Return Megatron's own (non Transformer Engine) layers for this stage, with norms that allow more than theirs."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     block = get_gpt_decoder_block_spec(
@@ -87,7 +87,7 @@ class LocalNorm(torch.nn.Module):
     """RMSNorm or LayerNorm over the last dimension, as Transformer Engine computes them.
 
     RMSNorm: x / sqrt(mean(x^2) + eps) * g; LayerNorm: (x - mean) / sqrt(var + eps) * g + bias; g = weight, or
-    1 + weight with zero_centered_gamma. Megatron's WrappedTorchNorm refuses sequence parallelism and zero_centered_gamma.
+    1 + weight with zero_centered_gamma. Megatron's WrappedTorchNorm refuses that and sequence parallelism.
     """
 
     def __init__(self, hidden_size: int, eps: float, normalization: str, zero_centered_gamma: bool, is_sharded: bool):

@@ -215,7 +215,7 @@ class MegatronModel:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a chunk's forward reads. input_ids, position_ids, sample_ids: (b, s); mask: (1 or b, 1, s, s), True: masked."""
+    """A chunk's input. input_ids, position_ids, sample_ids: (b, s); mask: (1 or b, 1, s, s), True = hidden."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -331,8 +331,8 @@ def _check(config: Any) -> None:
         )
     if config.moe_token_dispatcher_type not in ("allgather", "alltoall"):
         raise ModelError(
-            f"moe_token_dispatcher_type is '{config.moe_token_dispatcher_type}': the order in which its experts receive "
-            "tokens is not known; use 'alltoall' or 'allgather'."
+            f"moe_token_dispatcher_type is '{config.moe_token_dispatcher_type}': the order in which its experts "
+            "receive tokens is not known; use 'alltoall' or 'allgather'."
         )
     if config.moe_pad_expert_input_to_capacity:
         raise ModelError(

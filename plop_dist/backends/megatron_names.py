@@ -1,7 +1,7 @@
 """Which Hugging Face projections a Megatron linear holds: names, layer and expert numbers, output rows.
 
-Where Megatron-Bridge is at hand its mapping registry gives the names of the family; for a model list that a host brings,
-the names that Llama, Qwen and DeepSeek share are used.
+Where Megatron-Bridge is at hand its mapping registry gives the names of the family; for a model list that a host
+brings, the names that Llama, Qwen and DeepSeek share are used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from plop_dist.backends.hf_modules import Rows
 from plop_dist.names import expert_index, layer_index, module_type
 from plop_dist.types import Projection
 
-# Given the global Megatron parameter name of a weight: the Hugging Face weights in it, by part ("" when it is only one).
+# Global Megatron parameter name -> Hugging Face weights in it, by part ("" if there is only one).
 HFNames = Callable[[str], Mapping[str, str] | None]
 
 _LAYER = re.compile(r"^(.*?\bdecoder\.layers\.)(\d+)\.")
@@ -38,7 +38,7 @@ _CONVENTION: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One projection inside a Megatron linear: its Hugging Face path, and its rows among this rank's output features."""
+    """One projection inside a Megatron linear: its Hugging Face path, and its rows among this rank's outputs."""
 
     fqn: str
     rows: Rows | None
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class NamedLinear:
-    """A linear of this rank. path: local, for messages; parts: what it holds; expert: global index of a routed expert."""
+    """A linear of this rank. path: the local one; parts: what it holds; expert: global index of a routed expert."""
 
     path: str
     module: nn.Module

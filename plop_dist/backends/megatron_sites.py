@@ -21,9 +21,9 @@ from plop_dist.types import Projection
 class MegatronSite:
     """A Megatron linear: reads z, returns (W z (+ bias), bias or None).
 
-    blocks: the projections in this rank's output rows. kind: see megatron_names.linear_kind. tp_rank and tp_size: of the
-    group that shards it. is_sequence_parallel: whether its input (column) or output (row) is this rank's share of the
-    tokens. num_rows: how many local output rows are real, where a vocabulary is padded.
+    blocks: the projections in this rank's output rows. kind: see megatron_names.linear_kind. tp_rank and tp_size: of
+    the group that shards it. is_sequence_parallel: whether its input (column) or output (row) is this rank's share of
+    the tokens. num_rows: how many local output rows are real, where a vocabulary is padded.
     """
 
     def __init__(
