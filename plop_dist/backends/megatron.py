@@ -69,14 +69,16 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
     auto_bridge = import_auto_bridge()
     hf_config = load_hf_config(config.model)
     check_layout(hf_config, config)
-    _check_family(auto_bridge, hf_config, config)
     initialize(config)
     directory = resolve(config.model.name_or_path)
     try:
         bridge = auto_bridge.from_hf_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
         provider = bridge.to_megatron_provider(load_weights=config.model.checkpoint is None)
     except ValueError as error:
-        raise ModelError(f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge: {error}") from error
+        if "not yet supported" in str(error):  # Bridge 0.6: supports() answers by the class name's ending alone
+            raise _unknown_family(hf_config, config) from None
+        lines = " ".join(str(error).split())
+        raise ModelError(f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge: {lines}") from error
     dtype = _dtype(config, hf_config)
     configure(provider, config, dtype)
     chunks = provider.provide_distributed_model(
@@ -207,11 +209,9 @@ def _common_divisors(axis: str, pairs: Sequence[tuple[str, str, int | None]]) ->
     return divisors(math.gcd(*totals))
 
 
-def _check_family(auto_bridge: Any, hf_config: Any, config: Config) -> None:
-    if auto_bridge.supports(hf_config):
-        return
+def _unknown_family(hf_config: Any, config: Config) -> ModelError:
     architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
-    raise ModelError(
+    return ModelError(
         f"model.name_or_path '{config.model.name_or_path}' is a {architecture}, which Megatron-Bridge "
         f"{version('megatron-bridge')} does not know; use parallel.backend=deepspeed or transformers for it."
     )
