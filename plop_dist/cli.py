@@ -204,3 +204,7 @@ def _leave(status: int) -> None:
         # Peers may still wait in a collective with this rank; the launcher ends them once it sees this exit.
         os._exit(status)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -169,6 +169,10 @@ class ScorableModel(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Give back what loading took (an engine's buffers); a wrapped host model gives back nothing."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Return architecture, num_parameters (of the whole model) and dtype."""
         ...

@@ -92,9 +92,7 @@ def score(config: Config, rank: int, notify: Notify) -> Scores:
     if rank == 0:
         scores.to_file(run_dir.scores)
         progress.clear(run_dir.path)
-    release = getattr(model, "release", None)
-    if release is not None:
-        release()
+    model.release()
     check_weights(scores)
     if rank == 0:
         run_dir.finish("score", inputs, [run_dir.scores.name])

@@ -16,7 +16,7 @@ class HFModel:
     """ScorableModel over a transformers model (or an engine that is called like one).
 
     module: the transformers model that owns the sites. call: what runs the forward pass (the module itself, its base
-    model without the head, or an engine around it). num_parameters: of the whole model.
+    model without the head, or an engine around it). num_parameters: of the whole model. release: ends what loading made.
     """
 
     micro_batches_per_step = 1
@@ -30,10 +30,12 @@ class HFModel:
         call: Callable[..., Any] | None = None,
         with_head: bool = False,
         num_parameters: int | None = None,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
         self.module = module
         self.sites = sites
         self.groups = groups or Groups()
+        self.release = release
         self.device = next(module.parameters()).device
         self._call = call or (module if with_head else headless(module))
         signature = inspect.signature(_forward_of(self._call)).parameters

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from plop_dist.backends.hf_experts import find_expert_sites
 from plop_dist.backends.hf_load import load_model, needs_head
 from plop_dist.backends.hf_model import HFModel, pick_device
 from plop_dist.backends.hf_modules import find_linears
-from plop_dist.backends.sites import LinearSite
+from plop_dist.backends.sites import Gather, LinearSite
 from plop_dist.config import Config
 from plop_dist.protocols import ScorableModel, Site
 
@@ -16,12 +18,19 @@ class TransformersBackend:
 
     def load(self, config: Config) -> ScorableModel:
         """Return the loaded model. Raises ModelError."""
+        if config.parallel.world_size > 1:
+            from plop_dist.backends import hf_tp
+
+            return hf_tp.load(config)
         module = load_model(config.model).to(pick_device())
         with_head = needs_head(config.placement.exclude)
         return HFModel(module, whole_sites(module, with_head), with_head=with_head)
 
 
-def whole_sites(module, with_head: bool, **options) -> list[Site]:
-    """Return the sites of a model none of whose features are sharded; options go to LinearSite."""
+def whole_sites(module: nn.Module, with_head: bool, gather: Gather | None = None) -> list[Site]:
+    """Return the sites of a model none of whose features are sharded.
+
+    gather: gives whole parameters where they are partitioned between forward passes (ZeRO-3, FSDP).
+    """
     linears = [linear for linear in find_linears(module) if with_head or linear.blocks[0].projection.type != "lm_head"]
-    return [*(LinearSite(linear, **options) for linear in linears), *find_expert_sites(module)]
+    return [*(LinearSite(linear, gather=gather) for linear in linears), *find_expert_sites(module, gather)]
