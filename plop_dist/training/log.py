@@ -1,0 +1,81 @@
+"""What a training leaves behind while it runs: train/log.jsonl, progress, and the loggers that were asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from plop_dist.config import Config
+from plop_dist.errors import MissingExtraError
+from plop_dist.files import write_json
+
+
+class TrainingLog:
+    """Called with one dictionary per optimizer step; only rank 0 (the one with `notify`) writes anything."""
+
+    def __init__(self, config: Config, directory: Path, notify: Callable[..., None] | None) -> None:
+        self._directory = directory
+        self._notify = notify
+        self._config = config
+        self._sinks: list[Callable[[int, dict[str, float]], None]] = []
+        self._close: list[Callable[[], None]] = []
+
+    def __enter__(self) -> TrainingLog:
+        if self._notify is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for name in self._config.train.loggers:
+                self._open(name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for close in self._close:
+            close()
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        """Append one entry; its keys: step, loss, learning_rate, grad_norm, tokens_per_second, reward, nfn."""
+        if self._notify is None:
+            return
+        step = entry["step"]
+        with (self._directory / "log.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
+        numbers = {key: value for key, value in entry.items() if isinstance(value, float | int) and key != "step"}
+        for sink in self._sinks:
+            sink(step, numbers)
+        if "loss" in entry or "reward" in entry:
+            shown = ", ".join(f"{key} {entry[key]:.4f}" for key in ("loss", "reward") if key in entry)
+            self._notify("training", done=step, total=self._config.train.max_steps, note=shown)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write train/summary.json."""
+        if self._notify is not None:
+            write_json(self._directory / "summary.json", {"method": self._config.train.method, **summary})
+
+    def _open(self, name: str) -> None:
+        try:
+            if name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(str(self._directory / "tensorboard"))
+                self._sinks.append(lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()])
+                self._close.append(writer.close)
+            elif name == "wandb":
+                import wandb
+
+                os.environ.setdefault("WANDB_DIR", str(self._directory))
+                run = wandb.init(project="plop-dist", name=self._config.run_path.name)
+                self._sinks.append(lambda step, numbers: run.log(numbers, step=step))
+                self._close.append(run.finish)
+            else:
+                import mlflow
+
+                mlflow.start_run(run_name=self._config.run_path.name)
+                self._sinks.append(lambda step, numbers: mlflow.log_metrics(numbers, step=step))
+                self._close.append(mlflow.end_run)
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                f"train.loggers names '{name}', which is not installed: pip install 'plop-dist[loggers]'"
+            ) from error

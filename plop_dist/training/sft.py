@@ -1,0 +1,137 @@
+"""Supervised fine-tuning in the layout that scored: TRL over data-parallel and ZeRO ranks, our loop where TRL has none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plop_dist.config import Config
+from plop_dist.errors import ConfigError
+from plop_dist.training.trl_common import (
+    Log,
+    LogCallback,
+    adapted_model,
+    last_checkpoint,
+    save_adapter,
+    trainer_arguments,
+)
+from plop_dist.types import Placement
+
+
+def train(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
+    """Train the placement's adapters; returns held_out_before, held_out_after, num_steps, adapter.
+
+    Collective over all ranks. Raises UserError for what a layout cannot train.
+    """
+    parallel = config.parallel
+    if parallel.backend == "megatron":
+        return importlib.import_module("plop_dist.training.megatron").train(config, placement, log)
+    if parallel.backend == "deepspeed" and parallel.tp > 1:
+        return importlib.import_module("plop_dist.training.autotp").train(config, placement, log)
+    if parallel.backend == "deepspeed" and parallel.pp > 1:
+        return importlib.import_module("plop_dist.training.pipeline").train(config, placement, log)
+    if parallel.backend == "transformers" and parallel.tp > 1:
+        return importlib.import_module("plop_dist.training.hf_tp").train(config, placement, log)
+    return _train_with_trl(config, placement, log)
+
+
+def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from plop_dist.backends.hf_load import load_tokenizer
+    from plop_dist.training.data import TrainingData
+
+    if config.train.packing:
+        raise ConfigError(
+            "train.packing=true is not possible with data-parallel or ZeRO SFT (TRL packs only with flash attention); "
+            "set train.packing=false, or shard the model by tp or pp."
+        )
+    tokenizer = load_tokenizer(config.model)
+    data = TrainingData(config, tokenizer)
+    directory = config.run_path / "train" / "checkpoints"
+    resume = last_checkpoint(directory, config, placement)
+    arguments = SFTConfig(
+        **trainer_arguments(config, directory),
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    model = adapted_model(config, placement)
+    examples = [example for (example,) in data.sequences]
+    dataset = Dataset.from_dict(
+        {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
+    )
+    held_out: dict[str, float] = {}
+    mark = directory / "held_out_before.txt"
+
+    class HeldOut(TrainerCallback):
+        """Measures the held-out loss with the engine that trains, once it exists and after the last step."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 0:
+                held_out["before"] = _held_out_loss(trainer, data.held_out)
+                if dist_rank() == 0:
+                    mark.write_text(repr(held_out["before"]))
+            else:  # resumed: the untrained model was measured by the run that was cut off
+                held_out["before"] = float(mark.read_text())
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            held_out["after"] = _held_out_loss(trainer, data.held_out)
+
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[LogCallback(log), HeldOut()],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    adapter = config.run_path / "train" / "adapter"
+    save_adapter(trainer, adapter)
+    return {
+        "held_out_before": held_out["before"],
+        "held_out_after": held_out["after"],
+        "num_steps": trainer.state.global_step,
+        "adapter": str(adapter),
+    }
+
+
+def dist_rank() -> int:
+    """Return the global rank, 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _TrlEngine:
+    """The Trainer's engine as loop.evaluate reads it: all ranks are replicas."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._model = trainer.model_wrapped
+        self.dp_rank = dist_rank()
+        self.dp_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.dp_group = None
+        self.device = trainer.args.device
+
+    def sum_loss(self, micro_batches: Sequence[dict[str, Tensor]]) -> float:
+        from plop_dist.training.loop import model_inputs, sum_token_losses
+
+        was_training = self._model.training
+        self._model.eval()
+        with torch.no_grad():
+            losses = [
+                sum_token_losses(self._model(**model_inputs(batch)).logits, batch["labels"]) for batch in micro_batches
+            ]
+        self._model.train(was_training)
+        return float(sum(losses))
+
+
+def _held_out_loss(trainer: Any, held_out: Sequence[dict[str, Tensor]]) -> float:
+    from plop_dist.training.loop import evaluate
+
+    return evaluate(_TrlEngine(trainer), held_out)  # type: ignore[arg-type]
