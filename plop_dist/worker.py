@@ -24,6 +24,7 @@ def run_rank(config: Config, stages: Sequence[str], notify: Notify, *, force: bo
     notify(kind, **fields) is called on rank 0 only. force: run them also when their results are there. Raises UserError for bad input and WorkerError, naming the rank,
     for anything unforeseen.
     """
+    _be_quiet()
     with ranks.joined(config) as rank:
         tell = notify if rank == 0 else _nothing
         for stage in stages:
@@ -150,6 +151,16 @@ _STAGES: dict[str, Callable[[Config, int, Notify], Any]] = {
     "export": export,
     "train": train,
 }
+
+
+def _be_quiet() -> None:
+    """Keep other packages' bars and deprecation notes out of a log that people read."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _cumulative(plan: list[list[list[list[int]]]]) -> list[int]:

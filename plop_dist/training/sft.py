@@ -42,7 +42,7 @@ def train(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
 
 def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from plop_dist.backends.hf_load import load_tokenizer
@@ -92,6 +92,7 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
         processing_class=tokenizer,
         callbacks=[LogCallback(log), HeldOut()],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints the dictionaries that our log already holds
     trainer.train(resume_from_checkpoint=resume)
     adapter = config.run_path / "train" / "adapter"
     save_adapter(trainer, adapter)
@@ -115,7 +116,7 @@ class _TrlEngine:
         self._model = trainer.model_wrapped
         self.dp_rank = dist_rank()
         self.dp_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.dp_group = None
+        self.dp_group = dist.group.WORLD if self.dp_size > 1 else None
         self.device = trainer.args.device
 
     def sum_loss(self, micro_batches: Sequence[dict[str, Tensor]]) -> float:
