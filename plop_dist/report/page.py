@@ -18,8 +18,6 @@ from plop_dist.sweep import sweep
 from plop_dist.tables import interval_text, percent, short_list
 from plop_dist.types import Placement, Scores
 
-_PLOTLY_MARK = "/*plotly*/"
-
 
 def write_report(run_dir: Path | str) -> Path:
     """Write report.html into a run directory and return its path.
@@ -31,6 +29,7 @@ def write_report(run_dir: Path | str) -> Path:
     directory = Path(run_dir)
     try:
         import jinja2
+        from markupsafe import Markup
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError as error:
         raise missing_extra(error, "plop-dist report") from error
@@ -42,10 +41,9 @@ def write_report(run_dir: Path | str) -> Path:
         lstrip_blocks=True,
     )
     environment.filters.update(interval=interval_text, percent=percent, short_list=short_list)
-    page = environment.get_template("report.html.j2").render(plotly_mark=_PLOTLY_MARK, **build_context(directory))
+    template = environment.get_template("report.html.j2")
     path = directory / "report.html"
-    # Put in last: four megabytes of script need no escaping and no template engine.
-    write_text(path, page.replace(_PLOTLY_MARK, get_plotlyjs(), 1))
+    write_text(path, template.render(plotly_js=Markup(get_plotlyjs()), **build_context(directory)))
     return path
 
 
