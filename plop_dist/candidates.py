@@ -124,7 +124,7 @@ def _reason_per_type(modules: Iterable[ModuleScore], reasons: dict[str, str]) ->
 def _check_names(modules: Sequence[ModuleScore], config: PlacementConfig, left_out: Sequence[LeftOut]) -> None:
     projections: list[Projection] = [*modules, *left_out]
     types = {projection.type for projection in projections}
-    optional = set(PlacementConfig().exclude)
+    optional = set(PlacementConfig.model_validate({}).exclude)
     entries = [("exclude", entry) for entry in config.exclude if entry not in optional]
     for field, entry in entries + [("include", entry) for entry in config.include]:
         if not any(matches(projection, entry) for projection in projections):

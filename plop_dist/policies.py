@@ -170,7 +170,8 @@ def highest_fitting_rank(
     """
     limit = config.max_trainable_parameters
     assert limit is not None, "the configuration is validated"
-    ceiling = max(max(module.in_features, module.out_features) for module in modules)
+    # No update of a weight has a higher rank than its smaller side.
+    ceiling = max(min(module.in_features, module.out_features) for module in modules)
 
     def count(rank: int) -> int:
         return num_trainable_parameters(modules, rank_function(config.model_copy(update={"rank": rank})), left_out)

@@ -16,7 +16,7 @@ from plop_dist.errors import PlacementError
 from plop_dist.names import natural_key
 from plop_dist.parameters import num_trainable_parameters
 from plop_dist.policies import build_policy, highest_fitting_rank
-from plop_dist.types import ModuleScore, Placement, Scores
+from plop_dist.types import PLACEMENT_SCHEMA, ModuleScore, Placement, Scores
 
 
 def place(scores: Scores, policy: PlacementConfig | str | None = None, **options: Any) -> Placement:
@@ -80,6 +80,7 @@ def _placement(
     types = {module.type for module in modules}
     names = types | {module.fqn for module in modules}
     placement = Placement(
+        schema=PLACEMENT_SCHEMA,
         policy=config.model_dump(mode="json"),
         module_types=tuple(name for name in ordered_types(scores) if name in types),
         modules=tuple(module.fqn for module in modules),

@@ -1,4 +1,4 @@
-"""The values that travel between steps: projections, scores, placement, exports. Immutable, and equal to their files."""
+"""The values that travel between steps: projections, scores, placement, exports. Immutable, equal to their files."""
 
 # M modules, S samples
 

@@ -171,7 +171,7 @@ def test_fitted_rank_is_the_highest_that_fits(limit: int, k: int) -> None:
     placement = plop_dist.place(scores, policy="budget", fit="rank", max_trainable_parameters=limit, k=k)
     per_rank = placement.num_trainable_parameters // placement.rank
     assert placement.num_trainable_parameters <= limit
-    assert per_rank * (placement.rank + 1) > limit or placement.rank == 4096
+    assert per_rank * (placement.rank + 1) > limit or placement.rank == 1024
     assert placement.alpha / placement.rank == pytest.approx(2.0)
 
 
