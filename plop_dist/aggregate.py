@@ -11,7 +11,17 @@ from typing import Any
 from plop_dist.bootstrap import type_intervals
 from plop_dist.errors import DataError, NonFiniteWeightsError
 from plop_dist.norms import Baseline
-from plop_dist.types import DataInfo, LeftOut, ModelInfo, ModuleScore, Projection, SampleTotals, Scores, TypeScore
+from plop_dist.types import (
+    SCORES_SCHEMA,
+    DataInfo,
+    LeftOut,
+    ModelInfo,
+    ModuleScore,
+    Projection,
+    SampleTotals,
+    Scores,
+    TypeScore,
+)
 
 
 def score_modules(
@@ -81,6 +91,7 @@ def build_scores(
         for name, values in by_type.items()
     ]
     scores = Scores(
+        schema=SCORES_SCHEMA,
         model=ModelInfo(**model),
         data=DataInfo(**data),
         estimator=dict(estimator),

@@ -73,8 +73,8 @@ def _sharing(draw: random.Random) -> dict[str, str]:
     friends, each, kept = draw.randint(2, 9), draw.randint(2, 12), draw.randint(1, 15)
     total = friends * each + kept
     return _row(
-        f"{giver} has {total} {thing}. {giver} keeps {kept} of them and shares the rest equally among {friends} friends. "
-        f"How many {thing} does each friend get?",
+        f"{giver} has {total} {thing}. {giver} keeps {kept} of them and shares the rest equally among {friends} "
+        f"friends. How many {thing} does each friend get?",
         f"{total} - {kept} = {total - kept} {thing} are shared. Each friend gets {total - kept} / {friends} = {each}.",
         each,
     )

@@ -57,9 +57,8 @@ def _convert(gguf: Path, directory: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
         # transformers would otherwise record a GGUF quantisation that the dequantised weights no longer have
-        model.hf_quantizer, model.is_quantized = None, False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+        vars(model.config).pop("quantization_config", None)
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
         try:

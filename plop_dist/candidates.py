@@ -33,7 +33,7 @@ class Candidates:
 
     modules: tuple[ModuleScore, ...]
     units: tuple[str, ...]
-    unit_M: np.ndarray  # noqa: N815 (shape suffix)
+    unit_M: np.ndarray
     reasons: dict[str, str]
     left_out: tuple[LeftOut, ...] = ()
 

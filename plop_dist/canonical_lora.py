@@ -31,7 +31,7 @@ class CanonicalLoRA(BridgeCanonicalLoRA):
     linear_fc1_gate, linear_fc1_up, linear_fc2, or wildcards), dim, alpha, dropout.
     """
 
-    lora_A_init_method: str = "kaiming"  # noqa: N815, Bridge's name
+    lora_A_init_method: str = "kaiming"
 
 
 class PartialQKV(LoRALinearSplitQKV):

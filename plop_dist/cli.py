@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from plop_dist.errors import PlopError
@@ -78,7 +79,7 @@ def export(
 
     paths = RunDir(run_dir)
     written = write_export(Placement.from_file(paths.placement), to, paths.exports, engine=engine, widen=widen)
-    for note in written.notes:
+    for note in (*written.notes, *(f"widened: {item}" for item in written.widened)):
         print(f"note: {note}", file=sys.stderr)
     for name in written.files:
         print(f"# {paths.exports / to / name}")
@@ -132,10 +133,12 @@ def diff(
     adapter_config: Annotated[Path, typer.Argument(metavar="ADAPTER_CONFIG", help="A PEFT adapter_config.json.")],
 ) -> None:
     """Show how an existing PEFT configuration differs from the placement."""
-    from plop_dist.diff import diff_file
+    from plop_dist.diff import diff as compare
+    from plop_dist.diff import read_adapter_config
     from plop_dist.types import Placement
 
-    for line in diff_file(Placement.from_file(run_dir / "placement.json"), adapter_config).lines():
+    placement = Placement.from_file(run_dir / "placement.json")
+    for line in compare(placement, read_adapter_config(adapter_config)).lines():
         print(line)
 
 
@@ -184,17 +187,9 @@ def main() -> None:
         _leave(stop.exit_code)
     except typer.Abort:
         _leave(130)
-    except Exception as error:
-        if isinstance(error, _click_error()):
-            error.show()
-            _leave(error.exit_code)
-        raise
-
-
-def _click_error() -> type[Any]:
-    import click
-
-    return click.ClickException
+    except click.ClickException as error:
+        error.show()
+        _leave(error.exit_code)
 
 
 def _leave(status: int) -> None:

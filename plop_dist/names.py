@@ -60,7 +60,7 @@ def path_matches(fqn: str, pattern: str) -> bool:
     A bare type never matches a part of a component: `up_proj` does not match `gate_up_proj`, `layers.1` does not
     match `layers.10`.
 
-    >>> path_matches("model.layers.1.mlp.up_proj", "up_proj"), path_matches("model.layers.1.mlp.gate_up_proj", "up_proj")
+    >>> path_matches("layers.1.mlp.up_proj", "up_proj"), path_matches("layers.1.mlp.gate_up_proj", "up_proj")
     (True, False)
     >>> path_matches("model.layers.10.mlp.up_proj", "*.layers.1.*")
     False

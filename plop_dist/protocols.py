@@ -110,7 +110,7 @@ class Site(Protocol):
     group: str
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
-        """Install the observation and return the function that removes it. Never communicates, touches activations only."""
+        """Install the observation and return the function that removes it. Touches activations only."""
         ...
 
     def weights(self) -> AbstractContextManager[Iterator[LocalWeight]]:
@@ -126,8 +126,9 @@ class Groups:
     """The process groups of the axes that matter here; a missing name means one rank on that axis.
 
     features: "tp" and "etp" (expert tensor parallel) -> group. routing: the group over which routed tokens are
-    exchanged (Megatron's tp x ep), or None. copies: per feature group, (index, count) of this rank among the ranks that hold the same weights, by which
-    baseline work is split. stage: a label for this rank's disjoint set of modules (pipeline stage).
+    exchanged (Megatron's tp x ep), or None. copies: per feature group, (index, count) of this rank among the
+    ranks that hold the same weights, by which baseline work is split. stage: a label for this rank's disjoint set of
+    modules (pipeline stage).
     """
 
     features: Mapping[str, ProcessGroup] = field(default_factory=dict)
@@ -182,5 +183,5 @@ class Backend(Protocol):
     """Loads a model sharded, or wraps one that is already loaded."""
 
     def load(self, config: Config) -> ScorableModel:
-        """Load the configured model for this rank. torch.distributed is initialised when there is more than one rank."""
+        """Load the configured model for this rank. torch.distributed is up if there are several."""
         ...

@@ -40,8 +40,8 @@ class RunDir:
                 os.fsync(probe.fileno())
         except OSError as error:
             raise RunDirError(
-                f"run_dir '{self.path}' cannot be written ({error.strerror or error}); make it writable, free space, or "
-                "choose another run_dir."
+                f"run_dir '{self.path}' cannot be written ({error.strerror or error}); make it writable, free space, "
+                "or choose another run_dir."
             ) from error
 
     def keep_config(self, config: Config, command: str) -> None:

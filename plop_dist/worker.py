@@ -21,8 +21,8 @@ Notify = Callable[..., None]
 def run_rank(config: Config, stages: Sequence[str], notify: Notify, *, force: bool = False) -> None:
     """Run the stages that are not done yet on this rank; rank 0 writes results. Collective over all ranks.
 
-    notify(kind, **fields) is called on rank 0 only. force: run them also when their results are there. Raises UserError for bad input and WorkerError, naming the rank,
-    for anything unforeseen.
+    notify(kind, **fields) is called on rank 0 only. force: run them also when their results are there.
+    Raises UserError for bad input and WorkerError, naming the rank, for anything unforeseen.
     """
     _be_quiet()
     with ranks.joined(config) as rank:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-class RankFailed(AssertionError):
+class RankFailedError(AssertionError):
     """A rank raised, died or did not end in time."""
 
 
@@ -25,7 +25,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """Return function(rank, *args) of every rank, run in `world_size` spawned processes joined in a gloo group.
 
     `function` must be importable (module level). RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* are set as torchrun does.
-    Raises RankFailed with the traceback of the first rank that failed; no process outlives the call.
+    Raises RankFailedError with the traceback of the first rank that failed; no process outlives the call.
     """
     with tempfile.TemporaryDirectory() as directory:
         port = _free_port()
@@ -55,14 +55,14 @@ def _wait(processes: list[Any], directory: Path, timeout_s: float) -> None:
             break
         if time.monotonic() > deadline:
             alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
-            raise RankFailed(f"ranks {alive} did not end within {timeout_s} s")
+            raise RankFailedError(f"ranks {alive} did not end within {timeout_s} s")
         time.sleep(0.02)
     errors = sorted(directory.glob("error-*.txt"), key=lambda path: path.stat().st_mtime)
     if errors:
-        raise RankFailed(f"rank {errors[0].stem.split('-')[1]} failed:\n{errors[0].read_text()}")
+        raise RankFailedError(f"rank {errors[0].stem.split('-')[1]} failed:\n{errors[0].read_text()}")
     died = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode not in (None, 0)}
     if died:
-        raise RankFailed(f"ranks died with exit codes {died}")
+        raise RankFailedError(f"ranks died with exit codes {died}")
 
 
 def _enter(rank: int, world_size: int, port: int, directory: str, function: Callable[..., Any], args: Any) -> None:
@@ -73,7 +73,11 @@ def _enter(rank: int, world_size: int, port: int, directory: str, function: Call
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=120),
         )
         torch.save(function(rank, *args), Path(directory) / f"result-{rank}.pt")
         dist.barrier()

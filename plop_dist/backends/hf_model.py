@@ -16,7 +16,8 @@ class HFModel:
     """ScorableModel over a transformers model (or an engine that is called like one).
 
     module: the transformers model that owns the sites. call: what runs the forward pass (the module itself, its base
-    model without the head, or an engine around it). num_parameters: of the whole model. release: ends what loading made.
+    model without the head, or an engine around it). num_parameters: of the whole model.
+    release: ends what loading made.
     """
 
     micro_batches_per_step = 1

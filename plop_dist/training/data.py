@@ -1,4 +1,4 @@
-"""Training rows as batches whose order depends on (seed, step) alone, and the held-out rows that are never trained on."""
+"""Training rows as batches whose order depends on (seed, step) alone, and the held-out rows."""
 
 # b rows of a micro-batch, s tokens of its longest row
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning in the layout that scored: TRL over data-parallel and ZeRO ranks, our loop where TRL has none."""
+"""Supervised fine-tuning in the layout that scored: TRL for one rank and ZeRO, our loop elsewhere."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
     )
     model = adapted_model(config, placement)
     examples = [example for (example,) in data.sequences]
-    dataset = Dataset.from_dict(
-        {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
-    )
+    dataset = Dataset.from_dict({"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]})
     held_out: dict[str, float] = {}
     mark = directory / "held_out_before.txt"
 
