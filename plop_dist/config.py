@@ -26,7 +26,7 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the checkpoint.")
     checkpoint: str | None = Field(
         default=None,
-        description="A Megatron torch_dist or DeepSpeed (ZeRO or universal) checkpoint directory to load over it.",
+        description="A Megatron torch_dist checkpoint directory, of any layout, whose weights are taken instead.",
     )
 
 
@@ -332,6 +332,12 @@ def _check_consistency(config: Config, source: str) -> None:
         raise ConfigError(
             f"{source}: parallel.backend deepspeed cannot combine tp {parallel.tp}, pp {parallel.pp} and zero_stage "
             f"{parallel.zero_stage}; use one of tp and pp, with zero_stage 0 or 1."
+        )
+    if config.model.checkpoint is not None and parallel.backend != "megatron":
+        raise ConfigError(
+            f"{source}: model.checkpoint is given with parallel.backend '{parallel.backend}', but only megatron reads one "
+            "(torch_dist); convert a DeepSpeed checkpoint with its zero_to_fp32.py --safe_serialization and pass the "
+            "directory as model.name_or_path."
         )
     given = [name for name in ("text_field", "template", "messages_field") if getattr(data, name) is not None]
     if len(given) > 1:
