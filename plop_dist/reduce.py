@@ -49,7 +49,8 @@ class Reducer:
     def sum_flat(self, tensors: Sequence[Tensor], group: Any, what: str) -> list[Tensor]:
         """Return the element-wise sums of the tensors over `group`, in one collective. Collective over `group`.
 
-        tensors: any shapes, one dtype; every rank passes the same shapes in the same order.
+        tensors: any shapes, one dtype; every rank passes the same shapes in the same order. group: None is this rank
+        alone.
         """
         if not tensors or not _has_peers(group):
             return list(tensors)
@@ -105,7 +106,7 @@ class Reducer:
 
     def sum_world(self, tensor: Tensor, what: str) -> Tensor:
         """Return the sum of a CPU tensor over all ranks, on the CPU. Collective over the world."""
-        if not _has_peers(None):
+        if not _is_one_of_many():
             return tensor
         device = _device_of(None)
         moved = tensor.to(device)
@@ -114,7 +115,7 @@ class Reducer:
 
     def gather_objects(self, value: Any, what: str) -> list[Any]:
         """Return every rank's picklable value. Collective over the world."""
-        if not _has_peers(None):
+        if not _is_one_of_many():
             return [value]
         gathered: list[Any] = [None] * dist.get_world_size()
         self._run(lambda: dist.all_gather_object(gathered, value), None, None, what)
@@ -170,7 +171,12 @@ class Reducer:
 
 
 def _has_peers(group: Any) -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+    # torch reads None as the world; here, as in Groups, it means that this rank is alone on the axis.
+    return group is not None and dist.get_world_size(group) > 1
+
+
+def _is_one_of_many() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _device_of(group: Any) -> torch.device:
