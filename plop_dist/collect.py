@@ -97,6 +97,8 @@ class Collector:
 
     def sq_norm(self, z_TI: Tensor) -> Tensor:
         """Return ||z_t||^2, (T,) float32, remembered for the next site that reads the very same tensor (q, k, v)."""
+        if z_TI.is_inference():  # these keep no version by which a change in place would show
+            return local_sq_norm(z_TI)
         known = self._remembered
         if known is not None and known[0] is z_TI and known[1] == z_TI._version:
             return known[2]
