@@ -40,9 +40,9 @@ def print_types(scores: Scores, placement: Placement | None = None, console: Con
             if row[4]:
                 grid.highlighted.add(len(grid.rows))
         grid.rows.append(row)
-    _show(grid, console)
+    show(grid, console)
     if placement is not None:
-        _line(_summary(placement), console)
+        show_line(_summary(placement), console)
 
 
 def print_explanation(explanation: Explanation, console: Console | None = None) -> None:
@@ -66,10 +66,10 @@ def print_explanation(explanation: Explanation, console: Console | None = None) 
                 f"{verdict.num_parameters:,}",
             ]
         )
-    _show(grid, console)
-    _line(f"Confidence: {percent(explanation.confidence)} of bootstrap resamples make the same choice.", console)
+    show(grid, console)
+    show_line(f"Confidence: {percent(explanation.confidence)} of bootstrap resamples make the same choice.", console)
     if explanation.next_best:
-        _line(f"Next best: {explanation.next_best}.", console)
+        show_line(f"Next best: {explanation.next_best}.", console)
     grid = Grid(
         "Alternatives at the same rank", ["choice", "types", ">modules", ">parameters", ">mean NFN", ">P(chosen)"]
     )
@@ -77,7 +77,7 @@ def print_explanation(explanation: Explanation, console: Console | None = None) 
         types, nfn = " ".join(other.module_types), f"{other.nfn:.4f}"
         counts = [f"{other.num_modules}", f"{other.num_parameters:,}"]
         grid.rows.append([other.name, types, *counts, nfn, percent(other.probability)])
-    _show(grid, console)
+    show(grid, console)
 
 
 def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
@@ -87,15 +87,15 @@ def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
     for row in sweep.by_k:
         counts = [f"{row.num_modules}", f"{row.num_parameters:,}"]
         grid.rows.append([f"{row.k}", row.added, f"{row.nfn:.4f}", *counts, percent(row.confidence)])
-    _show(grid, console)
+    show(grid, console)
     if not sweep.by_samples:
-        _line("No samples.safetensors beside the scores: confidence and smaller samples are unknown.", console)
+        show_line("No samples.safetensors beside the scores: confidence and smaller samples are unknown.", console)
         return
     grid = Grid("Choice by number of samples", [">samples", "chosen", "final choice", ">P(final choice)"])
     for entry in sweep.by_samples:
         final = "yes" if entry.is_final_choice else "no"
         grid.rows.append([f"{entry.num_samples}", short_list(entry.units), final, percent(entry.agreement)])
-    _show(grid, console)
+    show(grid, console)
 
 
 def print_diagnostics(diagnostics: Iterable[Diagnostic], console: Console | None = None) -> None:
@@ -106,7 +106,7 @@ def print_diagnostics(diagnostics: Iterable[Diagnostic], console: Console | None
         if console.is_terminal:
             console.print(f"{style} {escape(finding.text)}", highlight=False)
         else:
-            _line(f"{finding.severity}: {finding.text}", console)
+            show_line(f"{finding.severity}: {finding.text}", console)
 
 
 def print_training(summary_path: Path, console: Console | None = None) -> None:
@@ -122,7 +122,7 @@ def print_training(summary_path: Path, console: Console | None = None) -> None:
         parts.append(f"held-out loss {before:.4f} -> {after:.4f}")
     if summary.get("adapter"):
         parts.append(f"adapter {summary['adapter']}")
-    _line(" · ".join(parts), console)
+    show_line(" · ".join(parts), console)
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:
@@ -159,7 +159,8 @@ def _summary(placement: Placement) -> str:
     )
 
 
-def _show(grid: Grid, console: Console | None) -> None:
+def show(grid: Grid, console: Console | None = None) -> None:
+    """Print rows: a table on a terminal, aligned lines in a pipe."""
     console = console or Console()
     is_right = [header.startswith(">") for header in grid.headers]
     headers = [header.lstrip(">") for header in grid.headers]
@@ -171,16 +172,17 @@ def _show(grid: Grid, console: Console | None) -> None:
             table.add_row(*map(escape, row), style="green" if index in grid.highlighted else None)
         console.print(table)
         return
-    _line(grid.title, console)
+    show_line(grid.title, console)
     widths = [max(len(cell) for cell in column) for column in zip(headers, *grid.rows, strict=True)]
     for row in [headers, *grid.rows]:
         cells = zip(row, widths, is_right, strict=True)
-        _line(
+        show_line(
             "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip(),
             console,
         )
 
 
-def _line(text: str, console: Console | None) -> None:
+def show_line(text: str, console: Console | None = None) -> None:
+    """Print one line of text, unfolded."""
     # A pipe gets the line whole: rich would fold it at 80 columns and read [brackets] as markup.
     (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
