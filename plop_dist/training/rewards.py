@@ -1,0 +1,141 @@
+"""What a completion is worth: the rewards that come with the project, and a user's own `module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from plop_dist.data import Row
+from plop_dist.errors import ConfigError, DataError, suggest
+
+# function(prompts, completions, **columns): one number, or None for "not rated", per completion
+Reward = Callable[..., Sequence[Any]]
+
+# The minus of `7-5` is an operation, that of `= -5` a sign.
+_NUMBER = r"(?:(?<![\w).])-\$?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+_FINAL_FORM = re.compile(rf"(?:The answer is \$?(?:{_NUMBER})\.|#### \$?(?:{_NUMBER}))\s*$")
+
+
+def final_number(text: str) -> Decimal | None:
+    """Return the last number of a text, or None; commas between thousands and dollar signs do not matter.
+
+    >>> final_number("It costs 3 * 400 = $1,200.")
+    Decimal('1200')
+    """
+    found = re.findall(_NUMBER, text)
+    return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
+
+
+def has_final_form(text: str) -> bool:
+    """Tell whether a text ends in `The answer is N.` or in `#### N`."""
+    return _FINAL_FORM.search(text) is not None
+
+
+def load_rewards(names: Sequence[str], rows: Sequence[Row], answer_field: str) -> dict[str, Reward]:
+    """Return the rewards of train.rewards by their short names, checked against the training rows.
+
+    A reward is called with prompts and completions, lists of text, and with every column of their rows as a list.
+    Raises ConfigError for a name that is unknown, cannot be imported or occurs twice, and DataError for a row
+    without a reference answer.
+    """
+    if not names:
+        raise ConfigError("train.rewards is empty; name at least one, e.g. [builtin:number].")
+    rewards: dict[str, Reward] = {}
+    for name in names:
+        source, _, attribute = name.partition(":")
+        if not source or not attribute:
+            raise ConfigError(f"train.rewards: '{name}' is neither builtin:number, builtin:format nor module:function.")
+        if attribute in rewards:
+            raise ConfigError(f"train.rewards: '{name}': a reward called '{attribute}' is in the list already.")
+        if source != "builtin":
+            rewards[attribute] = _imported(name, source, attribute)
+        elif attribute == "number":
+            _check_answers(rows, answer_field)
+            rewards[attribute] = _number_reward(answer_field)
+        elif attribute == "format":
+            rewards[attribute] = _format_reward
+        else:
+            raise ConfigError(f"train.rewards: unknown reward '{name}'. {suggest(attribute, ('number', 'format'))}")
+    return rewards
+
+
+def checked(name: str, reward: Reward) -> Callable[..., list[float | None]]:
+    """Return the reward with its result made sure of: one finite number or None for each completion.
+
+    Raises ConfigError saying what the reward did instead.
+    """
+
+    def call(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
+        try:
+            values = list(reward(prompts=prompts, completions=completions, **columns))
+        except Exception as error:  # a user's code raises whatever it likes
+            raise ConfigError(
+                f"train.rewards: '{name}' raised {type(error).__name__}: {error}; it is called with prompts, "
+                f"completions and {', '.join(columns)}, each a list: end its parameters with **columns."
+            ) from error
+        if len(values) != len(completions):
+            raise ConfigError(
+                f"train.rewards: '{name}' returned {len(values)} values for {len(completions)} completions; return "
+                "one for each."
+            )
+        try:
+            numbers = [None if value is None else float(value) for value in values]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"train.rewards: '{name}' returned something that is not a number: {error}.") from error
+        if any(number is not None and not math.isfinite(number) for number in numbers):
+            raise ConfigError(f"train.rewards: '{name}' returned {numbers}; every value must be finite, or None.")
+        return numbers
+
+    return call
+
+
+def _number_reward(answer_field: str) -> Reward:
+    def number(completions: Sequence[str], **columns: Any) -> list[float]:
+        answers = [final_number(str(answer)) for answer in columns[answer_field]]
+        return [float(final_number(text) == answer) for text, answer in zip(completions, answers, strict=True)]
+
+    return number
+
+
+def _format_reward(completions: Sequence[str], **_: Any) -> list[float]:
+    return [float(has_final_form(text)) for text in completions]
+
+
+def _imported(name: str, module: str, attribute: str) -> Reward:
+    try:
+        function = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # whatever the module does while it is imported
+        raise ConfigError(
+            f"train.rewards: '{name}': module '{module}' cannot be imported ({type(error).__name__}: {error}); install "
+            "it, or put its directory on PYTHONPATH, on every node."
+        ) from error
+    if function is None:
+        available = [key for key, value in vars(importlib.import_module(module)).items() if inspect.isfunction(value)]
+        raise ConfigError(
+            f"train.rewards: '{name}': module '{module}' has no '{attribute}'. {suggest(attribute, available)}"
+        )
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        raise ConfigError(
+            f"train.rewards: '{name}' is not a plain function; expected function(prompts, completions, **columns) that "
+            "returns one number per completion."
+        )
+    return function
+
+
+def _check_answers(rows: Sequence[Row], field: str) -> None:
+    for number, row in enumerate(rows, start=1):
+        if field not in row:
+            raise DataError(
+                f"row {number} has no column '{field}', which builtin:number compares with; it has "
+                f"{', '.join(map(str, row))}: set train.answer_field."
+            )
+        if final_number(str(row[field])) is None:
+            raise DataError(
+                f"row {number}: column '{field}' holds no number ({str(row[field])[:40]!r}), but builtin:number needs "
+                "one; set train.answer_field, or use another reward."
+            )
