@@ -6,6 +6,7 @@ cache, because reading GGUF takes half a minute and safetensors a tenth of a sec
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import logging
 import os
@@ -30,7 +31,12 @@ def resolve(name_or_path: str) -> str:
         return name_or_path
     directory = _cache() / "smollm2-135m-instruct"
     if not (directory / "config.json").is_file():
-        _convert(_wheel_file(), directory)
+        gguf = _wheel_file()
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with (directory.parent / "smollm2.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank of a machine converts, the others wait for it
+            if not (directory / "config.json").is_file():
+                _convert(gguf, directory)
     return str(directory)
 
 
@@ -51,8 +57,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("converting %s to safetensors in %s (once, about 30 s)", gguf.name, directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its destination and renamed at the end: another rank or process never sees half a model.
+    # Beside its destination and renamed at the end: another process never sees half a model.
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".smollm2-"))
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
@@ -61,10 +66,6 @@ def _convert(gguf: Path, directory: Path) -> None:
         vars(model.config).pop("quantization_config", None)
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
-        try:
-            scratch.rename(directory)
-        except OSError:  # another process was first
-            if not (directory / "config.json").is_file():
-                raise
+        scratch.rename(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
