@@ -18,7 +18,7 @@ from plop_dist.types import SampleTotals
 
 
 def inputs_of(model: nn.Module, sample: Sequence[int]) -> dict[str, Tensor]:
-    """Return what every linear map read for one sample run alone, by path: (T, I) float64, all calls one after another."""
+    """Return what every linear map read for one sample run alone, by path: (T, I) float64, calls in order."""
     seen: dict[str, list[Tensor]] = {}
     handles = [
         module.register_forward_pre_hook(
@@ -51,7 +51,7 @@ def weights_of(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
 
 
 def brute_force(model: nn.Module, samples: Sequence[Sequence[int]]) -> dict[str, list[Tensor]]:
-    """Return ||W z_t|| / ||z_t|| of each projection, one (T,) float64 per sample; NaN where ||z_t|| is 0 or not finite."""
+    """Return ||W z_t|| / ||z_t|| of each projection, (T,) float64 per sample; NaN where ||z_t|| is 0 or not finite."""
     weights = weights_of(model)
     gains: dict[str, list[Tensor]] = {fqn: [] for fqn in weights}
     for sample in samples:
