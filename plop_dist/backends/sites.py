@@ -24,7 +24,8 @@ class LinearSite:
     blocks: the logical projections inside it. in_part and out_part: WHOLE, or PARTIAL where this rank sees a shard of
     the features. bias_in_output: whether the output holds the module's bias (which is not part of the gain).
     is_sharded and in_index describe its weight as LocalWeight does. gather: gives whole parameters where they are
-    partitioned between forwards (ZeRO-3, FSDP).
+    partitioned between forwards (ZeRO-3, FSDP). observe_last: after the hooks that a framework put on the module, where
+    those complete its output (transformers' row-parallel sum).
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class LinearSite:
         is_sharded: bool = False,
         in_index: slice | Tensor | None = None,
         gather: Gather | None = None,
+        observe_last: bool = False,
     ) -> None:
         self.module = linear.module
         self.blocks: Sequence[Block] = linear.blocks
@@ -46,6 +48,7 @@ class LinearSite:
         self._in_part, self._out_part = in_part, out_part
         self._is_sharded, self._in_index = is_sharded, in_index
         self._gather = gather
+        self._observe_last = observe_last
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
         """Install the hook and return the function that removes it."""
@@ -54,6 +57,8 @@ class LinearSite:
             z = args[0] if args else next(iter(kwargs.values()))
             y = local(output[0] if isinstance(output, tuple) else output)
             bias = getattr(module, "bias", None)
+            if bias is None:
+                bias = getattr(module, "_bias", None)  # where transformers 5.12 keeps a row-parallel bias
             if bias is not None:
                 y = y - local(bias)
             recorder.record(
@@ -66,7 +71,8 @@ class LinearSite:
             )
 
         # Before DeepSpeed's own post-forward hook, which releases the parameters (and with them the bias) at stage 3.
-        return self.module.register_forward_hook(observe, prepend=True, with_kwargs=True).remove
+        prepend = not self._observe_last
+        return self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True).remove
 
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:

@@ -1,0 +1,110 @@
+"""transformers' own tensor parallelism, AutoTP and DeepSpeed pipelines: the same scores as one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plop_dist.config import Config, parse_config
+from tests.models import save_tiny
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-5
+
+HF, DS = {"backend": "transformers"}, {"backend": "deepspeed"}
+TWO_RANKS = [
+    ("llama", {**HF, "tp": 2}, "left", "lm_head"),
+    ("row_bias", {**HF, "tp": 2}, "right", "none"),
+    ("llama", {**HF, "dp": 2}, "right", "lm_head"),
+    ("qwen2", {**DS, "tp": 2}, "left", "lm_head"),
+    ("row_bias", {**DS, "tp": 2}, "right", "none"),
+    ("uneven", {**DS, "tp": 2}, "left", "lm_head"),
+    ("qwen2", {**DS, "tp": 2, "zero_stage": 1}, "right", "lm_head"),
+]
+FOUR_RANKS = [
+    ("qwen2", {**HF, "tp": 2, "dp": 2}, "left", "lm_head"),
+    ("qwen2", {**DS, "tp": 2, "dp": 2}, "right", "lm_head"),
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("layouts")
+    save_tiny("qwen2", directory / "qwen2")
+    save_tiny("llama", directory / "llama", tie_word_embeddings=True)
+    save_tiny("llama", directory / "row_bias", attention_bias=True, mlp_bias=True)
+    save_tiny("llama", directory / "uneven", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    lengths = [3, 40, 7, 22, 1, 13, 30]  # seven samples in micro-batches of two: unequal shares for two replicas
+    rows = [{"text": "".join(chr(33 + (7 * k + i * i) % 90) for i in range(n))} for k, n in enumerate(lengths)]
+    (directory / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return directory
+
+
+def _config(root: Path, run_dir: str, family: str, parallel: dict[str, Any], side: str, exclude: str) -> Config:
+    return parse_config(
+        {
+            "run_dir": str(root / run_dir),
+            "model": {"name_or_path": str(root / family), "dtype": "float32"},
+            "data": {"path": str(root / "data.jsonl"), "text_field": "text", "batch_size": 2, "padding_side": side},
+            "parallel": parallel,
+            "estimator": {"num_directions": 16},
+            "placement": {"exclude": [exclude]},
+        }
+    )
+
+
+def _score(rank: int, root: Path, layouts: list[Any]) -> list[Any]:
+    from plop_dist import worker
+
+    found = []
+    for number, layout in enumerate(layouts):
+        config = _config(root, f"run-{len(layouts)}-{number}", *layout)
+        scores = worker.score(config, rank, lambda kind, **fields: None)
+        modules = {m.fqn: (m.gain, m.baseline, m.num_tokens, m.in_features, m.out_features) for m in scores.modules}
+        found.append((modules, scores.model.num_parameters))
+    return found
+
+
+_TRUTH: dict[Any, Any] = {}
+
+
+def _truth(root: Path, family: str, exclude: str) -> Any:
+    if (root, family, exclude) not in _TRUTH:
+        # One process: padding on the other side would change nothing, so the right one stands for both.
+        _TRUTH[root, family, exclude] = _score_alone(root, family, exclude)
+    return _TRUTH[root, family, exclude]
+
+
+def _score_alone(root: Path, family: str, exclude: str) -> Any:
+    from plop_dist import worker
+
+    config = _config(root, f"truth-{family}-{exclude}", family, {}, "right", exclude)
+    scores = worker.score(config, 0, lambda kind, **fields: None)
+    modules = {m.fqn: (m.gain, m.baseline, m.num_tokens, m.in_features, m.out_features) for m in scores.modules}
+    return modules, scores.model.num_parameters
+
+
+def _check(reports: list[Any], root: Path, layouts: list[Any]) -> None:
+    for number, (family, parallel, side, exclude) in enumerate(layouts):
+        expected, num_parameters = _truth(root, family, exclude)
+        for report in reports:
+            found, found_parameters = report[number]
+            name = f"{family} {parallel} {side}"
+            assert found.keys() == expected.keys(), name
+            assert found_parameters == num_parameters, name
+            for fqn, (gain, baseline, *sizes) in expected.items():
+                assert found[fqn][0] == pytest.approx(gain, rel=TOLERANCE), f"{name}: gain of {fqn}"
+                assert found[fqn][1] == pytest.approx(baseline, rel=TOLERANCE), f"{name}: baseline of {fqn}"
+                assert list(found[fqn][2:]) == sizes, f"{name}: {fqn}"
+
+
+def test_two_ranks_equal_one_process(root: Path) -> None:
+    _check(run_ranks(2, _score, root, TWO_RANKS), root, TWO_RANKS)
+
+
+def test_four_ranks_equal_one_process(root: Path) -> None:
+    _check(run_ranks(4, _score, root, FOUR_RANKS), root, FOUR_RANKS)
