@@ -1,4 +1,4 @@
-"""Two real ranks give the gains and baselines of one process: feature shards, token shares, routed experts, replicas."""
+"""Two real ranks give what one process gives: feature shards, token shares, routed experts, replicas, copies."""
 
 # T tokens, I in_features, O out_features, E experts
 
