@@ -66,14 +66,14 @@ def render(row: Row, number: int, data: DataConfig, tokenizer: Any = None) -> st
     if data.template is not None:
         return fill(data.template, row, number, data.path)
     if data.messages_field is not None:
-        messages = _column(row, data.messages_field, number, data.path)
+        messages = _messages(row, data.messages_field, number, data.path)
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # chat templates raise whatever their authors chose
             raise DataError(
                 f"{data.path}: row {number}: the tokenizer's chat template cannot render column "
-                f"'{data.messages_field}' ({str(error).splitlines()[0]}); it must be a list of "
-                '{"role": ..., "content": ...} and the tokenizer must have a chat template.'
+                f"'{data.messages_field}' ({str(error) or type(error).__name__}); the tokenizer must have a chat template that "
+                "takes these roles."
             ) from error
     field = data.text_field or _BUILTIN_FIELD.get(data.path) or ("text" if "text" in row else None)
     if field is None:
@@ -256,6 +256,21 @@ def _column(row: Row, name: str, number: int, source: str) -> Any:
     if name not in row:
         raise DataError(f"{source}: row {number} has no column '{name}'; it has {', '.join(map(str, row)) or 'none'}.")
     return row[name]
+
+
+def _messages(row: Row, field: str, number: int, source: str) -> Any:
+    value = _column(row, field, number, source)
+    # A chat template renders a string, or messages without a role, as if they were empty: silently wrong text.
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(item, Mapping) and "role" in item for item in value)
+    ):
+        raise DataError(
+            f"{source}: row {number}: column '{field}' must be a list of "
+            f'{{"role": ..., "content": ...}}, but it is {str(value)[:60]!r}.'
+        )
+    return value
 
 
 def _text(value: Any, field: str, number: int, source: str) -> str:
