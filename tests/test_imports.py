@@ -18,7 +18,7 @@ ROOT = Path(plop_dist.__file__).parent
 # From the top to the bottom: a file imports from its own line and from those below it. A folder stands for its files.
 LAYERS = (
     ("cli",),
-    ("pipeline", "bench"),
+    ("pipeline", "bench", "scaling"),
     ("cluster",),
     ("worker", "plugin"),
     ("training",),

@@ -1,0 +1,276 @@
+"""What scoring costs: against a plain forward pass, with and without the head, and the straightforward algorithm."""
+
+# T tokens, I in_features, O out_features
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plop_dist.baseline import compute_baselines
+from plop_dist.collect import Collector
+from plop_dist.config import Config, ParallelConfig
+from plop_dist.data import load_rows, plan_steps, select_rows, step_micro_batches, tokenize
+from plop_dist.protocols import MicroBatch, ScorableModel
+from plop_dist.scaling import Scaling, measure_scaling
+
+WITH_LOGITS, HEADLESS, SCORING, STRAIGHTFORWARD = "forward with logits", "forward", "scoring", "straightforward"
+VARIANTS = (WITH_LOGITS, HEADLESS, SCORING, STRAIGHTFORWARD)
+_MOST_MICRO_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One variant over all micro-batches: median seconds, median CPU seconds of the process, and peak memory.
+
+    peak_bytes: max RSS of a process that runs nothing else, the weights included; on CUDA what the allocator held.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `plop-dist bench` prints. costs: by variant; baseline_seconds: once per weight, whatever the data."""
+
+    model: str
+    device: str
+    num_threads: int
+    num_modules: int
+    num_tokens: int
+    num_micro_batches: int
+    repeats: int
+    costs: dict[str, Cost]
+    baseline_seconds: float
+    scaling: tuple[Scaling, ...] = ()
+
+    def ratio(self, variant: str, other: str, what: str = "seconds") -> float:
+        """Return how many times the cost of `other` that of `variant` is."""
+        return getattr(self.costs[variant], what) / getattr(self.costs[other], what)
+
+
+def run_bench(config: Config, *, ranks: int = 1, repeats: int = 5) -> Bench:
+    """Return the measurements: one process, every repeat runs all variants on each micro-batch in turn.
+
+    ranks: above 1, also groups of 1, 2, 4, ... ranks up to it (see scaling). The micro-batches are spread over the
+    lengths that the configured data has. Raises UserError for bad input.
+    """
+    single = config.model_copy(update={"parallel": ParallelConfig()})
+    scaling = measure_scaling(config, ranks) if ranks > 1 else ()
+    peaks = {variant: measure_peak(single, variant) for variant in VARIANTS}
+    subject = Subject(single)
+    times = measure_times(subject, repeats)
+    started = time.perf_counter()
+    compute_baselines(subject.model, config.estimator, subject.collector.reducer, subject.fqns)
+    return Bench(
+        model=config.model.name_or_path,
+        device=str(subject.model.device),
+        num_threads=torch.get_num_threads(),
+        num_modules=len(subject.fqns),
+        num_tokens=sum(int(batch.attention_mask.sum()) for batch in subject.micro_batches),
+        num_micro_batches=len(subject.micro_batches),
+        repeats=repeats,
+        costs={variant: Cost(*times[variant], peaks[variant]) for variant in VARIANTS},
+        baseline_seconds=time.perf_counter() - started,
+        scaling=tuple(scaling),
+    )
+
+
+def print_bench(bench: Bench) -> None:
+    """Print the measurements: a table on a terminal, aligned lines in a pipe."""
+    from plop_dist.plan import bytes_text
+    from plop_dist.tables import Grid, show, show_line
+
+    show_line(
+        f"{bench.model} · {bench.num_modules} modules · {bench.num_tokens:,} tokens in {bench.num_micro_batches} "
+        f"micro-batches · {bench.device}, {bench.num_threads} threads · medians of {bench.repeats}"
+    )
+    grid = Grid(
+        "Cost of one pass", ["variant", ">seconds", ">x forward", ">CPU seconds", ">x forward", ">peak", ">x forward"]
+    )
+    for variant, cost in bench.costs.items():
+        time_ratio, cpu_ratio, peak_ratio = (
+            f"{bench.ratio(variant, HEADLESS, what):.3f}" for what in ("seconds", "cpu_seconds", "peak_bytes")
+        )
+        seconds, cpu_seconds = f"{cost.seconds:.3f}", f"{cost.cpu_seconds:.3f}"
+        peak = bytes_text(cost.peak_bytes)
+        grid.rows.append([variant, seconds, time_ratio, cpu_seconds, cpu_ratio, peak, peak_ratio])
+    show(grid)
+    show_line(
+        f"scoring / forward with logits {bench.ratio(SCORING, WITH_LOGITS):.3f} · straightforward / scoring "
+        f"{bench.ratio(STRAIGHTFORWARD, SCORING):.2f} · baselines, once: {bench.baseline_seconds:.2f} s"
+    )
+    if not bench.scaling:
+        return
+    grid = Grid(
+        f"Weak scaling, the same work per replica ({os.cpu_count()} cores)",
+        [">ranks", "layout", ">tokens/s", ">efficiency", ">collectives per micro-batch", ">per 1000 tokens and layer",
+         ">bytes per token and layer", ">collectives at the ends", ">bytes"],
+    )  # fmt: skip
+    for entry in bench.scaling:
+        grid.rows.append(
+            [
+                f"{entry.num_ranks}",
+                entry.layout,
+                f"{entry.tokens_per_second:.0f}",
+                f"{entry.efficiency_against(bench.scaling[0]):.2f}",
+                f"{entry.collectives_per_micro_batch:g}",
+                f"{1000 * entry.collectives_per_token_and_layer:.3f}",
+                f"{entry.bytes_per_token_and_layer:.1f}",
+                f"{entry.num_fixed_collectives}",
+                bytes_text(entry.num_fixed_bytes),
+            ]
+        )
+    show(grid)
+
+
+class Subject:
+    """A model loaded whole, the micro-batches, and one function per variant that runs a micro-batch."""
+
+    def __init__(self, config: Config) -> None:
+        from plop_dist.backends.hf_load import load_model, load_tokenizer, needs_head
+        from plop_dist.backends.hf_model import HFModel, pick_device
+        from plop_dist.backends.transformers import whole_sites
+
+        tokenizer = load_tokenizer(config.model)
+        data = config.data
+        samples = tokenize(select_rows(load_rows(data.path, data.split), data), data, tokenizer)
+        self.micro_batches = spread_micro_batches(samples, data.batch_size, tokenizer)
+        module = load_model(config.model).to(pick_device())
+        with_head = needs_head(config.placement.exclude)
+        sites = whole_sites(module, with_head)
+        self.module = module
+        self.model: ScorableModel = HFModel(module, sites, with_head=with_head)
+        self._plain = {head: HFModel(module, sites, with_head=head) for head in (True, False)}
+        self.collector = Collector(self.model)
+        self.fqns = [projection.fqn for site in sites for projection in site.projections]
+
+    def run(self, variant: str, micro_batch: MicroBatch) -> None:
+        """Run one micro-batch; must be inside prepared(variant)."""
+        if variant == SCORING:
+            self.collector.step([micro_batch])
+            return
+        model = self._plain[variant != HEADLESS]
+        with torch.no_grad():
+            model.forward([micro_batch], lambda _: None)
+
+    def prepared(self, variant: str) -> AbstractContextManager[Any]:
+        """Keep the variant's hooks in place for the length of a block."""
+        if variant == SCORING:
+            return self.collector.attached()
+        return straightforward(self.module) if variant == STRAIGHTFORWARD else nullcontext()
+
+
+def measure_times(subject: Subject, repeats: int) -> dict[str, tuple[float, float]]:
+    """Return (seconds, CPU seconds) per variant: the sum over micro-batches of medians over repeats.
+
+    Variants take turns on every micro-batch, in an order that rotates, so that whatever else the machine does hits all.
+    """
+    measured: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for repeat in range(-1, repeats):  # the first round only warms up
+        for number, micro_batch in enumerate(subject.micro_batches):
+            turn = (repeat + number) % len(VARIANTS)
+            for variant in (*VARIANTS[turn:], *VARIANTS[:turn]):
+                with subject.prepared(variant):
+                    _wait_for_device()
+                    began = time.perf_counter(), time.process_time()
+                    subject.run(variant, micro_batch)
+                    _wait_for_device()
+                    took = time.perf_counter() - began[0], time.process_time() - began[1]
+                if repeat >= 0:
+                    measured.setdefault((variant, number), []).append(took)
+    medians = {key: [statistics.median(column) for column in zip(*took, strict=True)] for key, took in measured.items()}
+    return {
+        variant: (
+            sum(median[0] for (name, _), median in medians.items() if name == variant),
+            sum(median[1] for (name, _), median in medians.items() if name == variant),
+        )
+        for variant in VARIANTS
+    }
+
+
+def measure_peak(config: Config, variant: str) -> int:
+    """Return the peak memory of one variant in bytes, in a process of its own."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak, config, variant).result()
+
+
+def spread_micro_batches(samples: Sequence[Sequence[int]], batch_size: int, tokenizer: Any) -> list[MicroBatch]:
+    """Return a few micro-batches as scoring makes them, from the longest samples to the shortest."""
+    plan = plan_steps([len(sample) for sample in samples], batch_size, 1, 1, uniform=False, in_order=False)
+    most = min(_MOST_MICRO_BATCHES, len(plan))
+    chosen = [plan[(len(plan) - 1) * number // max(most - 1, 1)] for number in range(most)]
+    side, pad_id = tokenizer.padding_side, tokenizer.pad_token_id
+    return [batch for step in chosen for batch in step_micro_batches(samples, step, 0, pad_id=pad_id, side=side)]
+
+
+@contextmanager
+def straightforward(module: nn.Module) -> Iterator[None]:
+    """Measure each linear module as the definition says: per batch W z and W z~ in float32, z~ Gaussian of z's norm."""
+    handles = []
+
+    def observe(linear: Any, args: tuple[Any, ...], output: Any) -> None:
+        z_TI = args[0].float()
+        weight_OI = linear.weight.float()
+        random_TI = torch.randn_like(z_TI)
+        random_TI *= _norm(z_TI) / _norm(random_TI)
+        actual_T, baseline_T = _norm(z_TI @ weight_OI.T), _norm(random_TI @ weight_OI.T)
+        float((actual_T / baseline_T).mean())
+
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    try:
+        for child in module.modules():
+            if isinstance(child, nn.Linear) and child is not head:
+                handles.append(child.register_forward_hook(observe))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _norm(z_TI: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(z_TI, dim=-1, keepdim=True)
+
+
+def _peak(config: Config, variant: str) -> int:
+    subject = Subject(config)
+    reset: Callable[[], None] = torch.cuda.reset_peak_memory_stats if torch.cuda.is_available() else _reset_max_rss
+    reset()
+    with subject.prepared(variant):
+        for micro_batch in subject.micro_batches:
+            subject.run(variant, micro_batch)
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _max_rss()
+
+
+def _reset_max_rss() -> None:
+    # Else reading the checkpoint would be the peak of every variant. Linux: proc(5), clear_refs.
+    clear_refs = Path("/proc/self/clear_refs")
+    if os.access(clear_refs, os.W_OK):
+        clear_refs.write_text("5")
+
+
+def _max_rss() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
