@@ -24,10 +24,13 @@ TWO_RANKS = [
     ("row_bias", {**DS, "tp": 2}, "right", "none"),
     ("uneven", {**DS, "tp": 2}, "left", "lm_head"),
     ("qwen2", {**DS, "tp": 2, "zero_stage": 1}, "right", "lm_head"),
+    ("qwen2", {**DS, "pp": 2}, "left", "lm_head"),
+    ("llama", {**DS, "pp": 2}, "right", "none"),
 ]
 FOUR_RANKS = [
     ("qwen2", {**HF, "tp": 2, "dp": 2}, "left", "lm_head"),
     ("qwen2", {**DS, "tp": 2, "dp": 2}, "right", "lm_head"),
+    ("qwen2", {**DS, "pp": 2, "dp": 2}, "left", "lm_head"),
 ]
 
 

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from plop_dist.backends.deepspeed_pipeline import pipeline_layers
 from plop_dist.backends.hf_load import load_model, load_tokenizer
 from plop_dist.config import Config
-from plop_dist.errors import LayoutError, ModelError
+from plop_dist.errors import LayoutError
 from plop_dist.training import loop
 from plop_dist.training.adapters import AdapterShard, check_complete, lora_config, save_peft_adapter
 from plop_dist.training.deepspeed_engine import (
@@ -153,78 +154,6 @@ class PipelineEngine:
                 f"parallel.pp is {self._config.parallel.pp}, but rank {counts.index(0)}'s stage holds no chosen "
                 "module; use a smaller parallel.pp, parallel.tp instead, or placement.granularity=type."
             )
-
-
-class Embedding(nn.Module):
-    """First pipeline layer: (input_ids, position_ids, attention_mask) -> (hidden, position_ids, attention_mask)."""
-
-    def __init__(self, embed_tokens: nn.Module):
-        super().__init__()
-        self.embed_tokens = embed_tokens
-
-    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hidden states (batch, sequence, hidden) with what the decoder layers need beside them."""
-        input_ids, position_ids, attention_mask = inputs
-        hidden = self.embed_tokens(input_ids)
-        if torch.is_grad_enabled():
-            hidden.requires_grad_()  # the schedule sends a gradient back even where nothing here is trained
-        return hidden, position_ids, attention_mask
-
-
-class DecoderLayer(nn.Module):
-    """One transformers decoder layer with the mask and rotary embedding that its model would hand to it."""
-
-    def __init__(self, layer: nn.Module, rotary: nn.Module, config: Any, index: int):
-        super().__init__()
-        self.layer, self.rotary, self.config = layer, rotary, config
-        self.is_sliding = (getattr(config, "layer_types", None) or {index: None})[index] == "sliding_attention"
-
-    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the next hidden states, and position_ids and attention_mask as they are."""
-        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-
-        hidden, position_ids, attention_mask = inputs
-        make_mask = create_sliding_window_causal_mask if self.is_sliding else create_causal_mask
-        # A mask without padding is left out, as in loop.model_inputs: then packed samples are kept apart.
-        padding = None if bool(attention_mask.all()) else attention_mask
-        mask = make_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=padding, past_key_values=None,
-            position_ids=position_ids,
-        )  # fmt: skip
-        output = self.layer(
-            hidden, attention_mask=mask, position_ids=position_ids, use_cache=False,
-            position_embeddings=self.rotary(hidden, position_ids),
-        )  # fmt: skip
-        return output[0] if isinstance(output, tuple) else output, position_ids, attention_mask
-
-
-class Head(nn.Module):
-    """Last pipeline layer: the final norm and the LM head; returns logits (batch, sequence, vocab)."""
-
-    def __init__(self, norm: nn.Module, lm_head: nn.Module):
-        super().__init__()
-        self.norm, self.lm_head = norm, lm_head
-
-    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Return the logits."""
-        return self.lm_head(self.norm(inputs[0]))
-
-
-def pipeline_layers(model: Any) -> list[nn.Module]:
-    """Return the model as a list of layers to cut into stages. Raises ModelError unless it is built like Llama."""
-    body = model.base_model
-    missing = [name for name in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(body, name)]
-    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if missing or kinds or not hasattr(model, "lm_head"):
-        what = (
-            f"has no {missing[0]}" if missing else f"has layers of type {sorted(kinds)}" if kinds else "has no lm_head"
-        )
-        raise ModelError(
-            f"{type(model).__name__} {what}: DeepSpeed's pipeline takes plain stacks of decoder layers (Llama, Qwen2, "
-            "Qwen3, Mistral); use parallel.tp instead of parallel.pp, or parallel.backend=megatron."
-        )
-    decoder = [DecoderLayer(layer, body.rotary_emb, model.config, index) for index, layer in enumerate(body.layers)]
-    return [Embedding(body.embed_tokens), *decoder, Head(body.norm, model.lm_head)]
 
 
 def _whole_shards(model: nn.Module) -> list[AdapterShard]:
