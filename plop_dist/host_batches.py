@@ -72,6 +72,8 @@ def share(read: Callable[[], _Local], groups: Groups, per_step: int, reducer: Re
     if len(kinds) > 1:
         raise DataError("batches have sample_ids on some ranks and not on others; give them on every rank or on none.")
     micro_batches, sample_ids = _numbered(local, groups.replica, replicas, has_ids=kinds == {True})
+    if not len(sample_ids):
+        raise DataError("batches hold nothing but padding; check attention_mask and sample_ids.")
     num_steps = -(-max(count for count, *_ in replicas.values()) // per_step)
     if groups.uniform_steps:
         micro_batches += [_filler(micro_batches, reducer)] * (num_steps * per_step - len(micro_batches))
@@ -126,13 +128,13 @@ def _attempt(read: Callable[[], _Local]) -> tuple[_Local | None, BaseException |
 
 
 def _raise_first(errors: Sequence[Any], own: BaseException | None) -> None:
-    if own is not None:
+    if isinstance(own, PlopError):
         raise own
     for rank, error in enumerate(errors):
         if isinstance(error, PlopError):
-            raise type(error)(f"rank {rank}: {error}")
+            raise type(error)(f"rank {rank}: {error}") from error
         if error is not None:
-            raise WorkerError(f"rank {rank}: reading batches failed: {type(error).__name__}: {error}")
+            raise WorkerError(f"rank {rank}: reading batches failed: {type(error).__name__}: {error}") from error
 
 
 def _by_replica(everyone: Sequence[Any]) -> dict[int, Any]:
@@ -174,11 +176,8 @@ def _numbered(
 def _filler(micro_batches: Sequence[MicroBatch], reducer: Reducer) -> MicroBatch:
     """Return one real row of a batch, of a peer's where this rank has none, that counts for nothing. Collective."""
     own = next((_one_row(micro) for micro in micro_batches if micro.attention_mask.any()), None)
-    found = own, *reducer.gather_objects(own, "example for ranks without batches")
-    example = next((one for one in found if one is not None), None)
-    if example is None:
-        raise DataError("batches hold nothing but padding; check attention_mask.")
-    return example
+    every = reducer.gather_objects(own, "example for ranks without batches")
+    return own or next(one for one in every if one is not None)
 
 
 def _one_row(micro: MicroBatch) -> MicroBatch:

@@ -1,0 +1,254 @@
+"""The plugin in a job that already runs: the scores of one process, and a host that does not notice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import plop_dist
+from plop_dist import worker
+from plop_dist.backends.hf_load import load_tokenizer
+from plop_dist.config import parse_config
+from plop_dist.data import tokenize
+from plop_dist.errors import ConfigError, DataError, ModelError, WorkerError
+from plop_dist.types import Scores
+from tests import plugin_hosts
+from tests.models import random_tokens, save_tiny, tiny
+from tests.spawn import run_ranks
+
+TEXTS = (
+    "one short row",
+    "a row that is quite a bit longer than that",
+    "the",
+    "and then another one",
+    "in the end it rests",
+)
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen2", tmp_path_factory.mktemp("plugin") / "model")  # its qkv has a bias
+
+
+@pytest.fixture(scope="module")
+def reference(directory: Path) -> tuple[Scores, list[list[int]]]:
+    """The scores that the command line gives in one process, and the samples they are of."""
+    rows = directory.with_name("rows.jsonl")
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    config = parse_config(
+        {
+            "run_dir": str(directory.with_name("run")),
+            "model": {"name_or_path": str(directory), "dtype": "float32"},
+            "data": {"path": str(rows), "max_length": 24, "batch_size": 2},
+            "parallel": {"backend": "transformers"},
+        }
+    )
+    scores = worker.score(config, 0, lambda kind, **fields: None)
+    return scores, tokenize([{"text": text} for text in TEXTS], config.data, load_tokenizer(config.model))
+
+
+def padded(samples: Sequence[Sequence[int]], side: str = "right") -> dict[str, Tensor]:
+    longest = max(map(len, samples)) + 1
+    ids, mask = torch.zeros(len(samples), longest, dtype=torch.int64), torch.zeros(len(samples), longest)
+    for row, sample in enumerate(samples):
+        at = slice(0, len(sample)) if side == "right" else slice(longest - len(sample), longest)
+        ids[row, at], mask[row, at] = torch.tensor(sample), 1
+    return {"input_ids": ids, "attention_mask": mask.bool(), "labels": ids}
+
+
+def assert_same(found: Scores, expected: Scores) -> None:
+    assert [module.fqn for module in found.modules] == [module.fqn for module in expected.modules]
+    for one, other in zip(found.modules, expected.modules, strict=True):
+        assert one.num_tokens == other.num_tokens, one.fqn
+        assert (one.gain, one.baseline, one.nfn) == pytest.approx(
+            (other.gain, other.baseline, other.nfn), rel=TOLERANCE
+        ), one.fqn
+    assert found.samples is not None
+    assert expected.samples is not None
+    assert found.samples.gain_total == pytest.approx(expected.samples.gain_total, rel=TOLERANCE)
+
+
+def test_a_plain_loop_gets_the_command_lines_scores_and_goes_on_unchanged(
+    directory: Path, reference: tuple[Scores, list[list[int]]]
+) -> None:
+    expected, samples = reference
+
+    def train(call: Any) -> list[Tensor]:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            model = plugin_hosts.load(directory)
+            model.model.layers[0].eval()  # a host that freezes a part keeps it so
+            return plugin_hosts._train(model, torch.optim.SGD(model.parameters(), lr=0.05), call)
+        finally:
+            torch.distributed.destroy_process_group()
+
+    found = []
+    batches = [padded(samples[:3], "left"), padded(samples[3:])]
+    with_calls = train(lambda model: found.append(plop_dist.score(model, plugin_hosts.drawing(batches))))
+    without = train(lambda model: None)
+    assert all(map(torch.equal, with_calls, without))
+    assert_same(found[0], expected)
+    assert found[1].modules != found[0].modules  # one step later the weights are others
+    assert found[0].model.name_or_path == str(directory)
+    assert found[0].parallel["tp"] == 1
+    assert plop_dist.place(found[0], k=2).module_types == plop_dist.place(expected, k=2).module_types
+
+
+def test_sample_ids_group_rows_and_keep_the_hosts_numbers() -> None:
+    model, tokens = tiny("llama"), random_tokens(3, 6)
+    ids = torch.tensor([[70, 70, 70, 5, 5, -1]]).expand(3, 6)
+    scores = plop_dist.score(model, [{"input_ids": tokens, "sample_ids": ids}], num_directions=4, name="mine")
+    assert scores.samples is not None
+    assert scores.samples.sample_ids.tolist() == [5, 70]
+    assert scores.samples.num_tokens[0].tolist() == [6, 9]
+    by_row = plop_dist.score(model, [{"input_ids": tokens[:2]}, {"input_ids": tokens[2:]}], num_directions=4)
+    assert by_row.samples is not None
+    assert by_row.samples.num_tokens[0].tolist() == [6, 6, 6]
+    one_id_per_row = {"input_ids": tokens, "sample_ids": torch.tensor([9, 9, 2])}
+    again = plop_dist.score(model, [one_id_per_row], num_directions=4, baseline="closed_form", seed=3)
+    assert again.samples is not None
+    assert again.samples.num_tokens[0].tolist() == [6, 12]
+    assert (again.estimator["baseline"], again.estimator["seed"], scores.model.name_or_path) == (
+        "closed_form",
+        3,
+        "mine",
+    )
+
+
+def test_exclude_names_types_and_paths() -> None:
+    batches = [{"input_ids": random_tokens(1, 5)}]
+    scores = plop_dist.score(tiny("llama"), batches, num_directions=4, exclude=("mlp.*", "layers.1.self_attn.q_proj"))
+    fqns = {module.fqn for module in scores.modules}
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    paths = {f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in names}
+    assert fqns == {"lm_head", *paths} - {"model.layers.1.self_attn.q_proj"}
+
+
+def test_an_error_in_the_forward_pass_leaves_no_hook(directory: Path) -> None:
+    model: Any = plugin_hosts.load(directory)
+    broken = model.model.layers[1].mlp
+    broken.forward = lambda z: z[:, :, :3] @ z
+    with plugin_hosts._watched(model), pytest.raises(WorkerError, match=r"model\.layers\.1\.self_attn\.o_proj"):
+        plop_dist.score(model, [{"input_ids": random_tokens(2, 6)}], num_directions=4)
+    with plugin_hosts._watched(model), pytest.raises(WorkerError, match="reading batches failed: KeyError") as caught:
+        plop_dist.score(model, ({"input_ids": {}[key]} for key in "a"))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+class _NoIds(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+
+class _NoLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.embedding(input_ids)
+
+
+TOKENS = torch.ones(2, 4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "batches is empty on every rank"),
+        ([{"tokens": TOKENS}], r"batches\[0\] has no input_ids \(its keys: tokens\)"),
+        ([{"input_ids": TOKENS}, {"input_ids": TOKENS[0]}], r"batches\[1\]\['input_ids'\] has shape \(4,\)"),
+        ([{"input_ids": TOKENS.float()}], r"is torch.float32, expected integers"),
+        ([TOKENS], r"batches\[0\] is a Tensor"),
+        ([{"input_ids": TOKENS, "attention_mask": TOKENS[:1]}], r"\['attention_mask'\] has shape \(1, 4\)"),
+        ([{"input_ids": TOKENS, "sample_ids": TOKENS}, {"input_ids": TOKENS}], "every batch or in none"),
+        ([{"input_ids": TOKENS, "attention_mask": 0 * TOKENS}], "nothing but padding"),
+    ],
+)
+def test_batches_that_cannot_be_scored(batches: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        plop_dist.score(tiny("llama"), batches)
+
+
+def test_models_that_cannot_be_scored() -> None:
+    batches = [{"input_ids": TOKENS}]
+    with pytest.raises(ModelError, match="cannot read a dict"):
+        plop_dist.score({}, batches)
+    with pytest.raises(ModelError, match="2 modules without a Megatron linear"):
+        plop_dist.score([nn.Linear(2, 2), nn.Linear(2, 2)], batches)
+    with pytest.raises(ModelError, match="takes no input_ids and no attention_mask"):
+        plop_dist.score(_NoIds(), batches)
+    with pytest.raises(ModelError, match="no linear module"):
+        plop_dist.score(_NoLinear(), batches)
+    with pytest.raises(ConfigError, match=r"num_directions: .* the value is 0"):
+        plop_dist.score(tiny("llama"), batches, num_directions=0)
+    with pytest.raises(ConfigError, match="baseline"):
+        plop_dist.score(tiny("llama"), batches, baseline="none")
+
+
+def _job(rank: int, hosts: list[str], directory: Path, samples: list[list[int]]) -> dict[str, Any]:
+    """Train each host with and without calls; the first rank has three batches, the second one, then none."""
+    out: dict[str, Any] = {}
+    torch.set_num_threads(1)
+    for host in hosts:
+        train = getattr(plugin_hosts, f"train_{host}")
+        every = [padded(samples[:1]), padded(samples[1:3], "left"), padded(samples[3:4]), padded(samples[4:])]
+        is_data_parallel = host in ("ddp", "fsdp2", "zero3")
+        shares = [[every[:3], every[3:]][rank], [every, []][rank]] if is_data_parallel else [every, every]
+        found: list[Scores] = []
+
+        def call(model: Any, shares: Any = shares, found: list[Scores] = found) -> None:
+            found.append(plop_dist.score(model, plugin_hosts.drawing(shares[len(found)])))
+            if len(found) == 1:
+                _fail_once(model)
+
+        with_calls, without = train(directory, call), train(directory, lambda model: None)
+        assert len(with_calls) == len(without)
+        assert all(map(torch.equal, with_calls, without)), f"{host}: training goes on differently"
+        out[host] = found
+    return out
+
+
+def _fail_once(model: Any) -> None:
+    """Score a token that is not in the vocabulary, on every rank: the forward pass fails, and nothing may be left."""
+    # Megatron's sharded embedding reads such a token as zeros.
+    bad, error = ([[1, 9999]], WorkerError) if not isinstance(model, list) else ([1, 2], DataError)
+    with pytest.raises(error):
+        plop_dist.score(model, [{"input_ids": bad}])
+
+
+def _check(ranks: list[dict[str, list[Scores]]], expected: Scores, parallel: dict[str, dict[str, Any]]) -> None:
+    for found in ranks:
+        for host, (first, second) in found.items():
+            assert_same(first, expected)
+            assert parallel[host].items() <= first.parallel.items()
+            assert first.types == ranks[0][host][0].types
+            assert second.modules == ranks[0][host][1].modules
+            assert second.modules[0].num_tokens == expected.modules[0].num_tokens
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_process(directory: Path, reference: tuple[Scores, list[list[int]]]) -> None:
+    expected, samples = reference
+    parallel = {
+        "ddp": {"backend": "transformers", "dp": 2},
+        "fsdp2": {"wrapper": "fsdp2", "dp": 2},
+        "hf_tp": {"wrapper": "tp_plan", "tp": 2, "dp": 1},
+        "zero3": {"backend": "deepspeed", "dp": 2, "zero_stage": 3},
+        "autotp": {"backend": "deepspeed", "wrapper": "autotp", "tp": 2, "dp": 1, "zero_stage": 1},
+    }
+    _check(run_ranks(2, _job, list(parallel), directory, samples), expected, parallel)
+
+
+@pytest.mark.slow
+def test_megatron_at_tp2_pp2_equals_one_process(directory: Path, reference: tuple[Scores, list[list[int]]]) -> None:
+    expected, samples = reference
+    parallel = {"megatron": {"backend": "megatron", "tp": 2, "pp": 2, "dp": 1, "cp": 1, "ep": 1}}
+    _check(run_ranks(4, _job, ["megatron"], directory, samples), expected, parallel)
