@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from plop_dist.errors import PlopError
@@ -179,17 +178,12 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("plop_dist").setLevel(logging.INFO)
     try:
-        app(standalone_mode=False)
+        app()  # ends in SystemExit: 0, typer's own 2 for wrong usage, 130 after an interrupt
     except PlopError as error:
         print(f"error: {error}", file=sys.stderr)
         _leave(error.exit_status)
-    except typer.Exit as stop:
-        _leave(stop.exit_code)
-    except typer.Abort:
-        _leave(130)
-    except click.ClickException as error:
-        error.show()
-        _leave(error.exit_code)
+    except SystemExit as stop:
+        _leave(int(stop.code or 0))
 
 
 def _leave(status: int) -> None:
