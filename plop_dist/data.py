@@ -72,8 +72,8 @@ def render(row: Row, number: int, data: DataConfig, tokenizer: Any = None) -> st
         except Exception as error:  # chat templates raise whatever their authors chose
             raise DataError(
                 f"{data.path}: row {number}: the tokenizer's chat template cannot render column "
-                f"'{data.messages_field}' ({str(error) or type(error).__name__}); the tokenizer must have a chat template that "
-                "takes these roles."
+                f"'{data.messages_field}' ({str(error) or type(error).__name__}); the tokenizer must have a "
+                "chat template that takes these roles."
             ) from error
     field = data.text_field or _BUILTIN_FIELD.get(data.path) or ("text" if "text" in row else None)
     if field is None:
