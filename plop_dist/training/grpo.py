@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,8 +32,9 @@ def train(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
     With train.engine verl or nemo-rl (auto: verl with Megatron) nothing is trained here: the launch configuration is
     written and the summary names it. Collective over all ranks. Raises UserError for what a layout cannot train.
     """
-    if engine_of(config) != "trl":
-        return importlib.import_module("plop_dist.training.external").prepare(config, placement)
+    engine = engine_of(config)
+    if engine != "trl":
+        return importlib.import_module("plop_dist.training.external").prepare(config, placement, engine)
     check(config)
     return _train_with_trl(config, placement, log)
 
@@ -120,6 +122,7 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
 
     from plop_dist.backends.hf_load import load_tokenizer
     from plop_dist.training.data import split_rows
+    from plop_dist.training.track import add_tracker
 
     train = config.train
     rows, _ = split_rows(config)
@@ -150,6 +153,7 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
         processing_class=tokenizer,
         callbacks=[LogCallback(note)],
     )
+    add_tracker(trainer, config, placement, tokenizer, log)
     trainer.remove_callback(PrinterCallback)  # it prints the dictionaries that our log already holds
     trainer.train(resume_from_checkpoint=resume)
     adapter = config.run_path / "train" / "adapter"

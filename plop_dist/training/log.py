@@ -43,6 +43,7 @@ class TrainingLog:
         with (self._directory / "log.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
         numbers = {key: value for key, value in entry.items() if isinstance(value, float | int) and key != "step"}
+        numbers |= {f"nfn/{name}": value for name, value in entry.get("nfn", {}).items()}
         for sink in self._sinks:
             sink(step, numbers)
         if "loss" in entry or "reward" in entry:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -92,6 +93,21 @@ def checked(name: str, reward: Reward) -> Callable[..., list[float | None]]:
         return numbers
 
     return call
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any], **_: Any
+) -> float:
+    """Return the sum of the rewards of one completion; the signature by which verl calls a reward.
+
+    extra_info: rewards, answer_field and row (JSON), as plop_dist.training.external writes them.
+    """
+    row = json.loads(extra_info["row"])
+    total = 0.0
+    for name, reward in load_rewards(extra_info["rewards"], [row], extra_info["answer_field"]).items():
+        columns = {key: [value] for key, value in row.items() if key not in ("prompts", "completions")}
+        total += checked(name, reward)([""], [solution_str], **columns)[0] or 0.0
+    return total
 
 
 def _number_reward(answer_field: str) -> Reward:

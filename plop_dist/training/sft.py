@@ -29,6 +29,12 @@ def train(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
     Collective over all ranks. Raises UserError for what a layout cannot train.
     """
     parallel = config.parallel
+    if config.train.track_nfn_every and (parallel.backend == "megatron" or parallel.tp > 1 or parallel.pp > 1):
+        raise ConfigError(
+            f"train.track_nfn_every is {config.train.track_nfn_every}, but sft with parallel.backend "
+            f"'{parallel.backend}', tp {parallel.tp} and pp {parallel.pp} cannot score while it trains; leave it out, "
+            "or use one rank or DeepSpeed's ZeRO."
+        )
     if parallel.backend == "megatron":
         return importlib.import_module("plop_dist.training.megatron").train(config, placement, log)
     if parallel.backend == "deepspeed" and parallel.tp > 1:
@@ -47,6 +53,7 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
 
     from plop_dist.backends.hf_load import load_tokenizer
     from plop_dist.training.data import TrainingData
+    from plop_dist.training.track import add_tracker
 
     if config.train.packing:
         raise ConfigError(
@@ -90,6 +97,7 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
         processing_class=tokenizer,
         callbacks=[LogCallback(log), HeldOut()],
     )
+    add_tracker(trainer, config, placement, tokenizer, log)
     trainer.remove_callback(PrinterCallback)  # it prints the dictionaries that our log already holds
     trainer.train(resume_from_checkpoint=resume)
     adapter = config.run_path / "train" / "adapter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -119,6 +120,9 @@ class LogCallback(TrainerCallback):
         for key in ("loss", "learning_rate", "grad_norm", "reward", "reward_std", "kl"):
             if logs.get(key) is not None:
                 entry[key] = float(logs[key])
+        means = {key.split("/")[1]: value for key, value in logs.items() if re.fullmatch(r"rewards/.+/mean", key)}
+        if len(means) > 1:
+            entry |= {f"reward/{name}": float(value) for name, value in means.items() if value is not None}
         self._log(entry)
 
 

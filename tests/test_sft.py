@@ -1,0 +1,195 @@
+"""SFT through TRL: equals a plain PEFT loop, in one process and under ZeRO-3; resumes; follows the NFN on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plop_dist import worker
+from plop_dist.backends.hf_load import load_tokenizer
+from plop_dist.config import Config, parse_config
+from plop_dist.errors import ConfigError
+from plop_dist.training import sft
+from plop_dist.training.data import TrainingData
+from plop_dist.types import Placement, Scores
+from tests.models import save_tiny, tiny
+from tests.spawn import run_ranks
+from tests.training_cases import KilledError, assert_equal, check_adapter, make_placement, reference
+
+HELD_OUT = 3
+
+
+def make_config(
+    directory: Path, run: str, *, rows: int, train: dict[str, Any] | None = None, **parallel: Any
+) -> Config:
+    """Return a configuration over a file of short sums; the step sees 4 rows whatever the number of replicas."""
+    path = directory / f"rows-{rows}.jsonl"
+    if not path.is_file():
+        lines = [
+            json.dumps({"question": f"{i} + {3 * i} = ", "answer": f"{4 * i}" * (1 + i % 3)})
+            for i in range(rows + HELD_OUT)
+        ]
+        path.write_text("\n".join(lines))
+    options = {"method": "sft", "max_steps": 4, "learning_rate": 0.01, "warmup_steps": 1, "max_grad_norm": 0.3,
+               "micro_batch_size": 4 // parallel.get("dp", 1), "eval_samples": HELD_OUT, "save_steps": 2,
+               "prompt_template": "{question}", "seed": 5}  # fmt: skip
+    return parse_config(
+        {
+            "run_dir": str(directory / run),
+            "model": {"name_or_path": str(directory / "model"), "dtype": "float32"},
+            "data": {"path": str(path), "template": "{question}{answer}", "num_samples": 7, "batch_size": 2},
+            "placement": {"k": 2, "rank": 4, "alpha": 8},
+            "parallel": parallel,
+            "train": {**options, **(train or {})},
+        }
+    )
+
+
+def run_stages(config: Config, stages: tuple[str, ...] = ("score", "place", "train")) -> dict[str, Any]:
+    """Run the stages on this rank and return the training's log by kind, and its summary."""
+    worker.run_rank(config, stages, lambda kind, **fields: None)
+    directory = config.run_path / "train"
+    entries = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return {
+        "losses": [entry["loss"] for entry in entries if "loss" in entry],
+        "norms": [entry["grad_norm"] for entry in entries if "loss" in entry],
+        "nfn": {entry["step"]: entry["nfn"] for entry in entries if "nfn" in entry},
+        "summary": json.loads((directory / "summary.json").read_text()),
+    }
+
+
+def check(found: dict[str, Any], config: Config) -> None:
+    """Assert that a run over 4 rows is what plain PEFT makes of them, and that the tracked NFN are the models'."""
+    placement = Placement.from_file(config.run_path / "placement.json")
+    data = TrainingData(config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 4})}),
+                        load_tokenizer(config.model))  # fmt: skip
+    expected = reference(tiny("llama"), config, placement, data)
+    assert_equal("loss", found["losses"], expected["losses"])
+    assert_equal("grad_norm", found["norms"], expected["norms"])
+    summary = found["summary"]
+    assert_equal("held-out", summary["held_out_after"], expected["held_out_after"])
+    assert summary["held_out_after"] < summary["held_out_before"]
+    check_adapter(expected, Path(summary["adapter"]), "llama")
+
+    assert sorted(found["nfn"]) == [0, 2, 4]
+    scores = Scores.from_file(config.run_path / "scores.json")
+    assert found["nfn"][0] == pytest.approx({entry.type: entry.nfn for entry in scores.types}, rel=1e-5)
+    merged = score_of_merged(config, Path(summary["adapter"]))
+    assert found["nfn"][4] == pytest.approx(merged, rel=1e-4)
+    moved = {name for name, value in merged.items() if abs(value / found["nfn"][0][name] - 1) > 1e-3}
+    assert set(placement.module_types) <= moved
+
+
+def score_of_merged(config: Config, adapter: Path) -> dict[str, float]:
+    """Return the NFN per type of the model with the adapter merged into its weights, scored from scratch."""
+    from peft import PeftModel
+
+    directory = adapter.parent / "merged"
+    PeftModel.from_pretrained(tiny("llama"), adapter).merge_and_unload().save_pretrained(directory)
+    load_tokenizer(config.model).save_pretrained(directory)
+    tree = config.model_dump(mode="json")
+    tree |= {"run_dir": str(directory / "run"), "parallel": {}}
+    tree["model"]["name_or_path"] = str(directory)
+    worker.run_rank(parse_config(tree), ["score"], lambda kind, **fields: None)
+    return {entry.type: entry.nfn for entry in Scores.from_file(directory / "run" / "scores.json").types}
+
+
+def train_and_resume(config: Config, run_dir: Path, placement: Placement) -> list[list[dict[str, Any]]]:
+    """Return the log of a whole training, and of one that was killed after step 3 and started again."""
+    whole: list[dict[str, Any]] = []
+    sft.train(config, placement, whole.append)
+    config = config.model_copy(update={"run_dir": str(run_dir)})
+    cut: list[dict[str, Any]] = []
+
+    def dying(entry: dict[str, Any]) -> None:
+        cut.append(entry)
+        if entry["step"] == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        sft.train(config, placement, dying)
+    resumed: list[dict[str, Any]] = []
+    result = sft.train(config, placement, resumed.append)
+    assert result["num_steps"] == 4
+    assert result["held_out_before"] > result["held_out_after"]
+    return [whole, resumed]
+
+
+def check_resumed(whole: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
+    """Assert that the second start began after the checkpoint of step 2 and went on as if nothing had happened."""
+    assert [entry["step"] for entry in resumed] == [3, 4]
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert_equal(key, [entry[key] for entry in resumed], [entry[key] for entry in whole[2:]])
+
+
+@pytest.mark.slow
+def test_one_process_equals_plain_peft(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    config = make_config(tmp_path, "run", rows=4, train={"track_nfn_every": 2})
+    check(run_stages(config), config)
+
+
+def test_resumes_where_it_was_cut_off(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    placement = make_placement(tiny("llama"))
+    config = make_config(tmp_path, "whole", rows=13)
+    whole, resumed = train_and_resume(config, tmp_path / "cut", placement)
+    assert len({round(entry["loss"], 4) for entry in whole}) == 4, "every step has rows of its own"
+    check_resumed(whole, resumed)
+
+
+def _zero3(rank: int, directory: str) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+    path, layout = Path(directory), {"backend": "deepspeed", "dp": 2, "zero_stage": 3}
+    found = run_stages(make_config(path, "run", rows=4, train={"track_nfn_every": 2}, **layout))
+    placement = Placement.from_file(path / "run" / "placement.json")
+    return found, train_and_resume(make_config(path, "whole", rows=13, **layout), path / "cut", placement)
+
+
+@pytest.mark.slow
+def test_two_ranks_at_zero_3_equal_plain_peft_and_resume(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    for rows in (4, 13):
+        make_config(tmp_path, "run", rows=rows)
+    ranks = run_ranks(2, _zero3, str(tmp_path))
+    found, (whole, resumed) = ranks[0]
+    check(found, make_config(tmp_path, "run", rows=4, dp=2, backend="deepspeed", zero_stage=3))
+    check_resumed(whole, resumed)
+    one_process: list[dict[str, Any]] = []
+    placement = Placement.from_file(tmp_path / "run" / "placement.json")
+    sft.train(make_config(tmp_path, "one", rows=13), placement, one_process.append)
+    assert_equal("loss", [entry["loss"] for entry in whole], [entry["loss"] for entry in one_process])
+
+
+def test_packing_is_refused_where_it_would_mix_samples(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run", rows=4, train={"packing": True})
+    with pytest.raises(ConfigError, match=r"train\.packing=true is not possible"):
+        sft.train(config, make_placement(tiny("llama")), lambda entry: None)
+
+
+def test_tracking_is_refused_for_the_other_engines(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run", rows=4, train={"track_nfn_every": 1}, backend="deepspeed", tp=2)
+    with pytest.raises(ConfigError, match=r"train\.track_nfn_every is 1, but sft with parallel.backend 'deepspeed'"):
+        sft.train(config, make_placement(tiny("llama")), lambda entry: None)
+
+
+def test_only_the_chosen_modules_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("llama", tmp_path / "model")
+    placement = make_placement(tiny("llama"), types=("v_proj",))
+    models: list[torch.nn.Module] = []
+    adapted_model = sft.adapted_model
+    monkeypatch.setattr(sft, "adapted_model", lambda *args: models.append(adapted_model(*args)) or models[0])
+    sft.train(make_config(tmp_path, "run", rows=4), placement, lambda entry: None)
+    before = dict(tiny("llama").named_parameters())
+    seen = set()
+    for name, parameter in models[0].named_parameters():
+        path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if ".lora_" in path:
+            seen.add(path.split(".lora_")[0])
+            assert bool(parameter.any()), f"{name} is zero"
+        else:
+            assert torch.equal(parameter, before[path]), f"{name} changed"
+    assert seen == set(placement.modules)
