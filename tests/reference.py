@@ -22,7 +22,7 @@ class Truth:
     weight_OI: Tensor
 
     @property
-    def gain_T(self) -> Tensor:
+    def gains(self) -> Tensor:
         """||W z_t|| / ||z_t||, (T,)."""
         return (self.z_TI @ self.weight_OI.T).norm(dim=1) / self.z_TI.norm(dim=1)
 

@@ -52,7 +52,7 @@ def check(totals: SampleTotals, truth: dict[str, list[Truth]], rtol: float = 1e-
     assert set(totals.fqns) == set(truth)
     assert totals.sample_ids.tolist() == list(range(len(SAMPLES)))
     for row, fqn in enumerate(totals.fqns):
-        expected_S = [float(part.gain_T.sum()) for part in truth[fqn]]
+        expected_S = [float(part.gains.sum()) for part in truth[fqn]]
         np.testing.assert_allclose(totals.gain_total[row], expected_S, rtol=rtol, err_msg=fqn)
         assert totals.num_tokens[row].tolist() == list(LENGTHS), fqn
         assert totals.num_skipped[row].sum() == 0
@@ -237,7 +237,7 @@ def whole(truth: dict[str, list[Truth]], fqn: str) -> tuple[Tensor, Tensor, floa
     """Return all tokens' inputs (T, I), the weight (O, I) and the true mean gain."""
     z_TI = torch.cat([part.z_TI for part in truth[fqn]])
     weight_OI = truth[fqn][0].weight_OI
-    return z_TI, weight_OI, float(torch.cat([part.gain_T for part in truth[fqn]]).mean())
+    return z_TI, weight_OI, float(torch.cat([part.gains for part in truth[fqn]]).mean())
 
 
 def test_counting_padding_is_visibly_wrong(known: tuple[nn.Module, dict[str, list[Truth]]]) -> None:
