@@ -1,4 +1,4 @@
-"""How the NFN moves while adapters train: W + BA is scored every train.track_nfn_every steps on the calibration data."""
+"""How the NFN moves while adapters train: W + BA is scored every train.track_nfn_every steps on calibration data."""
 
 # T tokens, I in_features, O out_features, R rank
 
