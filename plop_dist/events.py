@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from plop_dist.files import append_line
+
 _LABEL = {"baseline": "baselines of modules", "scoring": "samples scored", "training": "training steps"}
 _LINE_SECONDS = 5.0
 
@@ -22,14 +24,16 @@ class EventWriter:
         self._last: dict[str, float] = {}
 
     def __call__(self, kind: str, **fields: Any) -> None:
-        """Note an event. Progress of one kind is kept ten times a second at most, its last one always."""
+        """Note an event. Progress of one kind is kept ten times a second at most, its last one always.
+
+        Raises RunDirError.
+        """
         now = time.monotonic()
         is_last = fields.get("done") == fields.get("total")
         if "done" in fields and not is_last and now - self._last.get(kind, -1.0) < 0.1:
             return
         self._last[kind] = now
-        with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"event": kind, "time": round(time.time(), 3), **fields}) + "\n")
+        append_line(self._path, json.dumps({"event": kind, "time": round(time.time(), 3), **fields}))
 
 
 class EventDisplay:

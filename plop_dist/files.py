@@ -15,29 +15,43 @@ from plop_dist.errors import RunDirError, ScoresError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or absent: a temporary file in the same directory, fsync, rename.
+    """Write a file so that it is either whole or absent; an earlier one stays if that fails. Raises RunDirError."""
+    write_together({path: content})
 
-    Raises RunDirError naming path and cause (read-only, full disk); an earlier file of that name stays as it was.
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: temporary files in the same directories, fsync, and only then the renames.
+
+    Raises RunDirError naming path and cause (read-only, full disk); all earlier files then stay as they were.
     """
-    temporary: str | None = None
+    staged: dict[Path, str] = {}
+    path = Path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, staged[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.chmod(staged[path], 0o644)
+        for path in contents:
+            os.replace(staged[path], path)
+            del staged[path]
     except OSError as error:
-        raise RunDirError(
-            f"cannot write {path}: {error.strerror or error}; make run_dir writable, free space, "
-            "or choose another run_dir."
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:
-        if temporary is not None:
+        for temporary in staged.values():
             Path(temporary).unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line of UTF-8 text. Raises RunDirError naming path and cause."""
+    try:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,7 +61,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, tree: Any) -> None:
     """Write JSON atomically, refusing NaN (which is not JSON). Raises RunDirError."""
-    write_text(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")
+    write_bytes(path, json_bytes(tree))
+
+
+def json_bytes(tree: Any) -> bytes:
+    """Return JSON as write_json writes it."""
+    return (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:
@@ -64,11 +83,11 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise ScoresError(f"{path} cannot be read: {error}; {remedy}.") from error
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write named arrays as one safetensors file, atomically. Raises RunDirError."""
+def array_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Return named arrays as the content of one safetensors file, which read_arrays reads."""
     from safetensors.numpy import save
 
-    write_bytes(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, dict(metadata)))
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, dict(metadata))
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -80,3 +99,9 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ScoresError(f"{path} cannot be read as safetensors: {error}; delete it and score again.") from error
+
+
+def _cannot_write(path: Path, error: OSError) -> RunDirError:
+    return RunDirError(
+        f"cannot write {path}: {error.strerror or error}; make run_dir writable, free space, or choose another run_dir."
+    )

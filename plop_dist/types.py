@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from plop_dist.errors import ScoresError
-from plop_dist.files import read_arrays, read_json, write_arrays, write_json
+from plop_dist.files import array_bytes, json_bytes, read_arrays, read_json, write_bytes, write_json, write_together
 
 SCORES_SCHEMA = "plop-dist/scores/1"
 PLACEMENT_SCHEMA = "plop-dist/placement/1"
@@ -129,14 +129,18 @@ class SampleTotals:
     __hash__ = None  # type: ignore[assignment]
 
     def write(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write atomically as safetensors; the paths are kept in the file's metadata."""
+        """Write atomically as safetensors. Raises RunDirError."""
+        write_bytes(path, self.to_bytes(metadata))
+
+    def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
+        """Return the content of a safetensors file; the paths are kept in its metadata."""
         arrays = {
             "sample_ids": self.sample_ids,
             "gain_total": self.gain_total,
             "num_tokens": self.num_tokens,
             "num_skipped": self.num_skipped,
         }
-        write_arrays(path, arrays, {**(metadata or {}), "fqns": json.dumps(self.fqns)})
+        return array_bytes(arrays, {**(metadata or {}), "fqns": json.dumps(self.fqns)})
 
     @classmethod
     def read(cls, path: Path) -> SampleTotals:
@@ -199,11 +203,10 @@ class Scores(_Value):
         return copy
 
     def to_file(self, path: str | Path) -> None:
-        """Write scores.json atomically, and the per-sample sums to samples.safetensors beside it."""
+        """Write scores.json and the per-sample sums in samples.safetensors beside it: both, or neither."""
         target = Path(path)
-        if self._samples is not None:
-            self._samples.write(target.with_name(SAMPLES_FILE))
-        write_json(target, self.model_dump(mode="json", by_alias=True))
+        contents = {} if self._samples is None else {target.with_name(SAMPLES_FILE): self._samples.to_bytes()}
+        write_together({**contents, target: json_bytes(self.model_dump(mode="json", by_alias=True))})
 
     @classmethod
     def from_file(cls, path: str | Path) -> Scores:
