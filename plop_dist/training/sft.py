@@ -64,14 +64,17 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
     data = TrainingData(config, tokenizer)
     directory = config.run_path / "train" / "checkpoints"
     resume = last_checkpoint(directory, config, placement)
+    examples = [example for (example,) in data.sequences]
+    replicas = dist.get_world_size() if dist.is_initialized() else 1
     arguments = SFTConfig(
         **trainer_arguments(config, directory),
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
+        # An epoch's odd rows would be filled up differently for every number of replicas.
+        dataloader_drop_last=len(examples) >= config.train.micro_batch_size * replicas,
     )
     model = adapted_model(config, placement)
-    examples = [example for (example,) in data.sequences]
     dataset = Dataset.from_dict({"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]})
     held_out: dict[str, float] = {}
     mark = directory / "held_out_before.txt"

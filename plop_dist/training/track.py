@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from plop_dist.aggregate import score_modules
 from plop_dist.backends.deepspeed import data_parallel_groups, gathered
@@ -82,8 +83,8 @@ class AdaptedSite:
 class NfnTracker:
     """Scores a PEFT model that trains in whole copies or under ZeRO, on the samples that placed its adapters."""
 
-    def __init__(self, config: Config, placement: Placement, model: nn.Module, call: Any, tokenizer: Any) -> None:
-        """model: the PeftModel; call: what runs its forward (the engine at ZeRO-3). Raises ConfigError, DataError."""
+    def __init__(self, config: Config, placement: Placement, trainer: Any, tokenizer: Any) -> None:
+        """trainer: of a PeftModel, with its engine made. Raises ConfigError, DataError."""
         expert = next((module for module in placement.chosen if module.storage == "expert_parameter"), None)
         if expert is not None:
             raise ConfigError(
@@ -96,13 +97,15 @@ class NfnTracker:
         self._pad_id = tokenizer.pad_token_id
         is_partitioned = config.parallel.zero_stage == 3
         gather = gathered if is_partitioned else None
-        self._outer = call if is_partitioned else model
-        base = model.get_base_model()
+        self._outer = trainer.model_wrapped if is_partitioned else trainer.model
+        base = trainer.model.get_base_model()
         scored = {module.fqn: module for module in placement.source.modules}
         adapted: list[Site] = []
         frozen: list[Site] = []
         self._frozen_baselines: dict[str, Baseline] = {}
-        for linear in find_linears(meta_model(config.model)):
+        with _unpartitioned(trainer.args):
+            linears = find_linears(meta_model(config.model))
+        for linear in linears:
             if not all(block.projection.fqn in scored for block in linear.blocks):
                 continue
             real = replace(linear, module=base.get_submodule(linear.path))
@@ -116,7 +119,7 @@ class NfnTracker:
         groups = data_parallel_groups(uniform=is_partitioned)
         with_head = any(module.type == "lm_head" for module in scored.values())
         options: dict[str, Any] = {"groups": groups, "with_head": with_head}
-        self._model = HFModel(base, [*adapted, *frozen], call=call if is_partitioned else None, **options)
+        self._model = HFModel(base, [*adapted, *frozen], call=self._outer if is_partitioned else None, **options)
         self._adapted = HFModel(base, adapted, **options)
 
     def score(self) -> dict[str, float]:
@@ -166,7 +169,7 @@ def add_tracker(trainer: Any, config: Config, placement: Placement, tokenizer: A
         tracker: NfnTracker
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.tracker = NfnTracker(config, placement, trainer.model, trainer.model_wrapped, tokenizer)
+            self.tracker = NfnTracker(config, placement, trainer, tokenizer)
             if state.global_step == 0:
                 log({"step": 0, "nfn": self.tracker.score()})
 
@@ -175,3 +178,14 @@ def add_tracker(trainer: Any, config: Config, placement: Placement, tokenizer: A
                 log({"step": state.global_step, "nfn": self.tracker.score()})
 
     trainer.add_callback(Track())
+
+
+@contextmanager
+def _unpartitioned(arguments: Any) -> Iterator[None]:
+    """Build models whole for the length of a block: with ZeRO-3 arguments alive, transformers partitions every one."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if getattr(arguments, "hf_deepspeed_config", None) is not None:
+            set_hf_deepspeed_config(arguments.hf_deepspeed_config)
