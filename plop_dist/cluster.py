@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -13,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -25,7 +29,7 @@ from plop_dist.events import EventDisplay, EventWriter
 from plop_dist.files import write_json
 from plop_dist.run_dir import RunDir
 
-_FAILURE = "failure.json"
+_SECONDS_FOR_PEERS = 5.0
 
 
 def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -> None:
@@ -36,9 +40,8 @@ def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -
     """
     config = _absolute(config)
     run_dir = RunDir(config.run_dir)
-    failure = run_dir.path / _FAILURE
-    failure.unlink(missing_ok=True)
     launch = {"config": config.model_dump(mode="json"), "stages": list(stages), "force": force, "id": uuid.uuid4().hex}
+    records = _records(run_dir, launch["id"])
     with _ray(config), _shown(run_dir.events):
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         per_worker = _resources_per_worker(config, has_gpu)
@@ -54,16 +57,21 @@ def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -
             ),
             run_config=RunConfig(
                 name=launch["id"],
-                storage_path=str(run_dir.path / "ray"),
+                storage_path=str(records.parent),
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+                worker_runtime_env={"env_vars": _environment(config)},
             ),
         )
         try:
             trainer.fit()
         except Exception as error:  # Ray wraps what workers raise in classes of its own, version by version
-            raise _failure_of(failure) or WorkerError(f"the workers failed: {_last_line(error)}") from None
-    if failure.is_file():
-        raise _failure_of(failure) or WorkerError("the workers failed")
+            raise _cause(records, getattr(error, "worker_failures", {})) or WorkerError(
+                f"the workers failed: {_last_line(error)}"
+            ) from None
+    failure = _cause(records, {})
+    if failure is not None:
+        raise failure
+    shutil.rmtree(records, ignore_errors=True)
 
 
 def submit_job(config: Config, address: str) -> int:
@@ -104,94 +112,136 @@ def _work(launch: dict[str, Any]) -> None:
 
     config = parse_config(launch["config"], "the submitted configuration")
     run_dir = RunDir(config.run_dir)
-    failure = run_dir.path / _FAILURE
-    if failure.is_file():
+    records = _records(run_dir, launch["id"])
+    attempt = ranks.agree(lambda: _begin_attempt(records))
+    if attempt == 0:
         return  # bad input stays bad: the restart that Ray grants is not used
-    attempts = run_dir.path / "ray" / launch["id"] / "attempt-started"
-    is_first = ranks.agree(lambda: _touch(attempts))
     notify = EventWriter(run_dir.events)
-    notify("worker", rank=ranks.rank(), pid=os.getpid(), text=f"rank {ranks.rank()} runs as process {os.getpid()}")
+    notify("worker", rank=ranks.rank(), pid=os.getpid(), attempt=attempt)
     try:
-        worker.run_rank(config, launch["stages"], notify, force=launch["force"] and is_first)
+        worker.run_rank(config, launch["stages"], notify, force=launch["force"] and attempt == 1)
     except Exception as error:
         is_user = isinstance(error, UserError)
-        record = {"rank": ranks.rank(), "kind": type(error).__name__, "message": str(error), "user": is_user}
-        with suppress(PlopError):
-            if is_user and not failure.is_file():
-                write_json(failure, record)
-        if not is_user:
-            write_json(run_dir.path / "ray" / launch["id"] / f"error-rank-{ranks.rank()}.json", record)
-        raise
+        with suppress(PlopError):  # a full disk is likely what is being reported
+            write_json(
+                records / f"error-rank-{ranks.rank()}.json",
+                {"rank": ranks.rank(), "kind": type(error).__name__, "message": str(error), "user": is_user},
+            )
+        if not (is_user and _all_found_it(records, config.parallel.world_size)):
+            raise
 
 
-def _touch(path: Path) -> bool:
-    """Create the file; return whether it was new."""
-    is_new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return is_new
+def _records(run_dir: RunDir, launch_id: str) -> Path:
+    """The directory where the workers of one launch leave what the driver and later attempts need to know."""
+    return run_dir.path / "ray" / launch_id
 
 
-def _failure_of(path: Path) -> PlopError | None:
-    """Return the error that a worker left behind, as its own class."""
-    candidates = (
-        [path] if path.is_file() else sorted(path.parent.glob("ray/*/error-rank-*.json"), key=_age, reverse=True)
-    )
-    for candidate in candidates:
-        record = json.loads(candidate.read_text())
-        kind = getattr(errors, str(record["kind"]), WorkerError)
-        named = record["message"]
-        if not record["user"] and not named.startswith("rank "):
-            named = f"rank {record['rank']}: {named}"
-        return kind(named) if issubclass(kind, PlopError) else WorkerError(named)
+def _begin_attempt(records: Path) -> int:
+    """Return the number of the attempt that begins, counted from 1, or 0 if an earlier one found bad input."""
+    if any(record["user"] for record in _read(records)):
+        return 0
+    for path in records.glob("error-rank-*.json"):
+        path.unlink()
+    records.mkdir(parents=True, exist_ok=True)
+    attempt = 1 + len(list(records.glob("attempt-*")))
+    (records / f"attempt-{attempt}").touch()
+    return attempt
+
+
+def _all_found_it(records: Path, world_size: int) -> bool:
+    """Wait a moment for the other ranks' records; tell whether every rank found bad input.
+
+    If so all can end in peace. If not, the others wait in a collective, and only raising makes Ray end them.
+    """
+    deadline = time.monotonic() + _SECONDS_FOR_PEERS
+    while time.monotonic() < deadline:
+        found = _read(records)
+        if len(found) == world_size:
+            return all(record["user"] for record in found)
+        time.sleep(0.1)
+    return False
+
+
+def _read(records: Path) -> list[dict[str, Any]]:
+    """Return the error records of the last attempt, the oldest, which is the cause of the others, first."""
+    paths = sorted(records.glob("error-rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def _cause(records: Path, raised: dict[int, Exception]) -> PlopError | None:
+    """Return the first error of the last attempt as its own class; `raised` is what Ray has seen, by rank."""
+    found = _read(records)
+    if found and found[0]["user"]:
+        return getattr(errors, found[0]["kind"], UserError)(found[0]["message"])
+    dead = sorted(rank for rank, error in raised.items() if isinstance(error, RayError))
+    if dead:
+        return WorkerError(
+            f"rank {dead[0]}: its process died without an error of its own: killed, out of memory, or a lost node. "
+            "Run again to go on from what is on disk; cluster.max_failures allows more restarts."
+        )
+    if found:
+        first, message = found[0]["rank"], found[0]["message"]
+        return WorkerError(message if message.startswith("rank ") else f"rank {first}: {message}")
+    for rank, error in sorted(raised.items()):
+        return error if isinstance(error, PlopError) else WorkerError(f"rank {rank}: {_last_line(error)}")
     return None
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
 
 
 @contextmanager
 def _ray(config: Config) -> Iterator[None]:
-    """Connect to the configured cluster, or start a local one on the loopback interface and end it afterwards."""
+    """Connect to the configured cluster, or start a local one and end it afterwards.
+
+    A Ray that this process has joined already is used and left as it is.
+    """
     if ray.is_initialized():
         yield
         return
-    variables = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(config.cluster.cpus_per_worker)))),
-        "TOKENIZERS_PARALLELISM": "false",
-        # Ray's controller asks for the dashboard's state now and then; it is not an error that there is none.
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    }
-    for name in ("PLOP_DIST_CACHE", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE"):
-        if name in os.environ:
-            variables[name] = os.environ[name]
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "logging_level": logging.ERROR}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"address": address}
     if address is None:
         # As many CPUs as the ranks ask for: on a small machine they share cores instead of waiting for ever.
         wanted = int(config.parallel.world_size * config.cluster.cpus_per_worker) + 1
-        options |= {
-            "num_cpus": max(wanted, os.cpu_count() or 1),
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-        }
-    else:
-        options["address"] = address
+        options = {"num_cpus": max(wanted, os.cpu_count() or 1), "include_dashboard": False}
     try:
-        ray.init(log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address is not None:
+            _check_answers(address)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        if address is None:
+            raise WorkerError(
+                f"a local Ray could not be started: {_last_line(error)}; its logs are in /tmp/ray/session_latest/logs."
+            ) from error
         raise ConfigError(
-            f"cluster.address '{address}' cannot be joined: {_last_line(error)}; check the address, or leave it out "
-            "for a local Ray."
+            f"cluster.address '{address}' cannot be joined: {_last_line(error)}; give host:port of `ray start --head` "
+            "(the dashboard's URL is for `plop-dist submit`), or leave it out for a local Ray."
         ) from error
-    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError or ValueError where nothing listens: Ray 2.60 itself tries again for more than ten minutes."""
+    if address in ("auto", "local"):
+        return
+    url = urlsplit(address if "://" in address else f"//{address}")
+    if url.scheme not in ("", "ray") or not url.hostname or not url.port:
+        raise ValueError("it is not host:port, ray://host:port or auto")
+    socket.create_connection((url.hostname, url.port), timeout=10).close()
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """Return the workers' environment variables: threads as many as cores granted, and this process's caches."""
+    variables = {
+        "OMP_NUM_THREADS": str(max(1, int(config.cluster.cpus_per_worker))),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if "PLOP_DIST_CACHE" in os.environ:
+        # Compiling DeepSpeed's extension takes minutes; without this torch keeps it in the user's own cache.
+        variables["TORCH_EXTENSIONS_DIR"] = str(Path(os.environ["PLOP_DIST_CACHE"]) / "torch_extensions")
+    forwarded = ("OMP_NUM_THREADS", "PLOP_DIST_CACHE", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE")
+    return variables | {name: os.environ[name] for name in forwarded if name in os.environ}
 
 
 def _resources_per_worker(config: Config, has_gpu: bool) -> dict[str, float]:
@@ -245,7 +295,8 @@ def _follow(events: Path, position: int, ended: threading.Event, display: EventD
                 event = json.loads(line)
                 kind = event.pop("event")
                 event.pop("time", None)
-                display(kind, **event)
+                if kind != "worker":  # process ids are for operators, who read the file
+                    display(kind, **event)
 
 
 def _absolute(config: Config) -> Config:
