@@ -28,7 +28,7 @@ class Truth:
 
 
 def brute_force(model: nn.Module, samples: Sequence[Sequence[int]]) -> dict[str, list[Truth]]:
-    """Return per logical projection what it does to each sample, the LM head left out.
+    """Return per logical projection what it does to each sample.
 
     The bias is not part of it. A Conv1D named c_attn is read as query, key and value, a third of its outputs each.
     """
@@ -36,7 +36,7 @@ def brute_force(model: nn.Module, samples: Sequence[Sequence[int]]) -> dict[str,
     found: dict[str, list[Truth]] = defaultdict(list)
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and name != "lm_head":
+        if isinstance(module, nn.Linear | Conv1D):
             weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
             parts = {name: weight}
             if name.endswith("c_attn"):
