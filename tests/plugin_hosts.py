@@ -54,21 +54,17 @@ def train_hf_tp(directory: Path, call: Call) -> list[Tensor]:
 
 
 def train_zero3(directory: Path, call: Call) -> list[Tensor]:
-    """The same in a DeepSpeed engine at stage 3: some parameters stay whole between steps, the others do not."""
+    """The same in a DeepSpeed engine at stage 3, which a call may leave neither more nor less partitioned."""
     import deepspeed
 
     engine = _engine(load(directory), {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}})
 
-    statuses: list[set[Any]] = []
-
     def checked(model: Any) -> None:
         before = [parameter.ds_status for parameter in model.module.parameters()]
-        statuses.append(set(before))
         call(model)
         assert [parameter.ds_status for parameter in model.module.parameters()] == before
 
     seen = _train(engine, None, checked)
-    assert list(map(len, statuses)) == [1, 2], "nothing is gathered at first, and the small parameters later"
     for parameter in engine.module.parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             seen.append(parameter.detach().clone())
