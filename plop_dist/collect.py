@@ -249,7 +249,7 @@ class _TokenIds:
             return self._flat[:, None].expand(shape).reshape(-1)
         raise ModelError(
             f"'{fqn}' saw activations of leading shape {shape}, which is not the batch's {first} x {second} tokens; "
-            "add the module to placement.exclude."
+            "a module that pools or cuts the sequence cannot be scored."
         )
 
 
