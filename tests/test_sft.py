@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from plop_dist import worker
+from plop_dist import ranks, worker
 from plop_dist.backends.hf_load import load_tokenizer
 from plop_dist.config import Config, parse_config
 from plop_dist.errors import ConfigError
@@ -52,6 +52,7 @@ def make_config(
 def run_stages(config: Config, stages: tuple[str, ...] = ("score", "place", "train")) -> dict[str, Any]:
     """Run the stages on this rank and return the training's log by kind, and its summary."""
     worker.run_rank(config, stages, lambda kind, **fields: None)
+    ranks.wait_for_rank_0()
     directory = config.run_path / "train"
     entries = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     return {
@@ -154,8 +155,8 @@ def test_two_ranks_at_zero_3_equal_plain_peft_and_resume(tmp_path: Path) -> None
     save_tiny("llama", tmp_path / "model")
     for rows in (4, 13):
         make_config(tmp_path, "run", rows=rows)
-    ranks = run_ranks(2, _zero3, str(tmp_path))
-    found, (whole, resumed) = ranks[0]
+    results = run_ranks(2, _zero3, str(tmp_path))
+    found, (whole, resumed) = results[0]
     check(found, make_config(tmp_path, "run", rows=4, dp=2, backend="deepspeed", zero_stage=3))
     check_resumed(whole, resumed)
     one_process: list[dict[str, Any]] = []
