@@ -335,9 +335,9 @@ def _check_consistency(config: Config, source: str) -> None:
         )
     if config.model.checkpoint is not None and parallel.backend != "megatron":
         raise ConfigError(
-            f"{source}: model.checkpoint is given with parallel.backend '{parallel.backend}', but only megatron reads one "
-            "(torch_dist); convert a DeepSpeed checkpoint with its zero_to_fp32.py --safe_serialization and pass the "
-            "directory as model.name_or_path."
+            f"{source}: model.checkpoint is given with parallel.backend '{parallel.backend}', but only megatron reads "
+            "one (torch_dist); convert a DeepSpeed checkpoint with its zero_to_fp32.py --safe_serialization and pass "
+            "the directory as model.name_or_path."
         )
     given = [name for name in ("text_field", "template", "messages_field") if getattr(data, name) is not None]
     if len(given) > 1:

@@ -86,7 +86,7 @@ def _buffers(module: nn.Module) -> _Undo:
     def restore() -> None:
         for name, buffer, content in kept:
             module._buffers[name] = buffer
-            if buffer is not None and not _same(buffer, content):
+            if buffer is not None and content is not None and not _same(buffer, content):
                 buffer.copy_(content)
         if longest is not None:
             module.max_seq_len_cached = longest  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from plop_dist.baseline import compute_baselines
 from plop_dist.collect import Collector, add_totals
@@ -99,8 +100,8 @@ def _measure_group(config: Config, size: int, num_replicas: int, num_threads: in
     with tempfile.TemporaryDirectory() as directory:
         arguments = (grown, size, _free_port(), num_threads, directory)
         try:
-            torch.multiprocessing.spawn(_rank, arguments, nprocs=size)
-        except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
+            spawn(_rank, arguments, nprocs=size)
+        except (ProcessRaisedException, ProcessExitedException) as error:
             raise WorkerError(f"bench with {size} ranks failed: {str(error).strip().splitlines()[-1]}") from error
         found = [json.loads((Path(directory) / f"{rank}.json").read_text()) for rank in range(size)]
     slowest = max(entry["seconds"] for entry in found)
