@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from plop_dist.config import Config, parse_config
-from tests.models import save_tiny
+from plop_dist.errors import LayoutError
+from plop_dist.registry import BACKENDS, load
+from tests.models import random_tokens, save_tiny
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -103,6 +107,55 @@ def _check(reports: list[Any], root: Path, layouts: list[Any]) -> None:
                 assert found[fqn][0] == pytest.approx(gain, rel=TOLERANCE), f"{name}: gain of {fqn}"
                 assert found[fqn][1] == pytest.approx(baseline, rel=TOLERANCE), f"{name}: baseline of {fqn}"
                 assert list(found[fqn][2:]) == sizes, f"{name}: {fqn}"
+
+
+def _batches() -> list[dict[str, Any]]:
+    ids = random_tokens(3, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[2, :1] = 0
+    return [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids.flip(1)}, {"input_ids": ids[:1, :2]}]
+
+
+def _score_host_pipeline(rank: int, root: Path) -> dict[str, Any]:
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    import plop_dist
+    from plop_dist.backends.deepspeed_pipeline import pipeline_layers
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    model = AutoModelForCausalLM.from_pretrained(root / "qwen2", dtype=torch.float32)
+    pipe = PipelineModule(pipeline_layers(model), num_stages=2, loss_fn=torch.nn.CrossEntropyLoss())
+    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}
+    optimizer = torch.optim.AdamW(pipe.parameters())
+    engine = deepspeed.initialize(model=pipe, config=settings, optimizer=optimizer)[0]
+    scores = plop_dist.score(engine, _batches(), num_directions=16)
+    return {module.fqn: (module.gain, module.baseline) for module in scores.modules}
+
+
+def test_host_pipeline_engine_equals_plain_model(root: Path) -> None:
+    import plop_dist
+
+    model = AutoModelForCausalLM.from_pretrained(root / "qwen2", dtype=torch.float32)
+    expected = plop_dist.score(model, _batches(), num_directions=16).modules
+    for found in run_ranks(2, _score_host_pipeline, root):
+        assert len(found) == len(expected)
+        for module in expected:
+            assert found[module.fqn] == pytest.approx((module.gain, module.baseline), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({**HF, "tp": 3}, r"parallel.tp is 3, .* the 4 num_key_value_heads .* use parallel.tp=2 or 4"),
+        ({**DS, "tp": 5}, r"parallel.tp is 5, .* 4 num_key_value_heads.* use parallel.tp=4"),
+        ({**DS, "pp": 3}, r"parallel.pp is 3, .* has 2 decoder layers; use parallel.pp=2"),
+    ],
+)
+def test_layout_that_does_not_fit_names_the_nearest(root: Path, parallel: dict[str, Any], message: str) -> None:
+    config = _config(root, "refused", "llama", parallel, "right", "lm_head")
+    with pytest.raises(LayoutError, match=message):
+        load("backend", BACKENDS, config.parallel.backend)().load(config)
 
 
 def test_two_ranks_equal_one_process(root: Path) -> None:
