@@ -105,8 +105,13 @@ def _torch(module: nn.Module) -> Found:
             "transformers", "fsdp2", (module,), lambda exclude: fsdp.wrap(module, exclude),
             lambda: fsdp.as_sharded(module),
         )  # fmt: skip
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+    if (getattr(module, "_tp_size", None) or 1) > 1:  # transformers 5.12 keeps plain local weights, not DTensors
         return Found("transformers", "tp_plan", (module,), _later("hf_tp", module))
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        raise LayoutError(
+            f"{type(module).__name__} holds DTensors that neither fully_shard nor transformers' tp_plan made, so that "
+            "its sharding is not known; load it with tp_plan='auto', or score it before parallelize_module."
+        )
     return Found("transformers", wrapper, (module,), lambda exclude: _whole(module, exclude))
 
 
