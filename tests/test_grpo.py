@@ -260,10 +260,12 @@ def test_megatron_is_handed_over_with_everything_written(tmp_path: Path, engine:
 def test_the_stage_ends_well_and_says_that_nothing_was_trained(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     config = make_config(tmp_path, train={"engine": "verl", "rewards": ["builtin:number"]})
-    worker.run_rank(config, ["score", "place", "train"], lambda kind, **fields: None)
+    told: list[str] = []
+    worker.run_rank(config, ["score", "place", "train"], lambda kind, **fields: told.append(fields.get("text", "")))
     summary = json.loads((tmp_path / "run" / "train" / "summary.json").read_text())
     assert summary["method"] == "grpo"
     assert "nothing was trained" in summary["note"]
+    assert summary["note"] in told
     placement = Placement.from_file(tmp_path / "run" / "placement.json")
     flags = (tmp_path / "run" / "train" / "verl" / "launch.sh").read_text()
     assert f"lora_rank={placement.rank}" in flags

@@ -51,8 +51,10 @@ class TrainingLog:
             self._notify("training", done=step, total=self._config.train.max_steps, note=shown)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write train/summary.json."""
+        """Write train/summary.json, and tell the user its note if it has one."""
         if self._notify is not None:
+            if "note" in summary:
+                self._notify("status", text=summary["note"])
             write_json(self._directory / "summary.json", {"method": self._config.train.method, **summary})
 
     def _open(self, name: str) -> None:
