@@ -88,7 +88,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def run(*command: str | Path, timeout_s: float = 150, **more: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, timeout_s: float = 330, **more: str) -> subprocess.CompletedProcess[str]:
     """Run a command from the project's root with captured output; nothing that it started outlives a timeout."""
     with session([str(part) for part in command], environment(**more)) as process:
         out, err = process.communicate(timeout=timeout_s)

@@ -48,6 +48,6 @@ def test_the_image_is_pinned_installs_like_make_setup_and_runs_without_rights() 
     lines = Path(ROOT, "docker", "Dockerfile").read_text().splitlines()
     tag = next(line for line in lines if line.startswith("FROM ")).split(":")[1]
     assert tag.count(".") >= 2, f"python:{tag} is not one release"
-    user, install = lines.index("USER plop"), next(i for i, line in enumerate(lines) if line.startswith("RUN make setup"))
-    assert user < install, "the installation runs as root"
+    install = next(i for i, line in enumerate(lines) if line.startswith("RUN make setup"))
+    assert lines.index("USER plop") < install, "the installation runs as root"
     assert not any("pip install" in line for line in lines), "a second list of packages"

@@ -1,0 +1,225 @@
+"""Ray: workers that are killed come back, bad input is one message, and jobs run on a cluster started by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plop_dist import cluster
+from plop_dist.config import parse_config
+from plop_dist.errors import ConfigError, DataError, WorkerError
+from tests.cluster_case import BIN, ROOT, Case, environment, events, free_ports, make_case, processes_with, run, session
+
+TRAINING = {"method": "sft", "max_steps": 12, "learning_rate": 1e-2, "micro_batch_size": 2, "max_length": 48,
+            "eval_samples": 8, "prompt_template": "{question} ", "save_steps": 3}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray started by hand: where drivers and job clients find it."""
+
+    address: str
+    dashboard: str
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("cluster"))
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    port, dashboard, client, agent = free_ports(4)
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+    ) as directory:  # short: sockets
+        command = [
+            str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
+            f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+            f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", f"--temp-dir={directory}",
+            "--disable-usage-stats",
+        ]  # fmt: skip
+        with session(command, environment()) as process:
+            url = f"http://127.0.0.1:{dashboard}"
+            deadline = time.monotonic() + 90
+            while not _answers(url):
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline, "ray start --head did not come up"
+                time.sleep(0.2)
+            yield Head(f"127.0.0.1:{port}", url)
+
+
+@pytest.fixture(scope="module")
+def submitted(case: Case, head: Head) -> Any:
+    """The uninterrupted run: scoring and training on two ranks, through `plop-dist submit`."""
+    config = case.write("submitted", train=TRAINING)
+    return run(BIN / "plop-dist", "submit", config, "--address", head.dashboard)
+
+
+@pytest.mark.slow
+def test_submitted_job_on_two_zero3_ranks_scores_like_one_process_and_trains(case: Case, submitted: Any) -> None:
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    case.assert_same_scores("submitted")
+    assert (case.directory / "submitted" / "train" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "samples scored: 160/160" in submitted.stdout
+    assert "NFN per module type" in submitted.stdout
+
+
+@pytest.mark.slow
+def test_workers_killed_in_scoring_and_in_training_change_nothing(case: Case, head: Head, submitted: Any) -> None:
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    tree = case.tree("killed", train=TRAINING, cluster={"address": head.address, "max_failures": 2})
+    run_dir = case.directory / "killed"
+    run_dir.mkdir()
+    killed: list[str] = []
+    killer = threading.Thread(target=_kill_twice, args=(run_dir, killed), daemon=True)
+    killer.start()
+    cluster.run_workers(parse_config(tree), ["score", "place", "export", "train"])
+    killer.join(timeout=10)
+
+    assert killed == ["scoring", "training"]
+    case.assert_same_scores("killed")
+    seen = events(run_dir)
+    assert [event["rank"] for event in seen if event["event"] == "worker"].count(1) == 3
+    resumed = next(event for event in seen if event["event"] == "resumed")
+    assert 0 < resumed["done"] < resumed["total"]
+    steps = [event["done"] for event in seen if event["event"] == "training"]
+    assert steps[-1] == 12
+    assert steps.count(1) == 1, f"training began again from the first step: {steps}"
+    expected, got = (
+        json.loads((case.directory / name / "train" / "summary.json").read_text()) for name in ("submitted", "killed")
+    )
+    assert got["held_out_after"] == pytest.approx(expected["held_out_after"], abs=1e-4)
+    assert got["held_out_before"] == pytest.approx(expected["held_out_before"], abs=1e-4)
+    assert (run_dir / "train" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_ray_job_submit_script(case: Case, head: Head) -> None:
+    config = case.write("script", parallel={"backend": "transformers", "dp": 1, "zero_stage": 0})
+    script = ROOT / "launchers" / "ray_job_submit.sh"
+    done = run(script, config, "data.batch_size=16", RAY_API_SERVER_ADDRESS=head.dashboard)
+    assert done.returncode == 0, done.stdout + done.stderr
+    case.assert_same_scores("script")
+
+
+@pytest.mark.slow
+def test_bad_input_found_by_workers_is_one_message_without_a_retry_and_leaves_no_process(case: Case) -> None:
+    config = case.write("bad", data={"template": None, "text_field": "nothing"})
+    mark = f"PLOP_DIST_TEST_{uuid.uuid4().hex}"
+    done = run(BIN / "plop-dist", "run", config, **{mark: "1"})
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "nothing" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    attempts = [event["attempt"] for event in events(case.directory / "bad") if event["event"] == "worker"]
+    assert attempts == [1, 1], "bad input was tried again"
+    deadline = time.monotonic() + 20  # Ray's processes end a moment after their driver
+    while (left := processes_with(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+
+
+def test_the_oldest_record_of_the_last_attempt_is_the_cause(tmp_path: Path) -> None:
+    assert cluster._begin_attempt(tmp_path) == 1
+    assert cluster._cause(tmp_path, {}) is None
+    _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
+    _record(tmp_path, 1, "WorkerError", "rank 1: scoring step 3 failed", age_s=2)
+    found = cluster._cause(tmp_path, {})
+    assert type(found) is WorkerError
+    assert str(found) == "rank 1: scoring step 3 failed"
+
+    assert cluster._begin_attempt(tmp_path) == 2, "an error that is not the user's is worth another attempt"
+    assert cluster._cause(tmp_path, {}) is None, "records of the first attempt were kept"
+    _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
+    assert str(cluster._cause(tmp_path, {})) == "rank 0: Connection closed by peer"
+
+
+def test_bad_input_is_raised_as_its_own_class_and_stops_further_attempts(tmp_path: Path) -> None:
+    _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
+    _record(tmp_path, 1, "DataError", "row 3 has no field 'text'", user=True, age_s=2)
+    found = cluster._cause(tmp_path, {0: RuntimeError("collateral")})
+    assert type(found) is DataError
+    assert cluster._begin_attempt(tmp_path) == 0
+
+
+def test_a_dead_process_is_named_before_what_its_peers_saw(tmp_path: Path) -> None:
+    from ray.exceptions import RayActorError
+
+    _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
+    found = cluster._cause(tmp_path, {0: RuntimeError("Connection closed by peer"), 1: RayActorError()})
+    assert type(found) is WorkerError
+    assert str(found).startswith("rank 1: its process died")
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("http://127.0.0.1:8265", "not host:port"), ("nonsense", "not host:port"), ("127.0.0.1:1", "refused")],
+)
+def test_an_address_where_no_ray_listens_fails_at_once(address: str, reason: str) -> None:
+    tree = {"model": {"name_or_path": "m"}, "data": {"path": "d"}, "cluster": {"address": address}}
+    started = time.monotonic()
+    with (
+        pytest.raises(ConfigError, match=f"cluster.address '{address}' cannot be joined: .*{reason}"),
+        cluster._ray(parse_config(tree)),
+    ):
+        pass
+    assert time.monotonic() - started < 30
+
+
+def test_workers_get_threads_by_cores_and_this_process_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PLOP_DIST_CACHE", "/somewhere")
+    tree = {"model": {"name_or_path": "m"}, "data": {"path": "d"}, "cluster": {"cpus_per_worker": 3}}
+    variables = cluster._environment(parse_config(tree))
+    assert variables["OMP_NUM_THREADS"] == "3"
+    assert variables["TORCH_EXTENSIONS_DIR"] == "/somewhere/torch_extensions"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cluster._environment(parse_config(tree))["OMP_NUM_THREADS"] == "1", "the user's own choice was overruled"
+
+
+def _kill_twice(run_dir: Path, killed: list[str]) -> None:
+    """SIGKILL the process of rank 1 in the middle of scoring, and that of its successor in the middle of training."""
+    for kind, least in (("scoring", 2), ("training", 4)):
+        while True:
+            seen = events(run_dir)
+            middle = [event for event in seen if event["event"] == kind and least <= event["done"] < event["total"]]
+            if middle:
+                os.kill(
+                    [event["pid"] for event in seen if event["event"] == "worker" and event["rank"] == 1][-1],
+                    signal.SIGKILL,
+                )
+                killed.append(kind)
+                break
+            time.sleep(0.01)
+
+
+def _record(directory: Path, rank: int, kind: str, message: str, *, age_s: float, user: bool = False) -> None:
+    path = directory / f"error-rank-{rank}.json"
+    path.write_text(json.dumps({"rank": rank, "kind": kind, "message": message, "user": user}))
+    then = time.time() - age_s
+    os.utime(path, (then, then))
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
+    except urllib.error.HTTPError:
+        return True  # it asks for a token
+    except (urllib.error.URLError, OSError):
+        return False
+    return True
