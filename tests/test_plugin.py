@@ -122,6 +122,19 @@ def test_sample_ids_group_rows_and_keep_the_hosts_numbers() -> None:
     )
 
 
+def test_packed_rows_are_scored_like_rows_of_their_own() -> None:
+    model, first, second = tiny("llama"), random_tokens(1, 5, seed=1), random_tokens(1, 7, seed=2)
+    apart = plop_dist.score(model, [{"input_ids": first}, {"input_ids": second}], num_directions=4)
+    packed = {
+        "input_ids": torch.cat([first, second], dim=1),
+        "position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None],
+        "sample_ids": torch.tensor([[0] * 5 + [1] * 7]),
+    }
+    assert_same(plop_dist.score(model, [packed], num_directions=4), apart)
+    with pytest.raises(DataError, match=r"packed rows .* and padding"):
+        plop_dist.score(model, [{**packed, "attention_mask": torch.tensor([[1] * 11 + [0]])}])
+
+
 def test_exclude_names_types_and_paths() -> None:
     batches = [{"input_ids": random_tokens(1, 5)}]
     scores = plop_dist.score(tiny("llama"), batches, num_directions=4, exclude=("mlp.*", "layers.1.self_attn.q_proj"))

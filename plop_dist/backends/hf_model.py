@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plop_dist.errors import DataError
 from plop_dist.protocols import Groups, MicroBatch, Site
 
 
@@ -63,7 +64,7 @@ class HFModel:
             begin(index)
             inputs = {
                 "input_ids": micro_batch.input_ids,
-                "attention_mask": micro_batch.attention_mask,
+                "attention_mask": _mask(micro_batch),
                 **({"position_ids": micro_batch.position_ids} if self._takes_positions else {}),
                 **micro_batch.extra,
             }
@@ -80,6 +81,26 @@ class HFModel:
             "num_parameters": self._num_parameters,
             "dtype": str(dtype).removeprefix("torch."),
         }
+
+
+def _mask(micro_batch: MicroBatch) -> Tensor | None:
+    """Return the attention mask, or None for packed rows: transformers then keeps samples apart by position_ids.
+
+    Raises DataError for packed rows with padding, where it would let the samples see each other.
+    """
+    mask, positions = micro_batch.attention_mask, micro_batch.position_ids
+    if positions is None:
+        return mask
+    is_real = mask != 0
+    restarts = (positions[:, 1:] <= positions[:, :-1]) & is_real[:, 1:] & is_real[:, :-1]
+    if not restarts.any():
+        return mask
+    if not is_real.all():
+        raise DataError(
+            "a micro-batch has packed rows (position_ids that start again within a row) and padding; transformers "
+            "keeps packed samples apart only without padding: fill the rows, or pass one sample per row."
+        )
+    return None
 
 
 def headless(module: nn.Module) -> nn.Module:
