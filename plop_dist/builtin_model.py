@@ -65,7 +65,9 @@ def _convert(gguf: Path, directory: Path) -> None:
         vars(model).update(hf_quantizer=None, is_quantized=False)
         vars(model.config).pop("quantization_config", None)
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.eos_token = "<|im_end|>"  # the GGUF's reader takes the first special token, which begins a turn
+        tokenizer.save_pretrained(scratch)
         scratch.rename(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -120,8 +120,10 @@ def print_training(summary_path: Path, console: Console | None = None) -> None:
     before, after = summary.get("held_out_before"), summary.get("held_out_after")
     if before is not None and after is not None:
         parts.append(f"held-out loss {before:.4f} -> {after:.4f}")
-    if summary.get("adapter"):
-        parts.append(f"adapter {summary['adapter']}")
+    first, last = summary.get("reward_first"), summary.get("reward_last")
+    if first is not None and last is not None:
+        parts.append(f"reward {first:.4f} -> {last:.4f}")
+    parts += [f"{name} {summary[name]}" for name in ("adapter", "note") if summary.get(name)]
     show_line(" · ".join(parts), console)
 
 

@@ -21,7 +21,7 @@ def deepspeed_config(config: Config, num_micro_batches: int) -> dict[str, Any]:
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": {"stage": config.parallel.zero_stage},
-        "zero_allow_untrusted_optimizer": True,  # torch's AdamW under ZeRO 1
+        "zero_allow_untested_optimizer": True,  # torch's AdamW under ZeRO 1
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -65,7 +65,7 @@ def trainer_arguments(config: Config, directory: Path) -> dict[str, Any]:
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
             "gradient_accumulation_steps": train.gradient_accumulation_steps,
             "gradient_clipping": train.max_grad_norm,
-            "zero_allow_untrusted_optimizer": True,  # torch's AdamW
+            "zero_allow_untested_optimizer": True,  # torch's AdamW
             "steps_per_print": 10**9,
         }
     return arguments
