@@ -75,26 +75,30 @@ def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -
 
 
 def submit_job(config: Config, address: str) -> int:
-    """Run `plop-dist run` with this configuration as a Ray job and follow its log; returns its exit status, 0 or 1.
+    """Run `plop-dist run` with this configuration as a Ray job and follow its log; returns the job's exit status.
 
-    Paths in the configuration are those of the cluster's nodes. Raises ConfigError when the address does not answer.
+    Paths in the configuration are those of the cluster's nodes. The job uses the `python` on the head node's PATH:
+    start Ray there in the environment that has plop-dist. Raises ConfigError when the address does not take jobs.
     """
     import asyncio
 
     from omegaconf import OmegaConf
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    try:
-        client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"--address {address} does not answer as a Ray dashboard: {_last_line(error)}") from error
     tree = _absolute(config).model_dump(mode="json")
     tree["cluster"]["address"] = "auto"
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
-        job = client.submit_job(
-            entrypoint="python -m plop_dist.cli run config.yaml", runtime_env={"working_dir": directory}
-        )
+    try:
+        client = JobSubmissionClient(address)
+        with tempfile.TemporaryDirectory() as directory:
+            Path(directory, "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+            job = client.submit_job(
+                entrypoint="python -m plop_dist.cli run config.yaml", runtime_env={"working_dir": directory}
+            )
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--address {address} does not take this job: {_first_line(error)}; give the URL of the Ray dashboard, and "
+            "RAY_AUTH_TOKEN where the cluster asks for one."
+        ) from error
 
     async def follow() -> None:
         async for lines in client.tail_job_logs(job):
@@ -103,7 +107,9 @@ def submit_job(config: Config, address: str) -> int:
     asyncio.run(follow())
     while not (status := client.get_job_status(job)).is_terminal():
         time.sleep(0.5)
-    return 0 if status is JobStatus.SUCCEEDED else 1
+    if status is JobStatus.SUCCEEDED:
+        return 0
+    return client.get_job_info(job).driver_exit_code or 1
 
 
 def _work(launch: dict[str, Any]) -> None:
@@ -315,6 +321,10 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(
         update={"run_dir": str(Path(config.run_dir).resolve()), "train": train, "model": model, "data": data}
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _last_line(error: BaseException) -> str:

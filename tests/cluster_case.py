@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import yaml
@@ -96,22 +96,23 @@ def run(*command: str | Path, timeout_s: float = 330, **more: str) -> subprocess
 
 
 @contextmanager
-def session(command: list[str], variables: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Start a command as the leader of its own process group; end the group by its id afterwards."""
+def session(
+    command: list[str], variables: dict[str, str], output: IO[str] | int = subprocess.PIPE
+) -> Iterator[subprocess.Popen[str]]:
+    """Start a command as the leader of its own process group; afterwards end it, and what is left of the group."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+        command, cwd=ROOT, env=variables, stdout=output, stderr=output, text=True, start_new_session=True
+    )
     try:
         yield process
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.communicate(timeout=20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+            process.terminate()  # not the group: launchers and Ray end their children in order
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def processes_with(mark: str) -> list[int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -42,6 +42,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
+    with pytest.MonkeyPatch.context() as variables:  # the drivers below are this process and its children
+        variables.setenv("RAY_AUTH_MODE", "token")
+        variables.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+        yield from _head()
+
+
+def _head() -> Iterator[Head]:
     port, dashboard, client, agent = free_ports(4)
     with tempfile.TemporaryDirectory(
         prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
@@ -52,11 +59,11 @@ def head() -> Iterator[Head]:
             f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", f"--temp-dir={directory}",
             "--disable-usage-stats",
         ]  # fmt: skip
-        with session(command, environment()) as process:
+        with session(command, environment(), output=subprocess.DEVNULL) as process:
             url = f"http://127.0.0.1:{dashboard}"
             deadline = time.monotonic() + 90
             while not _answers(url):
-                assert process.poll() is None, process.communicate()
+                assert process.poll() is None, "ray start --head ended"
                 assert time.monotonic() < deadline, "ray start --head did not come up"
                 time.sleep(0.2)
             yield Head(f"127.0.0.1:{port}", url)
@@ -81,19 +88,17 @@ def test_submitted_job_on_two_zero3_ranks_scores_like_one_process_and_trains(cas
 @pytest.mark.slow
 def test_workers_killed_in_scoring_and_in_training_change_nothing(case: Case, head: Head, submitted: Any) -> None:
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    tree = case.tree("killed", train=TRAINING, cluster={"address": head.address, "max_failures": 2})
+    config = case.write("killed", train=TRAINING, cluster={"address": head.address, "max_failures": 2})
     run_dir = case.directory / "killed"
-    run_dir.mkdir()
-    killed: list[str] = []
-    killer = threading.Thread(target=_kill_twice, args=(run_dir, killed), daemon=True)
-    killer.start()
-    cluster.run_workers(parse_config(tree), ["score", "place", "export", "train"])
-    killer.join(timeout=10)
+    with session([str(BIN / "plop-dist"), "run", str(config)], environment()) as process:
+        for kind, least in (("scoring", 2), ("training", 4)):
+            _kill_rank_1_in_the_middle(run_dir, kind, least, process)
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
 
-    assert killed == ["scoring", "training"]
     case.assert_same_scores("killed")
     seen = events(run_dir)
-    assert [event["rank"] for event in seen if event["event"] == "worker"].count(1) == 3
+    assert [event["attempt"] for event in seen if event["event"] == "worker" and event["rank"] == 1] == [1, 2, 3]
     resumed = next(event for event in seen if event["event"] == "resumed")
     assert 0 < resumed["done"] < resumed["total"]
     steps = [event["done"] for event in seen if event["event"] == "training"]
@@ -105,6 +110,8 @@ def test_workers_killed_in_scoring_and_in_training_change_nothing(case: Case, he
     assert got["held_out_after"] == pytest.approx(expected["held_out_after"], abs=1e-4)
     assert got["held_out_before"] == pytest.approx(expected["held_out_before"], abs=1e-4)
     assert (run_dir / "train" / "adapter" / "adapter_model.safetensors").is_file()
+    assert f"resumed: {resumed['done']} of 160 samples" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow
@@ -180,6 +187,15 @@ def test_an_address_where_no_ray_listens_fails_at_once(address: str, reason: str
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
+def test_submit_without_the_token_is_one_message(case: Case, head: Head) -> None:
+    config = case.write("unknown")
+    done = run(BIN / "plop-dist", "submit", config, "--address", head.dashboard, RAY_AUTH_TOKEN="0" * 32)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: --address {head.dashboard} does not take this job")
+
+
 def test_workers_get_threads_by_cores_and_this_process_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -192,20 +208,18 @@ def test_workers_get_threads_by_cores_and_this_process_caches(monkeypatch: pytes
     assert cluster._environment(parse_config(tree))["OMP_NUM_THREADS"] == "1", "the user's own choice was overruled"
 
 
-def _kill_twice(run_dir: Path, killed: list[str]) -> None:
-    """SIGKILL the process of rank 1 in the middle of scoring, and that of its successor in the middle of training."""
-    for kind, least in (("scoring", 2), ("training", 4)):
-        while True:
-            seen = events(run_dir)
-            middle = [event for event in seen if event["event"] == kind and least <= event["done"] < event["total"]]
-            if middle:
-                os.kill(
-                    [event["pid"] for event in seen if event["event"] == "worker" and event["rank"] == 1][-1],
-                    signal.SIGKILL,
-                )
-                killed.append(kind)
-                break
-            time.sleep(0.01)
+def _kill_rank_1_in_the_middle(run_dir: Path, kind: str, least: int, driver: subprocess.Popen[str]) -> None:
+    """SIGKILL the newest process of rank 1 once `least` of the samples or steps are done, and not yet all."""
+    while True:
+        assert driver.poll() is None, driver.communicate()
+        seen = events(run_dir)
+        progress = [event for event in seen if event["event"] == kind]
+        if progress and progress[-1]["done"] >= least:
+            assert progress[-1]["done"] < progress[-1]["total"], f"{kind} ended before it could be interrupted"
+            pids = [event["pid"] for event in seen if event["event"] == "worker" and event["rank"] == 1]
+            os.kill(pids[-1], signal.SIGKILL)
+            return
+        time.sleep(0.01)
 
 
 def _record(directory: Path, rank: int, kind: str, message: str, *, age_s: float, user: bool = False) -> None:
