@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plop_dist.errors import ModelError
 from plop_dist.norms import gains, local_sq_norm
+from plop_dist.note_storage import NoteStorage
 from plop_dist.protocols import MicroBatch, Part, Routing, ScorableModel, Site
 from plop_dist.reduce import Reducer
 from plop_dist.types import SampleTotals
@@ -53,6 +54,7 @@ class Collector:
         self.last_site = "no module yet"
         self._notes: dict[int, _Notes] = {}
         self._current = 0
+        self._kept = NoteStorage()
         self._remembered: tuple[Tensor, int, Tensor] | None = None
         self._row: dict[int, int] = {}
         for site in model.sites:
@@ -86,6 +88,7 @@ class Collector:
         Must run inside `attached()`. Returned sample_ids are those that occur, in ascending order.
         """
         self._notes.clear()
+        self._kept.rewind()
         with torch.no_grad():
             self.model.forward(micro_batches, self._begin)
             self._remembered = None
@@ -102,7 +105,7 @@ class Collector:
         known = self._remembered
         if known is not None and known[0] is z_TI and known[1] == z_TI._version:
             return known[2]
-        in_sq_T = local_sq_norm(z_TI)
+        in_sq_T = self._kept.keep(local_sq_norm(z_TI))
         self._remembered = (z_TI, z_TI._version, in_sq_T)
         return in_sq_T
 
@@ -121,7 +124,8 @@ class Collector:
         """Note one call of a site (see protocols.Recorder)."""
         self.last_site = site.projections[0].fqn
         shape = None if leading_shape is None else tuple(leading_shape)
-        call = _Call(site, in_sq_T, tuple(out_sq_T), in_part, out_part, shape, token_index_T, routing)
+        out_sq = tuple(self._kept.keep(row_T) for row_T in out_sq_T)
+        call = _Call(site, in_sq_T, out_sq, in_part, out_part, shape, token_index_T, routing)
         self._notes[self._current].calls.append(call)
 
     def record_routing(self, router: str, map_TE: Tensor) -> None:
