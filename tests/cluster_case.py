@@ -37,7 +37,7 @@ class Case:
         base: dict[str, dict[str, Any]] = {
             "model": {"name_or_path": str(self.directory / "model"), "dtype": "float32"},
             "data": {"path": str(self.directory / "rows.jsonl"), "template": "{question} {answer}", "batch_size": 1,
-                     "num_samples": 160, "max_length": 32},
+                     "num_samples": 96, "max_length": 32},
             "parallel": {"backend": "deepspeed", "dp": 2, "zero_stage": 3},
             "placement": {"rank": 4, "alpha": 8},
             "cluster": {"timeout_s": 60},

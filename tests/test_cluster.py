@@ -81,7 +81,7 @@ def test_submitted_job_on_two_zero3_ranks_scores_like_one_process_and_trains(cas
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     case.assert_same_scores("submitted")
     assert (case.directory / "submitted" / "train" / "adapter" / "adapter_model.safetensors").is_file()
-    assert "samples scored: 160/160" in submitted.stdout
+    assert "samples scored: 96/96" in submitted.stdout
     assert "NFN per module type" in submitted.stdout
 
 
@@ -91,7 +91,7 @@ def test_workers_killed_in_scoring_and_in_training_change_nothing(case: Case, he
     config = case.write("killed", train=TRAINING, cluster={"address": head.address, "max_failures": 2})
     run_dir = case.directory / "killed"
     with session([str(BIN / "plop-dist"), "run", str(config)], environment()) as process:
-        for kind, least in (("scoring", 2), ("training", 4)):
+        for kind, least in (("scoring", 24), ("training", 4)):
             _kill_rank_1_in_the_middle(run_dir, kind, least, process)
         out, err = process.communicate(timeout=200)
     assert process.returncode == 0, out + err
@@ -110,7 +110,7 @@ def test_workers_killed_in_scoring_and_in_training_change_nothing(case: Case, he
     assert got["held_out_after"] == pytest.approx(expected["held_out_after"], abs=1e-4)
     assert got["held_out_before"] == pytest.approx(expected["held_out_before"], abs=1e-4)
     assert (run_dir / "train" / "adapter" / "adapter_model.safetensors").is_file()
-    assert f"resumed: {resumed['done']} of 160 samples" in err
+    assert f"resumed: {resumed['done']} of 96 samples" in err
     assert "Traceback" not in err
 
 
