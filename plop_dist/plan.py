@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from plop_dist.config import Config, DataConfig
-from plop_dist.data import load_rows, render, select_rows, tokenize
+from plop_dist.data import render, select_rows, tokenize
 from plop_dist.errors import LayoutError, ModelError
 from plop_dist.footprint import Shape, Stage, build_stages, on_one_rank
 from plop_dist.names import natural_key
 from plop_dist.parameters import num_trainable_parameters
+from plop_dist.rows import load_rows
 from plop_dist.types import Projection
 
 _NUM_RENDERED = 8

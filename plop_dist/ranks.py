@@ -16,14 +16,23 @@ _T = TypeVar("_T")
 
 def launched_ranks() -> int | None:
     """Return the number of ranks that torchrun or the DeepSpeed launcher started, or None outside a launcher."""
-    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
+    return _launcher_number("WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
 
 
 def rank() -> int:
     """Return this process's global rank, 0 where there is only one."""
     import torch.distributed as dist
 
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else _launcher_number("RANK", 0)
+
+
+def _launcher_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise LayoutError(
+            f"the environment variable {name} is '{text}', expected a number; unset it or use a launcher."
+        )
+    return int(text)
 
 
 @contextmanager

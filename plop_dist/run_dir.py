@@ -60,9 +60,10 @@ class RunDir:
         if missing:
             return f"{missing[0]} is missing"
         before, now = _flat(known["inputs"]), _flat(inputs)
-        for key in sorted(before.keys() | now.keys()):
+        # files last: a new data.path says more than that another file is there
+        for key in sorted(before.keys() | now.keys(), key=lambda key: (key.startswith("files."), key)):
             if before.get(key) != now.get(key):
-                return f"{key} changed from {before.get(key)!r} to {now.get(key)!r}"
+                return _change(key, before.get(key), now.get(key))
         return None
 
     def finish(self, stage: str, inputs: Mapping[str, Any], outputs: list[str]) -> None:
@@ -114,6 +115,14 @@ def _files(config: Config) -> dict[str, Any]:
             parts = sorted(path.iterdir()) if path.is_dir() else [path]
             found[str(name)] = [[part.name, part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
     return found
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    if key.startswith("files."):
+        return f"{key.removeprefix('files.')} was edited or replaced"
+    if key in ("scores", "placement.json"):
+        return f"{'scores.json' if key == 'scores' else key} changed"
+    return f"{key} changed from {before!r} to {now!r}"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -16,12 +16,13 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from plop_dist.baseline import compute_baselines
 from plop_dist.collect import Collector, add_totals
 from plop_dist.config import Config
-from plop_dist.data import load_rows, plan_steps, select_rows, step_micro_batches, tokenize
+from plop_dist.data import plan_steps, select_rows, step_micro_batches, tokenize
 from plop_dist.errors import LayoutError, WorkerError
 from plop_dist.protocols import ScorableModel
 from plop_dist.ranks import joined
 from plop_dist.reduce import Reducer, Traffic
 from plop_dist.registry import BACKENDS, load
+from plop_dist.rows import load_rows
 from plop_dist.types import SampleTotals
 
 _GROUPS = (1, 2, 4, 8)

@@ -8,10 +8,11 @@ from typing import Any
 from plop_dist import progress, ranks
 from plop_dist.aggregate import check_weights
 from plop_dist.config import Config
-from plop_dist.data import load_rows, plan_steps, select_rows, step_micro_batches, tokenize
+from plop_dist.data import plan_steps, select_rows, step_micro_batches, tokenize
 from plop_dist.errors import PlopError, WorkerError
 from plop_dist.protocols import ScorableModel
 from plop_dist.registry import BACKENDS, TRAINERS, load
+from plop_dist.rows import load_rows
 from plop_dist.run_dir import RunDir, stage_inputs
 from plop_dist.types import Placement, Scores
 
@@ -48,14 +49,16 @@ def reason_to_run(config: Config, stage: str) -> str | None:
 
 def score(config: Config, rank: int, notify: Notify) -> Scores:
     """Score the configured model on the configured data; rank 0 writes scores.json. Collective over all ranks."""
-    from plop_dist.backends.hf_load import load_tokenizer
+    from plop_dist.backends.hf_load import check_vocabulary, load_tokenizer
     from plop_dist.scoring import Pass, score_model
 
     run_dir = RunDir(config.run_dir)
     # Data before weights: a typo in a column name should not cost the minutes that loading takes.
     tokenizer = load_tokenizer(config.model)
     samples = tokenize(select_rows(load_rows(config.data.path, config.data.split), config.data), config.data, tokenizer)
-    notify("status", text=f"{len(samples)} samples; loading {config.model.name_or_path} with {config.parallel.backend}")
+    check_vocabulary(config.model, max(map(max, filter(None, samples))))
+    loading = f"loading {config.model.name_or_path} with {config.parallel.backend}"
+    notify("status", text=f"{_samples_text(samples, config.data.num_samples)}; {loading}")
     model: ScorableModel = load("backend", BACKENDS, config.parallel.backend)().load(config)
     groups = model.groups
     plan = plan_steps(
@@ -161,6 +164,12 @@ def _be_quiet() -> None:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _samples_text(samples: Sequence[Sequence[int]], num_wanted: int) -> str:
+    num_empty = sum(not sample for sample in samples)
+    fewer = f" (all rows: fewer than data.num_samples, {num_wanted})" if len(samples) < num_wanted else ""
+    return f"{len(samples)} samples{fewer}" + (f", {num_empty} of them without a token" if num_empty else "")
 
 
 def _cumulative(plan: list[list[list[list[int]]]]) -> list[int]:

@@ -71,6 +71,31 @@ def lose_a_weight(model: Path) -> None:
     save_file(weights, model / WEIGHTS, {"format": "pt"})
 
 
+def lose_the_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def lose_the_tokenizer(model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+
+
+def give_a_larger_vocabulary(model: Path) -> None:
+    shutil.copytree(save_tiny("llama", model / "small", vocab_size=64), model, dirs_exist_ok=True)
+
+
+class Code:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def pickle_code(model: Path) -> None:
+    (model / WEIGHTS).unlink()
+    torch.save({"model.embed_tokens.weight": Code()}, model / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize(
     ("spoil", "part"),
     [
@@ -78,6 +103,10 @@ def lose_a_weight(model: Path) -> None:
         (corrupt_header, "the model cannot be loaded"),
         (corrupt_config, "cannot be loaded"),
         (lose_a_weight, "'model.layers.1.mlp.up_proj.weight'"),
+        (lose_the_config, "has no config.json"),
+        (lose_the_tokenizer, "there are no tokenizer files"),
+        (give_a_larger_vocabulary, "its tokenizer gives the token id"),
+        (pickle_code, "which are never unpickled"),
         (shutil.rmtree, "is not a directory"),
     ],
 )
@@ -90,6 +119,7 @@ def test_a_broken_model(case: Path, model: Path, spoil: Callable[[Path], None], 
     assert_one_message(plop_dist("score", config), "model.name_or_path", str(broken), part)
     assert_one_message(plop_dist("run", config), str(broken))
     assert results(case / "run") == before
+    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize(

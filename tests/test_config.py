@@ -69,6 +69,13 @@ def test_later_overrides_win_and_the_rest_of_a_section_stays(tmp_path: Path) -> 
         ("data.num_samples=0", r"data\.num_samples: .*greater than or equal to 1, but the value is 0"),
         ("placement.alpha=-1", r"placement\.alpha: .*greater than 0"),
         ("parallel.backend=megatorn", r"parallel\.backend: .*'transformers', 'deepspeed' or 'megatron'.*'megatorn'"),
+        ("data.num_samples=true", r"data\.num_samples: Input should be a number, but the value is True"),
+        ("train.learning_rate=inf", r"train\.learning_rate: .*finite number"),
+        ("placement.rank_pattern={v_proj: 0}", r"placement\.rank_pattern\.v_proj: .*greater than or equal to 1"),
+        ("run_dir=", r"run_dir: .*at least 1 character"),
+        ("data.path=???", r"data\.path"),
+        ("tp=2", r"unknown key 'tp'\. Did you mean 'parallel\.tp'\?"),
+        ("export.targets=[peft, trll]", r"export\.targets: unknown target 'trll'\. Did you mean 'trl'\?"),
         ("data.num_samples", r"Override 'data\.num_samples' is not key=value"),
         ("=3", "is not key=value"),
         (
@@ -111,14 +118,22 @@ def test_two_sources_of_text_contradict_each_other(tmp_path: Path) -> None:
         ("data: {path: x}\n", r"key 'model' is required and missing"),
         ("model: {}\ndata: {path: x}\n", r"key 'model\.name_or_path' is required and missing; add"),
         ("- a\n- b\n", "does not hold a mapping"),
+        (BASE + "model: {name_or_path: b}\n", "found duplicate key model .* line 3"),
         ("model: {name_or_path: [\n", "cannot be read as YAML"),
-        ("model: some/model\ndata: {path: x}\n", "model: .*but the value is 'some/model'"),
+        (
+            "model: some/model\ndata: {path: x}\n",
+            r"model: the value is 'some/model', expected a section with the keys name_or_path",
+        ),
         ("", "key 'model' is required and missing|does not hold a mapping"),
     ],
 )
 def test_a_malformed_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, text=text)
+
+
+def test_a_section_without_keys_is_the_default(tmp_path: Path) -> None:
+    assert load(tmp_path, text=BASE + "parallel:\n  # tp: 2\n").parallel.tp == 1
 
 
 def test_a_missing_file_and_every_mistake_at_once(tmp_path: Path) -> None:

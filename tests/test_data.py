@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plop_dist.config import DataConfig
-from plop_dist.data import collate, load_rows, plan_steps, render, select_rows, step_micro_batches, tokenize
+from plop_dist.data import collate, plan_steps, render, select_rows, step_micro_batches, tokenize
 from plop_dist.errors import DataError
+from plop_dist.rows import load_rows
 from tests.models import tiny_tokenizer
 
 ROWS = [{"question": "one plus two?", "answer": "3"}, {"question": 'a, "b"\nand ünïcode\u2028?', "answer": "4"}]
@@ -69,9 +70,16 @@ def test_text_lines_and_builtin_rows(tmp_path: Path) -> None:
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad\.jsonl: line 2 is not JSON"),
         ("list.jsonl", b'{"text": "a"}\n[1]\n', r"list\.jsonl: row 2 is a list, expected an object"),
         ("bad.json", b'[{"text": "a"},\n}', r"bad\.json: line 2 is not JSON"),
-        ("object.json", b'{"text": "a"}', r"object\.json holds a dict, expected a list of rows"),
+        ("object.json", b'{"text": "a"}', r"object\.json holds an object, expected a list of rows"),
         ("latin.txt", b"caf\xe9\n", r"latin\.txt is not UTF-8 text"),
-        ("bad.parquet", b"PAR1 nothing", r"bad\.parquet is not a parquet file"),
+        ("bad.parquet", b"PAR1 nothing", r"bad\.parquet is not a whole parquet file"),
+        ("deep.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r"deep\.jsonl: line 2 is not JSON that can be read"),
+        ("digits.json", b"[" + b"1" * 5000 + b"]", r"digits\.json: line 1 is not JSON that can be read"),
+        ("short.csv", b"text,answer\na,b\nc\n", r"short\.csv: line 3 has 1 fields, but the header has 2"),
+        ("long.csv", b"text\na, b\n", r"long\.csv: line 2 has 2 fields, but the header has 1; quote"),
+        ("twice.csv", b"text,text\na,b\n", r"twice\.csv: line 1: column 'text' is there twice"),
+        ("quote.csv", b'text\n"never closed\n', r"quote\.csv: line 2 is not CSV"),
+        ("blank.json", b" \n", "holds no rows; there is nothing to score"),
         ("empty.jsonl", b"", "holds no rows; there is nothing to score"),
         ("empty.json", b"[]", "holds no rows; there is nothing to score"),
         ("empty.csv", b"question,answer\n", "holds no rows; there is nothing to score"),
@@ -113,9 +121,16 @@ def test_text_by_field_template_and_messages() -> None:
         ({"a": "x"}, {"template": "{a} {b}"}, "row 7 has no column 'b'; it has a"),
         ({"a": "x"}, {"template": "no braces"}, "names no column"),
         ({"a": "x"}, {"messages_field": "b"}, "row 7 has no column 'b'"),
-        ({"a": "x", "b": "y"}, {}, r"rows have the columns a, b; say which is the text with data\.text_field"),
-        ({"a": 5}, {"text_field": "a"}, "row 7: column 'a' is a int, expected text"),
-        ({"a": None}, {"text_field": "a"}, "row 7: column 'a' is a NoneType, expected text"),
+        (
+            {"a": "x", "b": "y"},
+            {},
+            r"row 7 has no column 'text'; it has a, b: say which is the text with data\.text_field",
+        ),
+        ({"a": 5}, {"text_field": "a"}, "row 7: column 'a' is a number, expected text"),
+        ({"a": None}, {"text_field": "a"}, "row 7: column 'a' is null, expected text"),
+        ({"a": None}, {"template": "{a}"}, "row 7: column 'a' is null, but the template needs a text or a number"),
+        ({"a": {"b": 1}}, {"template": "{a}"}, "row 7: column 'a' is an object, but the template needs"),
+        ({"a": [{"role": "user", "content": None}]}, {"messages_field": "a"}, "row 7: column 'a' must be a list of"),
         ({"a": [1]}, {"messages_field": "a"}, "row 7: column 'a' must be a list of"),
         ({"a": "hello"}, {"messages_field": "a"}, "row 7: column 'a' must be a list of"),
         ({"a": []}, {"messages_field": "a"}, "row 7: column 'a' must be a list of"),
@@ -149,8 +164,30 @@ def test_tokens_are_truncated_and_texts_without_tokens_kept_in_place() -> None:
     samples = tokenize(rows, DataConfig(path="x", max_length=10), tokenizer)
     assert [len(sample) for sample in samples] == [10, 0, 3]
     assert samples[2] == tokenizer("abc")["input_ids"]
-    with pytest.raises(DataError, match="none of the 1 rows yields a token"):
-        tokenize([{"text": ""}], DataConfig(path="x"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["", " \n\t"], "the text of all 2 rows is empty or only whitespace; check data.text_field"),
+        (["fine", "half a \ud83d"], "x: row 2: the text is not whole Unicode"),
+    ],
+)
+def test_texts_that_no_tokenizer_can_use(texts: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        tokenize([{"text": text} for text in texts], DataConfig(path="x"), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert load_rows(str(tmp_path / name)) == ROWS
+
+
+def test_a_long_document_in_a_csv(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text("text\n" + "a" * 200_000 + "\n")
+    assert len(load_rows(str(tmp_path / "long.csv"))[0]["text"]) == 200_000
 
 
 @settings(max_examples=60, deadline=None)

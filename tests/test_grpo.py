@@ -14,8 +14,8 @@ import torch
 from plop_dist import worker
 from plop_dist.builtin_data import arithmetic_rows
 from plop_dist.config import Config, parse_config
-from plop_dist.data import load_rows
 from plop_dist.errors import ConfigError, DataError, MissingExtraError
+from plop_dist.rows import load_rows
 from plop_dist.training import grpo, rewards
 from plop_dist.types import Placement
 from tests.models import save_tiny, tiny, tiny_tokenizer

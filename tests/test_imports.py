@@ -38,11 +38,24 @@ LAYERS = (
         "host_batches",
         "host_state",
         "data",
+        "rows",
         "footprint",
     ),
     ("run_dir", "stored_config", "progress", "events", "ranks", "parameters"),
-    ("registry", "protocols"),
-    ("norms", "names", "mesh", "config", "types", "files", "errors", "versions", "builtin_data", "builtin_model"),
+    ("protocols",),
+    (
+        "registry",
+        "norms",
+        "names",
+        "mesh",
+        "config",
+        "types",
+        "files",
+        "errors",
+        "versions",
+        "builtin_data",
+        "builtin_model",
+    ),
 )
 LEVEL = {name: -depth for depth, names in enumerate(LAYERS) for name in names}
 

@@ -154,5 +154,5 @@ def test_an_edited_data_file_and_a_deleted_result_rerun(model: Path, tmp_path: P
     data = tmp_path / "data.jsonl"
     data.write_text(data.read_text() + '{"question": "one more", "answer": "row"}\n')
     outcome = plop_dist("run", config)
-    assert f"score: runs because files.{data} changed" in outcome.err
+    assert f"score: runs because {data} was edited or replaced" in outcome.err
     assert Scores.from_file(tmp_path / "run" / "scores.json").data.num_samples == 9

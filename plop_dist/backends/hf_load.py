@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def load_tokenizer(model: ModelConfig) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def check_vocabulary(model: ModelConfig, largest_id: int) -> None:
+    """Raise ModelError if the tokenizer gives ids that the model has no embedding for."""
+    size = getattr(load_hf_config(model).get_text_config(), "vocab_size", None)
+    if size is not None and largest_id >= size:
+        raise ModelError(
+            f"model.name_or_path '{model.name_or_path}': its tokenizer gives the token id {largest_id}, but the model "
+            f"has embeddings for {size} tokens only; put the tokenizer there that the model was trained with."
+        )
 
 
 def load_model(model: ModelConfig, **options: Any) -> torch.nn.Module:
@@ -85,6 +96,8 @@ def _explained(model: ModelConfig, what: str) -> Iterator[None]:
             f"model.name_or_path '{name}' is not a directory; pass a Hugging Face id or a directory with config.json "
             "and safetensors files."
         )
+    if looks_local and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"model.name_or_path '{name}' has no config.json; it is not a Hugging Face model directory.")
     try:
         yield
     except PlopError:
@@ -92,7 +105,12 @@ def _explained(model: ModelConfig, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated kinds
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        first_line = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else ""
+        if isinstance(error, UnpicklingError):
+            # torch's own advice is weights_only=False, which runs the code in the file.
+            first_line = "the .bin file is damaged, or holds objects other than tensors, which are never unpickled"
+        elif "Couldn't instantiate the backend tokenizer" in first_line:
+            first_line = "there are no tokenizer files, e.g. tokenizer.json"
         raise ModelError(
             f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {first_line}); check "
             "that the directory or id exists and its files are complete."

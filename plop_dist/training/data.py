@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from plop_dist.config import Config
-from plop_dist.data import Row, fill, load_rows, render
+from plop_dist.data import Row, fill, render
 from plop_dist.errors import DataError
+from plop_dist.rows import load_rows
 
 IGNORED = -100  # the label that the loss skips
 

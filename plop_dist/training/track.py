@@ -23,11 +23,12 @@ from plop_dist.backends.sites import Gather, LinearSite
 from plop_dist.baseline import compute_baselines
 from plop_dist.collect import Collector, add_totals
 from plop_dist.config import Config
-from plop_dist.data import load_rows, plan_steps, select_rows, step_micro_batches, tokenize
+from plop_dist.data import plan_steps, select_rows, step_micro_batches, tokenize
 from plop_dist.errors import ConfigError
 from plop_dist.norms import Baseline, local_sq_norm
 from plop_dist.protocols import LocalWeight, Recorder, Site
 from plop_dist.reduce import Reducer
+from plop_dist.rows import load_rows
 from plop_dist.training.trl_common import Log
 from plop_dist.types import Placement
 
