@@ -129,10 +129,8 @@ def _check_names(modules: Sequence[ModuleScore], config: PlacementConfig, left_o
     for field, entry in entries + [("include", entry) for entry in config.include]:
         if not any(matches(projection, entry) for projection in projections):
             raise PlacementError(f"placement.{field} '{entry}' matches no module of the model. {suggest(entry, types)}")
-    for entry, rank in config.rank_pattern.items():
+    for entry in config.rank_pattern:
         if entry not in types and all(projection.fqn != entry for projection in projections):
             raise PlacementError(
                 f"placement.rank_pattern '{entry}' is no type or path of the model. {suggest(entry, types)}"
             )
-        if rank < 1:
-            raise PlacementError(f"placement.rank_pattern '{entry}' is {rank}; a rank is 1 or more.")

@@ -76,7 +76,9 @@ class RunDir:
             stages = json.loads((self.path / STAGES_FILE).read_text())
         except (OSError, json.JSONDecodeError, UnicodeDecodeError):
             return {}  # nothing certain is known: everything runs
-        return stages if isinstance(stages, dict) else {}
+        if not isinstance(stages, dict):
+            return {}
+        return {name: stage for name, stage in stages.items() if _is_record(stage)}
 
 
 def stage_inputs(stage: str, config: Config) -> dict[str, Any]:
@@ -115,6 +117,14 @@ def _files(config: Config) -> dict[str, Any]:
             parts = sorted(path.iterdir()) if path.is_dir() else [path]
             found[str(name)] = [[part.name, part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
     return found
+
+
+def _is_record(stage: Any) -> bool:
+    if not (
+        isinstance(stage, dict) and isinstance(stage.get("outputs"), list) and isinstance(stage.get("inputs"), dict)
+    ):
+        return False
+    return all(isinstance(name, str) for name in stage["outputs"])
 
 
 def _change(key: str, before: Any, now: Any) -> str:

@@ -59,7 +59,7 @@ class ModuleScore(Projection):
     a value is not finite. baseline: b(W) = E||Wu||; baseline_stderr: its standard error, 0 for exact and closed_form.
     """
 
-    num_tokens: int = Field(ge=0)
+    num_tokens: int = Field(ge=1)
     num_skipped_tokens: int = Field(0, ge=0)
     gain: float = Field(ge=0, allow_inf_nan=False)
     baseline: float = Field(gt=0, allow_inf_nan=False)
@@ -147,7 +147,11 @@ class SampleTotals:
         """Return the totals of a file. Raises ScoresError if it is missing or malformed."""
         arrays, metadata = read_arrays(path)
         try:
-            return cls(fqns=tuple(json.loads(metadata["fqns"])), **arrays)
+            totals = cls(fqns=tuple(json.loads(metadata["fqns"])), **arrays)
+            shape = (len(totals.fqns), len(totals.sample_ids))
+            if any(array.shape != shape for array in (totals.gain_total, totals.num_tokens, totals.num_skipped)):
+                raise ValueError(f"expected sums of shape {shape}")
+            return totals
         except (KeyError, TypeError, ValueError) as error:
             raise ScoresError(f"{path} does not hold sample totals ({error}); score again.") from error
 
@@ -213,15 +217,20 @@ class Scores(_Value):
         """Return the scores of a file, checked against themselves.
 
         Raises ScoresError saying what is wrong and where: missing, truncated, another schema, a field of the wrong
-        type, a type without modules, an nfn that is not gain / baseline.
+        type, a type without modules, an nfn that is not gain / baseline, modules that are not those of the per-sample
+        sums beside it.
         """
         target = Path(path)
         scores = _parse(
             cls, SCORES_SCHEMA, read_json(target, what="scores", remedy="run plop-dist score first"), target
         )
         _check_scores(scores, target)
-        samples = target.with_name(SAMPLES_FILE)
-        return scores.with_samples(SampleTotals.read(samples)) if samples.is_file() else scores
+        samples_file = target.with_name(SAMPLES_FILE)
+        if not samples_file.is_file():
+            return scores
+        samples = SampleTotals.read(samples_file)
+        _check_samples(scores, samples, target)
+        return scores.with_samples(samples)
 
 
 class Placement(_Value):
@@ -290,13 +299,22 @@ class Placement(_Value):
         placement = _parse(cls, PLACEMENT_SCHEMA, tree, target)
         scores = Scores.from_file(target.with_name(Path(placement.scores).name))
         known = {module.fqn for module in scores.modules}
+        if len(set(placement.modules)) < len(placement.modules):
+            raise ScoresError(f"{target}: modules are listed twice; the file was edited: run plop-dist place again.")
         foreign = [fqn for fqn in placement.modules if fqn not in known]
         if foreign:
             raise ScoresError(
                 f"{target}: module '{foreign[0]}' is not in {placement.scores} of model "
                 f"'{scores.model.name_or_path}'; the placement is for another model: run plop-dist place again."
             )
-        return placement.with_source(scores)
+        placement = placement.with_source(scores)
+        odd = sorted({module.type for module in placement.chosen} ^ set(placement.module_types))
+        if odd:
+            raise ScoresError(
+                f"{target}: modules and module_types disagree about '{odd[0]}'; the file was edited: run plop-dist "
+                "place again."
+            )
+        return placement
 
     def to_peft(self, **options: Any) -> Any:
         """Return a peft.LoraConfig. Options (r, lora_alpha, lora_dropout, ...) go to LoraConfig as they are.
@@ -374,4 +392,23 @@ def _check_scores(scores: Scores, path: Path) -> None:
             raise ScoresError(
                 f"{path}: types: '{entry.type}' says {entry.num_modules} modules with nfn {entry.nfn}, but its modules "
                 f"are {len(by_type[entry.type])} with mean {mean}; the file was edited: score again."
+            )
+
+
+def _check_samples(scores: Scores, samples: SampleTotals, path: Path) -> None:
+    """Raise ScoresError unless the sums of SAMPLES_FILE give exactly the modules, tokens and gains of the scores."""
+    odd = sorted({module.fqn for module in scores.modules} ^ set(samples.fqns))
+    if odd:
+        raise ScoresError(
+            f"{path} and {SAMPLES_FILE} disagree about module '{odd[0]}', which only one of them has; one was edited "
+            "or is of another model: score again."
+        )
+    row = {fqn: index for index, fqn in enumerate(samples.fqns)}
+    for index, module in enumerate(scores.modules):
+        num_tokens = int(samples.num_tokens[row[module.fqn]].sum())
+        gain = float(samples.gain_total[row[module.fqn]].sum()) / max(num_tokens, 1)
+        if module.num_tokens != num_tokens or abs(module.gain - gain) > 1e-6 * max(gain, 1e-30):
+            raise ScoresError(
+                f"{path}: modules.{index} ('{module.fqn}') has num_tokens {module.num_tokens} and gain {module.gain}, "
+                f"but {SAMPLES_FILE} gives {num_tokens} and {gain}; the file was edited: score again."
             )

@@ -156,3 +156,11 @@ def test_an_edited_data_file_and_a_deleted_result_rerun(model: Path, tmp_path: P
     outcome = plop_dist("run", config)
     assert f"score: runs because {data} was edited or replaced" in outcome.err
     assert Scores.from_file(tmp_path / "run" / "scores.json").data.num_samples == 9
+
+
+@pytest.mark.parametrize("content", ["{", '{"score": 3}', '{"score": {"inputs": [1], "outputs": 3}}'])
+def test_damaged_notes_of_finished_stages_count_for_nothing(model: Path, tmp_path: Path, content: str) -> None:
+    config = load_config(write_case(tmp_path, model))
+    RunDir(config.run_dir).prepare()
+    (config.run_path / "stages.json").write_text(content)
+    assert worker.reason_to_run(config, "score") == "it has not run yet"

@@ -68,6 +68,56 @@ def test_edited_scores_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any
     assert caught.value.exit_status == 2
 
 
+def scale_a_gain(tree: dict[str, Any]) -> None:
+    # consistent in itself: only the sums beside it tell
+    module = tree["modules"][0]
+    entry = next(item for item in tree["types"] if item["type"] == module["type"])
+    entry["nfn"] += module["nfn"] / entry["num_modules"]
+    module["gain"] *= 2
+    module["nfn"] *= 2
+
+
+def drop_a_type(tree: dict[str, Any]) -> None:
+    name = tree["types"].pop()["type"]
+    tree["modules"] = [module for module in tree["modules"] if module["type"] != name]
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (scale_a_gain, r"modules\.0 .* but samples\.safetensors gives .*the file was edited"),
+        (change("modules", 3, "num_tokens", value=10**6), r"modules\.3 .* num_tokens 1000000"),
+        (drop_a_type, "disagree about module .*, which only one of them has"),
+    ],
+)
+def test_scores_and_their_sums_must_agree(tmp_path: Path, edit: Callable[[dict[str, Any]], None], match: str) -> None:
+    path = tmp_path / "scores.json"
+    make_scores().to_file(path)
+    tree = json.loads(path.read_text())
+    edit(tree)
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ScoresError, match=match):
+        Scores.from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (change("module_types", value=["q_proj"]), "modules and module_types disagree about"),
+        (lambda tree: tree["modules"].append(tree["modules"][0]), "listed twice"),
+    ],
+)
+def test_edited_placements_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], None], match: str) -> None:
+    scores, path = make_scores(), tmp_path / "placement.json"
+    scores.to_file(tmp_path / "scores.json")
+    plop_dist.place(scores).to_file(path)
+    tree = json.loads(path.read_text())
+    edit(tree)
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ScoresError, match=match):
+        Placement.from_file(path)
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [
