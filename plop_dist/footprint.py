@@ -104,16 +104,18 @@ def scoring_traffic(modules: Sequence[Projection], parallel: ParallelConfig, sha
 
     Tensor parallelism: one all-reduce of float32 squared norms, T per row: the output of every column-parallel
     projection and the input of every row-parallel one; under sequence parallelism also the inputs of column-parallel
-    projections and the outputs of row-parallel ones, which it gathers. Expert parallelism: two all-gathers, of how many
-    tokens each rank has, and of a table of int64 (sample id, and one entry per expert and layer) per token.
+    projections, the outputs of row-parallel ones, and both of routers, which it gathers. Expert parallelism: two
+    all-gathers, of how many tokens each rank has, and of a table of int64 (sample id, and one entry per expert and
+    layer) per token.
     """
     num_tokens = shape.num_tokens // parallel.cp
     dense = [item for item in modules if expert_index(item.fqn) is None]
     num_collectives, num_bytes = 0, 0
     if parallel.tp > 1 and dense:
-        num_rows = sum(1 for item in dense if not _is_router(item))
+        num_routers = sum(map(_is_router, dense))
+        num_rows = len(dense) - num_routers
         if parallel.sequence_parallel:
-            num_rows += len(_column_parents(dense)) + sum(item.type in ROW_TYPES for item in dense)
+            num_rows += 2 * num_routers + len(_column_parents(dense)) + sum(item.type in ROW_TYPES for item in dense)
         num_collectives += 1
         num_bytes += num_rows * num_tokens * _SQ_NORM_BYTES
     expert_layers = {item.layer for item in modules if expert_index(item.fqn) is not None}

@@ -74,9 +74,6 @@ def build_plan(config: Config) -> Plan:
     model = meta_model(config.model, hf_config)
     sites = whole_sites(model, needs_head(config.placement.exclude))
     projections = [projection for site in sites for projection in site.projections]
-    if config.parallel.backend == "megatron":
-        # Megatron's routers only say where tokens go; they are no linear modules there.
-        projections = [item for item in projections if item.storage != "expert_parameter" or "experts." in item.type]
     length = data.longest or config.data.max_length
     dtype = _dtype(config, hf_config)
     shape = Shape(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,20 @@ from torch import nn
 
 from plop_dist.backends import megatron_cpu
 from plop_dist.backends.hf_load import load_hf_config, meta_model, needs_head
-from plop_dist.backends.hf_modules import find_linears
+from plop_dist.backends.megatron_checkpoint import load_checkpoint
+from plop_dist.backends.megatron_checks import (
+    architecture,
+    check_attention,
+    check_family,
+    check_projections,
+    check_weights,
+)
 from plop_dist.backends.megatron_model import MegatronModel
 from plop_dist.backends.megatron_names import bridge_names, conventional_names
+from plop_dist.backends.transformers import whole_sites
 from plop_dist.builtin_model import resolve
 from plop_dist.config import Config
-from plop_dist.errors import LayoutError, MissingExtraError, ModelError
+from plop_dist.errors import LayoutError, MissingExtraError, ModelError, PlopError
 from plop_dist.mesh import divisors, nearest
 from plop_dist.protocols import ScorableModel
 
@@ -44,16 +53,19 @@ class MegatronBackend:
         chunks, bridge = load_chunks(config)
         hf_config = load_hf_config(config.model)
         whole = meta_model(config.model, hf_config)
-        known = {block.projection.fqn: block.projection for linear in find_linears(whole) for block in linear.blocks}
-        return MegatronModel(
+        with_head = needs_head(config.placement.exclude)
+        known = {item.fqn: item for site in whole_sites(whole, with_head) for item in site.projections}
+        model = MegatronModel(
             chunks,
             bridge_names(bridge._model_bridge.mapping_registry()),
-            with_head=needs_head(config.placement.exclude),
+            with_head=with_head,
             known=known,
             vocab_size=hf_config.vocab_size,
             architecture=type(whole).__name__,
             num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
         )
+        check_projections((item.fqn for site in model.sites for item in site.projections), known, config)
+        return model
 
 
 def wrap(chunks: Sequence[nn.Module], exclude: Sequence[str] = ("lm_head",)) -> ScorableModel:
@@ -70,26 +82,31 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
     hf_config = load_hf_config(config.model)
     check_layout(hf_config, config)
     initialize(config)
-    directory = resolve(config.model.name_or_path)
-    try:
-        bridge = auto_bridge.from_hf_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
-        provider = bridge.to_megatron_provider(load_weights=config.model.checkpoint is None)
-    except ValueError as error:
-        if "not yet supported" in str(error):  # Bridge 0.6: supports() answers by the class name's ending alone
-            raise _unknown_family(hf_config, config) from None
-        lines = " ".join(str(error).split())
-        raise ModelError(f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge: {lines}") from error
     dtype = _dtype(config, hf_config)
-    configure(provider, config, dtype)
-    chunks = provider.provide_distributed_model(
-        wrap_with_ddp=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
-    )
+    with _explained(hf_config, config):
+        bridge = auto_bridge.from_hf_pretrained(
+            resolve(config.model.name_or_path), trust_remote_code=config.model.trust_remote_code
+        )
+        provider = bridge.to_megatron_provider(load_weights=False)
+        check_family(hf_config, config)
+        configure(provider, config, dtype)
+        if config.model.checkpoint is None:
+            provider.register_pre_wrap_hook(lambda chunks: _load_weights(bridge, chunks, config))
+        chunks = provider.provide_distributed_model(
+            wrap_with_ddp=False,
+            use_cpu_initialization=not torch.cuda.is_available(),
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16,
+        )
     if config.model.checkpoint is not None:
         load_checkpoint(chunks, Path(config.model.checkpoint))
+    check_attention(hf_config, meta_model(config.model, hf_config), chunks, config)
     return [chunk.eval() for chunk in chunks], bridge
+
+
+def _load_weights(bridge: Any, chunks: list[nn.Module], config: Config) -> list[nn.Module]:
+    check_weights(bridge, chunks, config)
+    return bridge.load_hf_weights(chunks)
 
 
 def import_auto_bridge() -> Any:
@@ -167,6 +184,7 @@ def configure(provider: Any, config: Config, dtype: torch.dtype) -> None:
     provider.make_vocab_size_divisible_by = 1
     if not megatron_cpu.has_transformer_engine():
         _use_local_layers(provider)
+    provider.perform_initialization = False  # every weight is loaded
     provider.finalize()
 
 
@@ -209,12 +227,25 @@ def _common_divisors(axis: str, pairs: Sequence[tuple[str, str, int | None]]) ->
     return divisors(math.gcd(*totals))
 
 
-def _unknown_family(hf_config: Any, config: Config) -> ModelError:
-    architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
-    return ModelError(
-        f"model.name_or_path '{config.model.name_or_path}' is a {architecture}, which Megatron-Bridge "
-        f"{version('megatron-bridge')} does not know; use parallel.backend=deepspeed or transformers for it."
-    )
+@contextmanager
+def _explained(hf_config: Any, config: Config) -> Iterator[None]:
+    """Turn what Bridge raises about a model that it cannot build into one ModelError."""
+    name = config.model.name_or_path
+    try:
+        yield
+    except PlopError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if "not yet supported" in str(error):  # Bridge 0.6: supports() answers by the class name's ending alone
+            raise ModelError(
+                f"model.name_or_path '{name}' is a {architecture(hf_config)}, which Megatron-Bridge "
+                f"{version('megatron-bridge')} does not know; use parallel.backend=deepspeed or transformers for it."
+            ) from None
+        lines = " ".join(str(error).split())[:500]
+        raise ModelError(
+            f"model.name_or_path '{name}': Megatron-Bridge cannot build it ({type(error).__name__}: {lines}); use "
+            "parallel.backend=deepspeed or transformers for it."
+        ) from error
 
 
 def _dtype(config: Config, hf_config: Any) -> torch.dtype:
@@ -225,6 +256,9 @@ def _dtype(config: Config, hf_config: Any) -> torch.dtype:
 
 
 def _use_local_layers(provider: Any) -> None:
+    from megatron.core.transformer.enums import AttnBackend
+
+    provider.attention_backend = AttnBackend.auto  # families that ask for flash attention ask Transformer Engine
     provider.transformer_layer_spec = megatron_cpu.local_block_spec
     for fusion in (
         "bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm", "bias_dropout_fusion",
@@ -233,22 +267,3 @@ def _use_local_layers(provider: Any) -> None:
     ):  # fmt: skip
         if hasattr(provider, fusion):
             setattr(provider, fusion, False)
-
-
-def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
-    """Load a torch_dist checkpoint, saved at whatever layout, into the chunks. Collective. Raises ModelError."""
-    from megatron.core import dist_checkpointing
-
-    latest = directory / "latest_checkpointed_iteration.txt"
-    if latest.is_file():
-        directory = directory / f"iter_{int(latest.read_text().strip()):07d}"
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        raise ModelError(
-            f"model.checkpoint '{directory}' is not a Megatron torch_dist checkpoint (no metadata.json in it); pass "
-            "the directory that dist_checkpointing.save wrote, or one with latest_checkpointed_iteration.txt."
-        )
-    keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    wanted = {key: chunk.sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}
-    loaded = dist_checkpointing.load(wanted, str(directory))
-    for key, chunk in zip(keys, chunks, strict=True):
-        chunk.load_state_dict(loaded[key], strict=True)

@@ -70,17 +70,36 @@ def import_bridge() -> types.ModuleType:
 def local_block_spec(provider: Any, vp_stage: int | None = None) -> Any:
     """Return Megatron's own (non Transformer Engine) layers for this stage, with norms that allow more than theirs."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.identity_op import IdentityOp
 
+    has_latent_heads = provider.multi_latent_attention
     block = get_gpt_decoder_block_spec(
         provider, use_transformer_engine=False, normalization=provider.normalization, vp_stage=vp_stage
     )
     block.layer_norm = _local_norm
     for layer in block.layer_specs:
+        if has_latent_heads:
+            layer.submodules.self_attention.submodules.core_attention = _latent_attention()
         for holder in (layer.submodules, layer.submodules.self_attention.submodules):
             for name, value in vars(holder).items():
                 if getattr(value, "__name__", "") == "WrappedTorchNorm":
-                    setattr(holder, name, _local_norm)
+                    is_unused = name == "q_layernorm" and has_latent_heads and provider.q_lora_rank is None
+                    setattr(holder, name, IdentityOp if is_unused else _local_norm)
     return block
+
+
+@functools.cache
+def _latent_attention() -> type:
+    """Return Megatron's own attention for latent heads, whose keys and values differ in width; it has none."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class LocalMLAttention(DotProductAttention):
+        def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            if v_channels is not None:  # Megatron builds it twice, first without
+                self.hidden_size_per_partition = self.num_attention_heads_per_partition * v_channels
+
+    return LocalMLAttention
 
 
 class LocalNorm(torch.nn.Module):
@@ -128,6 +147,7 @@ def _patch_cuda_calls() -> list[str]:
     """Point megatron-core's hard-wired CUDA calls at the CPU; return what was changed, for the log."""
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer import utils as megatron_utils
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     cpu = torch.device("cpu")
@@ -136,7 +156,7 @@ def _patch_cuda_calls() -> list[str]:
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]  # tied embeddings under pp
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda *_, **__: _CPU_STREAM  # type: ignore[assignment,return-value]
-    schedules.torch = _TorchOnCpu(torch)  # its torch.zeros(..., device="cuda")
+    schedules.torch = megatron_utils.torch = _TorchOnCpu(torch)  # they ask for device="cuda"
     megatron_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
@@ -160,7 +180,7 @@ _CPU_STREAM = _Stream()
 
 
 class _TorchOnCpu:
-    """The torch module with `zeros` on the CPU, for a module of Megatron that asks for device="cuda"."""
+    """The torch module with `zeros` and `ones` on the CPU, for modules of Megatron that ask for device="cuda"."""
 
     def __init__(self, module: Any):
         self._module = module
@@ -169,9 +189,14 @@ class _TorchOnCpu:
         return getattr(self._module, name)
 
     def zeros(self, *size: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
-        return self._module.zeros(*size, **kwargs)
+        return self._module.zeros(*size, **_on_cpu(kwargs))
+
+    def ones(self, *size: Any, **kwargs: Any) -> Tensor:
+        return self._module.ones(*size, **_on_cpu(kwargs))
+
+
+def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**kwargs, "device": "cpu"} if kwargs.get("device") == "cuda" else kwargs
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

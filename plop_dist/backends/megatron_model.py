@@ -20,6 +20,7 @@ from plop_dist.backends.megatron_names import (
     find_named_linears,
     linear_kind,
     logical_projection,
+    router_fqn,
 )
 from plop_dist.backends.megatron_sites import ExpertSite, MegatronSite, RouterSite
 from plop_dist.errors import LayoutError, ModelError
@@ -116,6 +117,9 @@ class MegatronModel:
             "dtype": str(dtype).removeprefix("torch."),
         }
 
+    def release(self) -> None:
+        """Give back nothing: what Megatron holds besides the model are its process groups, which training reuses."""
+
     def _prepare(self, micro_batch: MicroBatch) -> _Prepared:
         multiple = (self._tp_size if self._is_sp else 1) * (2 * self._cp[1] if self._cp[1] > 1 else 1)
         prepared = left_justify(micro_batch, multiple, with_mask=self._needs_mask, device=self.device)
@@ -130,8 +134,10 @@ class MegatronModel:
             modules = dict(chunk.named_modules())
             for linear in find_named_linears(chunk, self._config, ep_rank, hf_names):
                 if linear.router is not None and linear.router not in routers:
-                    routers[linear.router] = modules[linear.path.partition(".experts.")[0]].router
-                    sites.append(RouterSite(routers[linear.router], linear.router))
+                    router = routers[linear.router] = modules[linear.path.partition(".experts.")[0]].router
+                    fqn = router_fqn(linear.router, hf_names)
+                    projection = logical_projection(fqn, *reversed(router.weight.shape), known)
+                    sites.append(RouterSite(router, linear.router, projection, is_sequence_parallel=self._is_sp))
                 if linear.path == "output_layer":
                     if self._with_head:
                         sites.append(self._head_site(chunk, linear, known, vocab_size))

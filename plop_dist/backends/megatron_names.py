@@ -33,6 +33,7 @@ _CONVENTION: dict[str, dict[str, str]] = {
     "self_attention.linear_q_up_proj": {"": "self_attn.q_b_proj"},
     "self_attention.linear_kv_down_proj": {"": "self_attn.kv_a_proj_with_mqa"},
     "self_attention.linear_kv_up_proj": {"": "self_attn.kv_b_proj"},
+    "mlp.router": {"": "mlp.gate"},
 }
 
 
@@ -88,6 +89,11 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
             global_path = f"{global_path[: match.start(1)]}{expert}{global_path[match.end(1) :]}"
         names = _names(hf_names, f"{global_path}.weight", global_path)
         yield NamedLinear(path, module, _parts(path, names, module, config), expert, router if match else None)
+
+
+def router_fqn(router: str, hf_names: HFNames) -> str:
+    """Return the Hugging Face path of a router, given its global Megatron path."""
+    return _names(hf_names, f"{router}.weight", router)[""]
 
 
 def linear_kind(module: nn.Module) -> str | None:

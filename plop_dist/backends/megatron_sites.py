@@ -129,26 +129,57 @@ class ExpertSite:
 
 
 class RouterSite:
-    """A layer's router: no projection of its own, it only records which tokens go to which experts."""
+    """A layer's router: a linear of its own, and what tells which tokens go to which experts.
 
-    group = "etp"
-    projections: tuple[Projection, ...] = ()
+    Every tensor rank holds the whole weight; under sequence parallelism it reads this rank's share of the tokens.
+    """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    group = "tp"
+
+    def __init__(
+        self, module: nn.Module, name: str, projection: Projection, *, is_sequence_parallel: bool = False
+    ) -> None:
         self.module, self.name = module, name
+        self.projections: tuple[Projection, ...] = (projection,)
+        self._part = Part.TOKENS if is_sequence_parallel else Part.WHOLE
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
-        """Install the hook and return the function that removes it. The map is the one after capacity drops."""
+        """Install the observation and return the function that removes it. The map is the one after capacity drops."""
+        module: Any = self.module
+        is_plain = "gating" not in vars(module)
+        gating = module.gating
+
+        def observed(z: Tensor) -> Tensor:
+            logits = gating(z)
+            recorder.record(
+                self,
+                recorder.sq_norm(z),
+                [local_sq_norm(logits if module.bias is None else logits - module.bias)],
+                in_part=self._part,
+                out_part=self._part,
+                leading_shape=z.shape[:-1],
+            )
+            return logits
 
         def observe(module: nn.Module, args: Any, output: Any) -> None:
             recorder.record_routing(self.name, output[1].bool())
 
-        return self.module.register_forward_hook(observe, prepend=True).remove
+        module.gating = observed  # the router returns probabilities, its logits are seen nowhere else
+        handle = module.register_forward_hook(observe, prepend=True)
+
+        def remove() -> None:
+            handle.remove()
+            if is_plain:
+                del module.gating
+            else:
+                module.gating = gating
+
+        return remove
 
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
-        """Give access to nothing."""
-        yield iter(())
+        """Give access to the router's weight; nothing is communicated."""
+        yield iter([LocalWeight(self.projections[0], self.module.weight.detach())])
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
