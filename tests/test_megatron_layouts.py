@@ -98,7 +98,7 @@ def _true_baselines(directory: Path) -> dict[str, float]:
     weights: dict[str, torch.Tensor] = {}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
     for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) or type(module).__name__.endswith("TopKRouter"):
             weights[path] = module.weight.detach()
     for path, parameter in model.named_parameters():
         if parameter.dim() == 3 and path.endswith("experts.gate_up_proj"):

@@ -14,7 +14,8 @@ from torch import nn
 
 from plop_dist.errors import ModelError
 
-# Where the classes of a checkpoint's index come from; none of them runs anything when it is unpickled.
+# Where the classes of a checkpoint's index come from; none of them runs anything when it is unpickled. torch's one
+# function among them looks a layout up by its name.
 _PLAIN = re.compile(
     r"(torch|collections|pathlib|(torch\.distributed\.checkpoint|megatron\.core\.dist_checkpointing)\..*)"
 )
@@ -114,6 +115,8 @@ class _ForeignError(Exception):
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
         if _PLAIN.fullmatch(module) or (module == "builtins" and name in _BUILTINS):
             found = super().find_class(module, name)
             if isinstance(found, type | torch.dtype | torch.layout | torch.memory_format):
