@@ -111,7 +111,7 @@ def _load_weights(bridge: Any, chunks: list[nn.Module], config: Config) -> list[
 
 def import_auto_bridge() -> Any:
     """Return Megatron-Bridge's AutoBridge. Raises MissingExtraError saying what to install."""
-    for package, minimum in (("megatron-core", (0, 17)), ("megatron-bridge", (0, 6))):
+    for package, minimum in (("megatron-core", (0, 18)), ("megatron-bridge", (0, 6))):
         try:
             found = version(package)
         except PackageNotFoundError:
