@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from plop_dist.config import parse_config
 from plop_dist.errors import ModelError
-from plop_dist.protocols import Groups
 from tests.megatron_models import config, fresh, gains, logits, samples, true_logits
 from tests.models import save_tiny
 from tests.spawn import run_ranks
@@ -72,36 +71,36 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def _compare(rank: int, root: Path) -> list[tuple[str, dict[str, tuple[float, int]], dict[str, Any], float]]:
+def _compare(rank: int, root: Path) -> list[tuple[dict[str, tuple[float, int]], Any]]:
     from plop_dist.backends.megatron import MegatronBackend
-    from plop_dist.backends.transformers import TransformersBackend
 
-    truth: dict[str, Any] = {}
     report = []
     for name, layout in LAYOUTS:
-        if name not in truth:
-            tree = {"model": {"name_or_path": str(root / name), "dtype": "float32"}, "data": {"path": "unused"},
-                    "placement": {"exclude": []}}  # fmt: skip
-            whole: Any = TransformersBackend().load(parse_config(tree))
-            whole.groups = Groups()  # every rank by itself
-            truth[name] = gains(whole, samples()), true_logits(root / name, samples()[1])
         model = MegatronBackend().load(config(root / name, **layout))
-        expected, true = truth[name]
-        got = logits(model, samples()[1])
-        off = 0.0 if got is None else float((got - true).abs().max() / true.abs().max())
-        report.append((f"{name} {layout}", gains(model, samples(), side="left"), expected, off))
+        report.append((gains(model, samples(), side="left"), logits(model, samples()[1])))
         fresh()
     return report
 
 
+def _expected(directory: Path) -> tuple[dict[str, tuple[float, int]], Any]:
+    from plop_dist.backends.transformers import TransformersBackend
+
+    tree = {"model": {"name_or_path": str(directory), "dtype": "float32"}, "data": {"path": "unused"},
+            "placement": {"exclude": []}}  # fmt: skip
+    return gains(TransformersBackend().load(parse_config(tree)), samples()), true_logits(directory, samples()[1])
+
+
 def test_two_ranks_equal_transformers_in_one_process(root: Path) -> None:
+    truth = {name: _expected(root / name) for name in MODELS}
     for report in run_ranks(2, _compare, root):
-        for name, found, expected, off in report:
-            assert off < TOLERANCE, f"{name}: logits are off by {off}"
-            assert found.keys() == expected.keys(), name
+        for (name, layout), (found, got) in zip(LAYOUTS, report, strict=True):
+            expected, true = truth[name]
+            if got is not None:
+                assert (got - true).abs().max() < TOLERANCE * true.abs().max(), f"{name} {layout}: logits"
+            assert found.keys() == expected.keys(), f"{name} {layout}"
             for fqn, (gain, count) in expected.items():
-                assert found[fqn][1] == count, f"{name}: {fqn}"
-                assert found[fqn][0] == pytest.approx(gain, rel=TOLERANCE), f"{name}: {fqn}"
+                assert found[fqn][1] == count, f"{name} {layout}: {fqn}"
+                assert found[fqn][0] == pytest.approx(gain, rel=TOLERANCE), f"{name} {layout}: {fqn}"
 
 
 def _refused(rank: int, root: Path) -> dict[str, str]:
