@@ -31,7 +31,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/plop-dist run configs/quickstart.yaml
 
-test: setup
+# The frameworks that placements are exported to, each with the little that its parser needs to be imported, apart
+# from .venv and from each other. Their tests are skipped, and say so, where one cannot be installed.
+PARSERS := $(patsubst tests/parsers/%.txt,.cache/parsers/%/.installed,$(wildcard tests/parsers/*.txt))
+
+.cache/parsers/%/.installed: tests/parsers/%.txt | setup
+	@rm -rf $(@D)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(@D) -r $< \
+	  && touch $@ || { rm -rf $(@D); echo "$*: not installed, so its export is not checked against its parser" >&2; }
+
+test: setup $(PARSERS)
 	$(BIN)/python -m pytest -q
 
 test-fast: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -99,3 +100,19 @@ def llama_projections(num_layers: int = 2, *, stack: str = "model.layers") -> li
         "mlp.down_proj": (48, 32),
     }
     return [projection(f"{stack}.{layer}.{name}", *size) for layer in range(num_layers) for name, size in sizes.items()]
+
+
+def adapted_paths(model: nn.Module) -> set[str]:
+    """Return the modules and expert parameters that PEFT has put a LoRA layer on."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            parameter = getattr(module, "parameter_name", "")
+            found.add(path if parameter in ("", "weight") else f"{path}.{parameter}")
+    return found
+
+
+def chosen_paths(placement: Placement) -> set[str]:
+    """Return the holders' modules, a parameter called weight standing for its module."""
+    return {module.holder.removesuffix(".weight") for module in placement.chosen}

@@ -47,7 +47,7 @@ def one_file(export: Export) -> Any:
     return yaml.safe_load(text)
 
 
-# What each framework's documentation shows, for v_proj, o_proj and down_proj (for torchtune: v_proj and o_proj).
+# What each framework's documentation shows, for v_proj, o_proj and down_proj (torchtune, torchtitan: what they can).
 DOCUMENTED = {
     "openrlhf": "--ds.lora.rank 16 --ds.lora.alpha 32 --ds.lora.target_modules down_proj o_proj v_proj",
     "ms-swift": "--tuner_type lora --lora_rank 16 --lora_alpha 32 --target_modules down_proj o_proj v_proj",
@@ -60,7 +60,7 @@ DOCUMENTED = {
     "\"policy.dtensor_cfg.lora_cfg.target_modules=['*.down_proj','*.o_proj','*.v_proj']\" "
     "'policy.dtensor_cfg.lora_cfg.exclude_modules=[]' policy.dtensor_cfg.lora_cfg.match_all_linear=false "
     "policy.dtensor_cfg.lora_cfg.dim=16 policy.dtensor_cfg.lora_cfg.alpha=32",
-    "torchtitan": 'LoRAConverter.Config(rank=16, alpha=32.0, target_modules=["wv", "wo", "w2"])',
+    "torchtitan": 'LoRAConverter.Config(rank=16, alpha=32.0, target_modules=["wo", "w2"])',
     "torchtune": "'model.lora_attn_modules=[v_proj,output_proj]' model.apply_lora_to_mlp=false "
     "model.apply_lora_to_output=false model.lora_rank=16 model.lora_alpha=32",
 }
@@ -68,7 +68,7 @@ DOCUMENTED = {
 
 @pytest.mark.parametrize("target", DOCUMENTED)
 def test_flags_are_those_of_the_documentation(target):
-    types = ["v_proj", "o_proj"] if target == "torchtune" else CHOICE
+    types = {"torchtune": ["v_proj", "o_proj"], "torchtitan": ["o_proj", "down_proj"]}.get(target, CHOICE)
     export = load("export target", EXPORTERS, target)(place(LLAMA, types, rank=16, alpha=32))
     assert " ".join(export.flags) == DOCUMENTED[target]
     assert export.target == target
@@ -100,8 +100,9 @@ def test_files_say_what_the_flags_say():
     }  # fmt: skip
     assert one_file(ms_swift.export(chosen()))["target_modules"] == ["down_proj", "o_proj", "v_proj"]
     namespace = {"LoRAConverter": argparse.Namespace(Config=dict)}
-    exec(torchtitan.export(chosen()).files["lora_converter.py"].split("LoRAConverter\n", 1)[1], namespace)
-    assert namespace["lora"] == {"rank": 16, "alpha": 32.0, "target_modules": ["wv", "wo", "w2"]}
+    titan = torchtitan.export(place(LLAMA, ["q_proj", "o_proj"], rank=16, alpha=32), engine="separate")
+    exec(titan.files["lora_converter.py"].split("LoRAConverter\n", 1)[1], namespace)
+    assert namespace["lora"] == {"rank": 16, "alpha": 32.0, "target_modules": ["wq", "wo"]}
 
 
 def test_openrlhf_arguments_parse_as_its_parser_declares_them():
@@ -133,7 +134,7 @@ def test_expert_parameters_are_refused_where_they_cannot_be_named(exporter):
 
 
 def test_ranks_are_kept_by_axolotl_and_refused_elsewhere():
-    placement = place(LLAMA, CHOICE, rank_pattern={"v_proj": 16})
+    placement = place(LLAMA, ["q_proj", "k_proj", "v_proj"], rank_pattern={"v_proj": 16})
     tree = one_file(axolotl.export(placement))
     assert (tree["lora_rank_pattern"], tree["lora_alpha_pattern"]) == ({"v_proj": 16}, {"v_proj": 32})
     for exporter in (verl, nemo_rl, openrlhf, ms_swift, llamafactory, torchtitan, deepspeed, megatron_bridge):
@@ -154,11 +155,25 @@ def test_torchtune_says_what_it_cannot_choose():
     with pytest.raises(ExportError, match=r"at least one attention projection.*q_proj as well"):
         torchtune.export(mlp)
     assert one_file(torchtune.export(mlp, widen=True))["model"]["lora_attn_modules"] == ["q_proj"]
-    layer = place(LLAMA, ["v_proj"], where=lambda item: item.layer == 0)
+    layer = place(LLAMA, ["o_proj"], where=lambda item: item.layer == 0)
     for exporter in (torchtune, torchtitan):
         with pytest.raises(ExportError, match=r"in every layer, but the placement leaves out model.layers.1"):
             exporter.export(layer)
-        assert exporter.export(layer, widen=True).widened == ("v_proj are adapted in every layer: 1 modules more.",)
+        assert exporter.export(layer, widen=True).widened == ("o_proj are adapted in every layer: 1 modules more.",)
+
+
+def test_torchtitan_refuses_a_part_of_its_shared_linears():
+    with pytest.raises(ExportError, match=r"wqkv whole.*v_proj\. Nearest choice: q_proj, k_proj as well.*--engine sep"):
+        torchtitan.export(chosen())
+    widened = torchtitan.export(chosen(), widen=True)
+    assert 'target_modules=["wqkv", "wo", "w2"]' in widened.flags[0]
+    assert widened.widened == ("wqkv is adapted whole: q_proj, k_proj as well as v_proj.",)
+    # rank 16 on wqkv (32 + 64), wo (32 + 32) and w2 (48 + 32), in two layers
+    assert widened.notes[0] == "7,680 trainable parameters instead of the placement's 6,144."
+    with pytest.raises(ExportError, match=r"wkv whole.*v_proj\. Nearest choice: k_proj as well \(--widen\), or place"):
+        torchtitan.export(chosen(), engine="separate")
+    latent = [projection(f"model.layers.0.self_attn.{name}", 8, 8) for name in ("q_proj", "kv_b_proj", "o_proj")]
+    assert '["wq", "wo"]' in torchtitan.export(place(scores_of(latent), ["q_proj", "o_proj"])).flags[0]
 
 
 def lookalikes() -> list[Any]:

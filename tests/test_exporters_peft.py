@@ -18,26 +18,20 @@ from trl import ModelConfig, get_peft_config
 from plop_dist.errors import ExportError
 from plop_dist.exporters import peft as peft_exporter
 from plop_dist.exporters import trl as trl_exporter
-from plop_dist.types import Export, Placement
-from tests.export_cases import llama_projections, model_of, place, projection, projections_of, scores_of
+from plop_dist.types import Export
+from tests.export_cases import (
+    adapted_paths,
+    chosen_paths,
+    llama_projections,
+    model_of,
+    place,
+    projection,
+    projections_of,
+    scores_of,
+)
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "phi3", "qwen3_moe", "mixtral", "qwen3_next", "gpt_oss")
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-
-
-def adapted_paths(model: nn.Module) -> set[str]:
-    found = set()
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            path = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            parameter = getattr(module, "parameter_name", "")
-            found.add(path if parameter in ("", "weight") else f"{path}.{parameter}")
-    return found
-
-
-def chosen_paths(placement: Placement) -> set[str]:
-    """Return the holders' modules, a parameter called weight standing for its module."""
-    return {module.holder.removesuffix(".weight") for module in placement.chosen}
 
 
 def apply(family: str, export: Export, tmp_path: Path) -> PeftModel:

@@ -1,53 +1,64 @@
 """Placement -> torchtitan's LoRAConverter: target_modules under torchtitan's names, rank, alpha.
 
-torchtitan matches the last component of a module's path: whole types in all layers, dense and shared experts alike.
+torchtitan (0.3) matches the last component of a path in its tree of configurations: whole types in all layers, dense
+and shared experts alike. There q, k and v are one linear `wqkv`, or, with fuse_qkv=False, `wq` and one `wkv` for both
+k and v. A name that is not in the tree is only warned of, and adapts nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from plop_dist.errors import ExportError
 from plop_dist.exporters.targets import adapted, check_engine, known_projections, one_rank
 from plop_dist.names import natural_key
+from plop_dist.parameters import num_trainable_parameters
 from plop_dist.types import Export, Placement, Projection
 
 _NAMES: Mapping[str, str] = {
-    "q_proj": "wq",
-    "k_proj": "wk",
-    "v_proj": "wv",
     "o_proj": "wo",
     "gate_proj": "w1",
     "down_proj": "w2",
     "up_proj": "w3",
     "lm_head": "lm_head",
 }
+_ATTENTION: Mapping[str, Mapping[str, str]] = {
+    "fused": {"q_proj": "wqkv", "k_proj": "wqkv", "v_proj": "wqkv"},
+    "separate": {"q_proj": "wq", "k_proj": "wkv", "v_proj": "wkv"},
+}
+_LATENT: Mapping[str, str] = {  # multi-head latent attention, where nothing is fused
+    "q_proj": "wq",
+    "q_a_proj": "wq_a",
+    "q_b_proj": "wq_b",
+    "kv_a_proj_with_mqa": "wkv_a",
+    "kv_b_proj": "wkv_b",
+}
 
 
 def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
     """Return a Python file that defines the converter, and the constructor call.
 
-    Raises ExportError for single layers (unless `widen`), routed experts, projections without a name, and ranks that
-    differ.
+    engine: "fused" (default: torchtitan's own model flavors) or "separate" (models built with fuse_qkv=False).
+    Raises ExportError for a part of wqkv or wkv and for single layers (unless `widen`), for routed experts, projections
+    without a name, and ranks that differ.
     """
-    check_engine(engine, ("torchtitan",), "torchtitan")
+    engine = check_engine(engine, tuple(_ATTENTION), "torchtitan")
     chosen, notes = adapted(placement)
-    names: dict[str, None] = {}
+    known = known_projections(placement)
+    is_latent = any(item.type == "kv_b_proj" for item in known)
+    names = {**(_LATENT if is_latent else _ATTENTION[engine]), **_NAMES}
     for module in placement.chosen:
-        if module.type not in _NAMES:
+        if module.type not in names:
             raise ExportError(
                 f"torchtitan's LoRAConverter has no name for {module.fqn} (type {module.type}): it adapts "
-                f"{', '.join(_NAMES)}. Nearest choice: placement.exclude=[{module.type}]."
+                f"{', '.join(names)}. Nearest choice: placement.exclude=[{module.type}]."
             )
-        names[_NAMES[module.type]] = None
-    absent = [
-        item for item in known_projections(placement) if _NAMES.get(item.type) in names and item.fqn not in chosen
-    ]
-    widened = _widen_layers(absent, widen)
-    ranks = {placement.rank_of(module) for module in placement.chosen}
-    rank, alpha, same_rank = one_rank(ranks, placement, "torchtitan", widen)
-    targets = sorted(names, key=list(_NAMES.values()).index)
+    targets = sorted({names[module.type] for module in placement.chosen}, key=list(names.values()).index)
+    whole = [item for item in known if names.get(item.type) in targets]
+    absent = [item for item in whole if item.fqn not in chosen]
+    widened = _widen(absent, {module.type for module in placement.chosen}, names, engine, widen)
+    rank, alpha, same_rank = one_rank({placement.rank_of(m) for m in placement.chosen}, placement, "torchtitan", widen)
     call = f"LoRAConverter.Config(rank={rank}, alpha={float(alpha)!r}, target_modules={json.dumps(targets)})"
     return Export(
         target="torchtitan",
@@ -58,18 +69,59 @@ def export(placement: Placement, *, engine: str | None = None, widen: bool = Fal
             )
         },
         flags=(call,),
-        notes=(*notes, "The names are those of separate wq, wk, wv: leave torchtitan's fused QKV off."),
+        notes=(*notes, *_count_note(placement, whole, names, rank), *_attention_note(targets)),
         widened=(*widened, *same_rank),
     )
 
 
-def _widen_layers(absent: list[Projection], widen: bool) -> list[str]:
-    if not absent:
-        return []
-    types = ", ".join(sorted({item.type for item in absent}, key=natural_key))
-    if not widen:
-        raise ExportError(
-            f"torchtitan adapts a projection in every layer, but the placement leaves out {absent[0].fqn}. "
-            f"Nearest choice: all of {types} (--widen, or placement.granularity=type)."
-        )
-    return [f"{types} are adapted in every layer: {len(absent)} modules more."]
+def _widen(
+    absent: Sequence[Projection], chosen_types: set[str], names: Mapping[str, str], engine: str, widen: bool
+) -> list[str]:
+    sentences = []
+    for name in dict.fromkeys(names[item.type] for item in absent if item.type not in chosen_types):
+        missing, present = [
+            ", ".join(type_ for type_, own in names.items() if own == name and (type_ in chosen_types) == is_chosen)
+            for is_chosen in (False, True)
+        ]
+        if not widen:
+            other = ""
+            if engine == "fused":
+                other = " or --engine separate for a model built with fuse_qkv=False (there k_proj and v_proj are one),"
+            raise ExportError(
+                f"torchtitan adapts {name} whole, and the placement has only a part of it: {present}. Nearest choice: "
+                f"{missing} as well (--widen),{other} or placement.exclude=[{present.replace(' ', '')}]."
+            )
+        sentences.append(f"{name} is adapted whole: {missing} as well as {present}.")
+    layers = [item for item in absent if item.type in chosen_types]
+    if layers:
+        types = ", ".join(sorted({item.type for item in layers}, key=natural_key))
+        if not widen:
+            raise ExportError(
+                f"torchtitan adapts a projection in every layer, but the placement leaves out {layers[0].fqn}. "
+                f"Nearest choice: all of {types} (--widen, or placement.granularity=type)."
+            )
+        sentences.append(f"{types} are adapted in every layer: {len(layers)} modules more.")
+    return sentences
+
+
+def _count_note(
+    placement: Placement, whole: Sequence[Projection], names: Mapping[str, str], rank: int
+) -> tuple[str, ...]:
+    fused = [
+        item.model_copy(update={"storage": "fused", "stored_in": f"{item.fqn.rpartition('.')[0]}.wqkv"})
+        if names[item.type] == "wqkv"
+        else item
+        for item in whole
+    ]
+    count = num_trainable_parameters(fused, lambda _: rank)
+    if count == placement.num_trainable_parameters:
+        return ()
+    return (f"{count:,} trainable parameters instead of the placement's {placement.num_trainable_parameters:,}.",)
+
+
+def _attention_note(targets: Sequence[str]) -> tuple[str, ...]:
+    if "wqkv" in targets:
+        return ("wqkv is the linear of a model built with fuse_qkv=True, as torchtitan's own flavors are.",)
+    if "wkv" in targets:
+        return ("wq and wkv are the linears of a model built with fuse_qkv=False.",)
+    return ()
