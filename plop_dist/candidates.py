@@ -18,6 +18,8 @@ from plop_dist.types import LeftOut, ModuleScore, Projection
 
 # Input and output embeddings under names other than lm_head, which the default `exclude` covers.
 _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "embed_out", "wte", "wpe", "word_embeddings", "tok_embeddings"})
+# What steers tokens to experts. Frameworks leave it without an adapter, and so does a policy unless `include` names it.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|experts?\b|moe|dense_?relu_?dense|intermediate", re.IGNORECASE)
 _MLP_TYPES = frozenset({"fc1", "fc2", "fc_in", "fc_out", "up_proj", "gate_proj", "down_proj", "w1", "w2", "w3"})
@@ -62,8 +64,9 @@ def find_candidates(
     _check_names(modules, config, left_out)
     reasons: dict[str, str] = {}
     unit_of: dict[str, str] = {}
+    has_experts = any(projection.type.startswith("experts.") for projection in (*modules, *left_out))
     for module in modules:
-        reason = _reason_out(module, config)
+        reason = _reason_out(module, config, has_experts)
         if reason:
             reasons[module.fqn] = reason
         else:
@@ -88,7 +91,7 @@ def _unit(module: ModuleScore, config: PlacementConfig) -> str:
     return module.type if config.granularity == "type" else f"layer.{module.layer}"
 
 
-def _reason_out(module: ModuleScore, config: PlacementConfig) -> str | None:
+def _reason_out(module: ModuleScore, config: PlacementConfig, has_experts: bool) -> str | None:
     if module.type in _EMBEDDINGS:
         return "embeddings never get an adapter"
     if module.type.startswith("experts.") and not config.experts:
@@ -96,8 +99,11 @@ def _reason_out(module: ModuleScore, config: PlacementConfig) -> str | None:
     for entry in config.exclude:
         if matches(module, entry):
             return f"excluded by '{entry}'"
-    if config.include and not any(matches(module, entry) for entry in config.include):
+    is_included = any(matches(module, entry) for entry in config.include)
+    if config.include and not is_included:
         return "not in placement.include"
+    if has_experts and module.type in _ROUTERS and not is_included:
+        return "router of experts; only placement.include chooses it"
     if config.policy == "attention" and not is_attention(module):
         return "not an attention projection"
     if config.policy == "mlp" and not is_mlp(module):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from plop_dist.types import ModuleScore, Placement, Scores
+from plop_dist.candidates import find_candidates
+from plop_dist.policies import resolve_policy
+from plop_dist.types import ModuleScore, Placement, Scores, TypeScore
 
 NEAR_ONE = 0.1
 MIN_IN_FEATURES = 1000
@@ -24,7 +27,10 @@ class Diagnostic:
 
 
 def diagnose(scores: Scores, placement: Placement | None = None) -> list[Diagnostic]:
-    """Return what speaks against trusting the scores and, if given, the placement; warnings first."""
+    """Return what speaks against trusting the scores and, if given, the placement; warnings first.
+
+    Raises ConfigError if the placement's policy is not readable.
+    """
     findings = [
         *_near_one(scores),
         *_cut(scores, placement),
@@ -56,28 +62,51 @@ def _cut(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
     if confidence is not None and confidence < MIN_CONFIDENCE:
         text = f"Only {confidence:.0%} of bootstrap resamples make the same choice; score more samples or change k."
         findings.append(Diagnostic("warning", text))
-    if placement.policy.get("policy") == "lowest_k" and placement.policy.get("granularity") == "type":
-        findings += _overlap(scores, placement)
-    return findings
+    return [*findings, *_overlap(scores, placement)]
 
 
 def _overlap(scores: Scores, placement: Placement) -> list[Diagnostic]:
-    intervals = {entry.type: entry.nfn_ci95 for entry in scores.types}
-    inside = set(placement.module_types)
-    excluded = set(placement.policy.get("exclude", ()))
-    highest_in = max((e for e in scores.types if e.type in inside), key=lambda e: e.nfn)
-    outside = [e for e in scores.types if e.type not in inside | excluded and e.nfn >= highest_in.nfn]
-    if not outside:
+    """Compare the intervals of the types on both sides of the cut, among those that the policy may choose."""
+    policy = resolve_policy(**placement.policy)
+    if policy.granularity != "type":
         return []
-    lowest_out = min(outside, key=lambda e: e.nfn)
-    last, first = intervals[highest_in.type], intervals[lowest_out.type]
-    if last is None or first is None or last[1] <= first[0]:
+    candidates = set(find_candidates(scores.modules, policy, scores.left_out).units)
+    entries = [entry for entry in scores.types if entry.type in candidates and entry.nfn_ci95 is not None]
+    inside = [entry for entry in entries if entry.type in placement.module_types]
+    outside = [entry for entry in entries if entry.type not in placement.module_types]
+    if policy.policy == "threshold" and policy.threshold is not None:
+        return _straddling(entries, policy.threshold)
+    is_cut = policy.policy in ("lowest_k", "highest_k") or (policy.policy == "budget" and policy.fit == "rank")
+    if not is_cut or not inside or not outside:
+        return []
+    if policy.policy == "highest_k":
+        last, first = min(inside, key=lambda e: e.nfn), max(outside, key=lambda e: e.nfn)
+        (low_in, high_in), (low_out, high_out) = _interval(last), _interval(first)
+        is_apart = low_in >= high_out
+    else:
+        last, first = max(inside, key=lambda e: e.nfn), min(outside, key=lambda e: e.nfn)
+        (low_in, high_in), (low_out, high_out) = _interval(last), _interval(first)
+        is_apart = high_in <= low_out
+    if is_apart:
         return []
     text = (
-        f"The intervals at the cut overlap: {highest_in.type} (in) {last[0]:.4f} to {last[1]:.4f}, {lowest_out.type} "
-        f"(out) {first[0]:.4f} to {first[1]:.4f}."
+        f"The intervals at the cut overlap: {last.type} (in) {low_in:.4f} to {high_in:.4f}, {first.type} (out) "
+        f"{low_out:.4f} to {high_out:.4f}."
     )
     return [Diagnostic("warning", text)]
+
+
+def _straddling(entries: Sequence[TypeScore], threshold: float) -> list[Diagnostic]:
+    found = [entry for entry in entries if _interval(entry)[0] < threshold <= _interval(entry)[1]]
+    if not found:
+        return []
+    listed = ", ".join(f"{e.type} {_interval(e)[0]:.4f} to {_interval(e)[1]:.4f}" for e in found)
+    return [Diagnostic("warning", f"The threshold {threshold:g} lies inside the interval of: {listed}.")]
+
+
+def _interval(entry: TypeScore) -> tuple[float, float]:
+    assert entry.nfn_ci95 is not None, f"{entry.type} has no interval"
+    return entry.nfn_ci95
 
 
 def _narrow(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
@@ -85,7 +114,7 @@ def _narrow(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
     narrow: dict[str, int] = {}
     for module in scores.modules:
         if module.in_features < MIN_IN_FEATURES and module.fqn in chosen:
-            narrow[module.type] = module.in_features
+            narrow[module.type] = min(module.in_features, narrow.get(module.type, MIN_IN_FEATURES))
     if not narrow:
         return []
     listed = ", ".join(f"{name} ({width})" for name, width in sorted(narrow.items()))
@@ -97,17 +126,15 @@ def _tokens(scores: Scores) -> list[Diagnostic]:
     by_type: dict[str, list[ModuleScore]] = defaultdict(list)
     for module in scores.modules:
         by_type[module.type].append(module)
-    findings = []
+    thin = []
     for name, modules in sorted(by_type.items()):
-        few = [module for module in modules if module.num_tokens < MIN_TOKENS]
+        few = [module.num_tokens for module in modules if module.num_tokens < MIN_TOKENS]
         if few:
-            fewest = min(few, key=lambda module: module.num_tokens)
-            text = (
-                f"{name}: {len(few)} of {len(modules)} modules are scored from fewer than {MIN_TOKENS:,} tokens "
-                f"(fewest: {fewest.num_tokens:,} at {fewest.fqn}); score more samples."
-            )
-            findings.append(Diagnostic("warning", text))
-    return findings
+            thin.append(f"{name} ({len(few)} of {len(modules)} modules, fewest {min(few):,})")
+    if not thin:
+        return []
+    text = f"Scored from fewer than {MIN_TOKENS:,} tokens: {', '.join(thin)}; score more samples."
+    return [Diagnostic("warning", text)]
 
 
 def _skipped(scores: Scores) -> list[Diagnostic]:

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from plop_dist.bootstrap import PolicyFunction
 from plop_dist.candidates import Candidates
-from plop_dist.config import PlacementConfig
+from plop_dist.config import PlacementConfig, parse_config
 from plop_dist.errors import PlacementError
 from plop_dist.parameters import num_trainable_parameters
 from plop_dist.types import ModuleScore, Projection
@@ -19,6 +20,21 @@ _EXACT_UNITS = 12  # 2^12 subsets: instant; beyond, the budget is filled greedil
 _EXACT_CALLS = 8  # 2^8 subsets, where each subset's parameters must be counted by themselves
 
 Cost = Callable[[Sequence[int] | np.ndarray], int]
+
+
+def resolve_policy(policy: PlacementConfig | str | None = None, **options: Any) -> PlacementConfig:
+    """Return a validated placement configuration: `policy` with `options` laid over it.
+
+    Raises ConfigError naming the field, the value and the expectation, with a suggestion for an unknown field.
+    """
+    if isinstance(policy, PlacementConfig):
+        tree = {**policy.model_dump(), **options}
+    else:
+        tree = options if policy is None else {**options, "policy": policy}
+    config = parse_config(
+        {"model": {"name_or_path": "-"}, "data": {"path": "-"}, "placement": tree}, source="place options"
+    )
+    return config.placement
 
 
 def build_policy(candidates: Candidates, config: PlacementConfig) -> PolicyFunction:

@@ -10,12 +10,12 @@ import numpy as np
 
 from plop_dist.bootstrap import PolicyFunction, selection_confidence
 from plop_dist.candidates import Candidates, find_candidates
-from plop_dist.config import PlacementConfig, parse_config
+from plop_dist.config import PlacementConfig
 from plop_dist.diagnostics import diagnose
 from plop_dist.errors import PlacementError
 from plop_dist.names import natural_key
 from plop_dist.parameters import num_trainable_parameters
-from plop_dist.policies import build_policy, highest_fitting_rank
+from plop_dist.policies import build_policy, highest_fitting_rank, resolve_policy
 from plop_dist.types import PLACEMENT_SCHEMA, ModuleScore, Placement, Scores
 
 
@@ -44,21 +44,6 @@ def place(scores: Scores, policy: PlacementConfig | str | None = None, **options
     return placement.model_copy(
         update={"diagnostics": tuple(item.text for item in diagnose(scores, placement))}
     ).with_source(scores)
-
-
-def resolve_policy(policy: PlacementConfig | str | None = None, **options: Any) -> PlacementConfig:
-    """Return a validated placement configuration: `policy` with `options` laid over it.
-
-    Raises ConfigError naming the field, the value and the expectation, with a suggestion for an unknown field.
-    """
-    if isinstance(policy, PlacementConfig):
-        tree = {**policy.model_dump(), **options}
-    else:
-        tree = options if policy is None else {**options, "policy": policy}
-    config = parse_config(
-        {"model": {"name_or_path": "-"}, "data": {"path": "-"}, "placement": tree}, source="place options"
-    )
-    return config.placement
 
 
 def policy_function(modules: Sequence[ModuleScore], policy: PlacementConfig) -> PolicyFunction:

@@ -12,8 +12,8 @@ import numpy as np
 from plop_dist.bootstrap import resample, resampled_nfn
 from plop_dist.candidates import Candidates, find_candidates
 from plop_dist.config import PlacementConfig
-from plop_dist.policies import build_policy, choose_first, cost_function, rank_function
-from plop_dist.select import choose_units, resolve_policy
+from plop_dist.policies import build_policy, choose_first, cost_function, rank_function, resolve_policy
+from plop_dist.select import choose_units
 from plop_dist.types import SampleTotals, Scores
 
 _MAX_ROWS = 40  # of k: all of them for types, evenly spread ones for hundreds of modules

@@ -255,7 +255,8 @@ def _without_checks(arguments: type) -> type:
 def check_nemo_automodel() -> None:
     from nemo_automodel.components._peft.lora import PeftConfig, apply_lora_to_linear_modules
 
-    for placement in placements():
+    head = place(scores_of(projections_of(model_of("llama"))), ["lm_head", "up_proj"])
+    for placement in (*placements(), head):
         section = file_tree(nemo_rl.export(placement))["policy"]["dtensor_cfg"]["lora_cfg"]
         assert section.pop("enabled") is True
         assert set(section) <= {field.name for field in dataclasses.fields(PeftConfig)}

@@ -38,6 +38,21 @@ def test_near_one_and_close_call() -> None:
     assert "intervals at the cut overlap" in found
 
 
+def test_only_what_the_policy_may_choose_lies_at_the_cut() -> None:
+    near = {"a_proj": 1.0, "b_proj": 1.002, "c_proj": 1.5}
+    scores = with_intervals(make_scores(near, noise=0.3))
+    overlap = "intervals at the cut overlap: a_proj (in)"
+    assert overlap in texts(scores, k=1)
+    assert overlap not in texts(scores, k=1, exclude=["*b_proj"])
+    assert overlap not in texts(scores, policy="all")
+    assert "intervals at the cut overlap: b_proj (in)" in texts(scores, policy="highest_k", k=2)
+    assert "overlap" not in texts(scores, policy="highest_k", k=1)
+    assert "overlap" in texts(scores, policy="budget", fit="rank", k=1, max_trainable_parameters=10**6)
+    inside = texts(scores, policy="threshold", threshold=1.001)
+    assert "The threshold 1.001 lies inside the interval of: a_proj " in inside
+    assert "threshold" not in texts(scores, policy="threshold", threshold=1.25)
+
+
 def test_narrow_few_skipped_and_left_out() -> None:
     scores = make_scores(widths={"o_proj": (576, 576)}, num_samples=8)
     modules = list(scores.modules)
@@ -48,7 +63,9 @@ def test_narrow_few_skipped_and_left_out() -> None:
     scores = scores.model_copy(update={"modules": tuple(modules), "left_out": (left_out,)}).with_samples(scores.samples)
     found = texts(scores)
     assert "note: in_features below 1,000, outside the regime of the theory (wide layers): o_proj (576)." in found
-    assert "o_proj: 3 of 3 modules are scored from fewer than 1,000 tokens" in found
+    tokens = modules[0].num_tokens
+    assert "warning: Scored from fewer than 1,000 tokens: " in found
+    assert f"o_proj (3 of 3 modules, fewest {tokens:,})" in found
     assert "40 of " in found
     assert "1 modules have no score (1 no tokens), among them model.layers.9.mlp.up_proj." in found
     assert "Scored from 8 samples" in found

@@ -133,6 +133,13 @@ def test_expert_parameters_are_refused_where_they_cannot_be_named(exporter):
             exporter.export(placement, widen=widen)
 
 
+@pytest.mark.parametrize("exporter", [nemo_rl, deepspeed])
+def test_a_weight_that_is_no_linear_is_refused_where_only_linears_are_adapted(exporter):
+    placement = place(scores_of(projections_of(model_of("gpt2"))), ["c_fc"])
+    with pytest.raises(ExportError, match=r"c_fc is none \(conv1d\)\. Nearest .*placement\.exclude=\[c_fc\]"):
+        exporter.export(placement)
+
+
 def test_ranks_are_kept_by_axolotl_and_refused_elsewhere():
     placement = place(LLAMA, ["q_proj", "k_proj", "v_proj"], rank_pattern={"v_proj": 16})
     tree = one_file(axolotl.export(placement))

@@ -67,6 +67,12 @@ def test_lm_head_is_out_by_default_and_experts_on_request() -> None:
     moe = scores_of([*scores.modules, expert])
     assert plop_dist.place(moe, k=1).module_types == ("o_proj",)
     assert plop_dist.place(moe, k=1, experts=True).module_types == ("experts.up_proj",)
+    router = expert.model_copy(update={"fqn": "model.layers.0.mlp.gate", "type": "gate", "nfn": 0.1, "gain": 0.1})
+    routed = scores_of([*moe.modules, router])
+    assert "gate" not in plop_dist.place(routed, policy="all", experts=True).module_types
+    assert plop_dist.place(routed, k=1, include=["gate", "o_proj"]).module_types == ("gate",)
+    with_gate = plop_dist.place(scores_of([*scores.modules, router]), k=1)  # without experts it is a linear like others
+    assert with_gate.module_types == ("gate",)
 
 
 def test_layer_1_does_not_match_layer_10() -> None:

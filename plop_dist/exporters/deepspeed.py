@@ -48,11 +48,11 @@ def to_config(placement: Placement, *, widen: bool = False, **options: Any) -> A
 
 def _fields(placement: Placement, targets: Targets, widen: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     for holder in targets.holders:
-        if holder.projections[0].storage in ("conv1d", "expert_parameter"):
+        first = holder.projections[0]
+        if first.storage in ("conv1d", "expert_parameter"):
             raise ExportError(
-                f"deepspeed's OptimizedLinear replaces nn.Linear only, and {holder.path} is none "
-                f"({holder.projections[0].storage}). Nearest choice: leave "
-                f"{holder.projections[0].type} out (placement.exclude), or export to peft."
+                f"deepspeed's OptimizedLinear replaces nn.Linear only, and {holder.path} is none ({first.storage}). "
+                f"Nearest choice: leave {first.type} out (placement.exclude=[{first.type}]), or export to peft."
             )
     rank, alpha, widened = uniform_rank(targets, placement, "deepspeed", widen)
     return {"lora_r": rank, "lora_alpha": number(alpha), "target_mods": _target_mods(targets)}, widened

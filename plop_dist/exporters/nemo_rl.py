@@ -78,10 +78,11 @@ def _export_megatron(placement: Placement, widen: bool) -> Export:
 
 def _patterns(targets: Targets) -> list[str]:
     for holder in targets.holders:
-        if holder.is_expert_parameter:
+        first = holder.projections[0]
+        if first.storage in ("conv1d", "expert_parameter"):
             raise ExportError(
-                f"nemo-rl's Automodel adapts an experts module whole and cannot name {holder.path}. Nearest choice: "
-                f"leave {holder.projections[0].type} out (placement.experts=false), or export to peft."
+                f"nemo-rl's Automodel adapts nn.Linear only, and {holder.path} is none ({first.storage}). Nearest "
+                f"choice: leave {first.type} out (placement.exclude=[{first.type}]), or export to peft."
             )
     wanted = [holder.path for holder in targets.holders]
     others = [path for path in targets.known_paths if path not in set(wanted)]
