@@ -115,7 +115,7 @@ class PlacementConfig(_Section):
         default=None, ge=1, description="policy budget: adapter parameters at most."
     )
     rank: int = Field(default=16, ge=1, description="LoRA rank r.")
-    alpha: float = Field(default=32, gt=0, description="LoRA alpha.")
+    alpha: float = Field(default=32, gt=0, lt=1e9, description="LoRA alpha.")
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default={}, description="Ranks of single types, e.g. {v_proj: 32}."
     )

@@ -247,7 +247,7 @@ class Placement(_Value):
     module_types: tuple[str, ...] = Field(min_length=1)
     modules: tuple[str, ...] = Field(min_length=1)
     rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)
+    alpha: float = Field(gt=0, lt=1e9)
     rank_pattern: dict[str, int] = {}
     num_trainable_parameters: int = Field(ge=0)
     selection_confidence: float | None = Field(None, ge=0, le=1)
@@ -314,6 +314,19 @@ class Placement(_Value):
                 f"{target}: modules and module_types disagree about '{odd[0]}'; the file was edited: run plop-dist "
                 "place again."
             )
+        names = {*placement.modules, *placement.module_types}
+        odd = [name for name in placement.rank_pattern if name not in names]
+        if odd:
+            raise ScoresError(
+                f"{target}: rank_pattern '{odd[0]}' is no chosen type or module; the file was edited: run plop-dist "
+                "place again."
+            )
+        count = _late("parameters", "num_trainable_parameters")(placement.chosen, placement.rank_of, scores.left_out)
+        if placement.num_trainable_parameters != count:
+            raise ScoresError(
+                f"{target}: num_trainable_parameters is {placement.num_trainable_parameters:,}, but its modules and "
+                f"ranks have {count:,}; the file was edited: run plop-dist place again."
+            )
         return placement
 
     def to_peft(self, **options: Any) -> Any:
@@ -321,15 +334,15 @@ class Placement(_Value):
 
         Raises ExportError when PEFT cannot adapt exactly these modules.
         """
-        return _exporter("peft", "to_config")(self, **options)
+        return _late("exporters.peft", "to_config")(self, **options)
 
     def to_megatron(self, **options: Any) -> Any:
         """Return a Megatron-Bridge PEFT object (LoRA, or our CanonicalLoRA where a fused linear is taken in part)."""
-        return _exporter("megatron_bridge", "to_config")(self, **options)
+        return _late("exporters.megatron_bridge", "to_config")(self, **options)
 
     def to_deepspeed(self, **options: Any) -> Any:
         """Return a deepspeed.linear.LoRAConfig. Raises ExportError when its substring match would adapt others."""
-        return _exporter("deepspeed", "to_config")(self, **options)
+        return _late("exporters.deepspeed", "to_config")(self, **options)
 
 
 @dataclass(frozen=True)
@@ -347,11 +360,11 @@ class Export:
     widened: tuple[str, ...] = field(default=())
 
 
-def _exporter(module: str, attribute: str) -> Any:
-    # By name and at call time: values know their exporters without importing any framework.
+def _late(module: str, attribute: str) -> Any:
+    # By name and at call time: values know what is built on them without importing it, or any framework.
     import importlib
 
-    return getattr(importlib.import_module(f"plop_dist.exporters.{module}"), attribute)
+    return getattr(importlib.import_module(f"plop_dist.{module}"), attribute)
 
 
 def _parse(cls: type[_T], schema: str, tree: Any, path: Path) -> _T:

@@ -105,6 +105,11 @@ def test_scores_and_their_sums_must_agree(tmp_path: Path, edit: Callable[[dict[s
     [
         (change("module_types", value=["q_proj"]), "modules and module_types disagree about"),
         (lambda tree: tree["modules"].append(tree["modules"][0]), "listed twice"),
+        (lambda tree: tree["modules"].pop(0), r"num_trainable_parameters is 294,912, but .* have 262,144"),
+        (change("rank", value=8), r"num_trainable_parameters is 294,912, but .* have 147,456"),
+        (change("rank_pattern", value={"q_proj": 4}), "rank_pattern 'q_proj' is no chosen type or module"),
+        (change("alpha", value=1e300), r"alpha: Input should be less than"),
+        (change("scores", value="\x00"), "cannot be read"),
     ],
 )
 def test_edited_placements_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], None], match: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from plop_dist.backends.hf_modules import find_linears
 from plop_dist.config import Config, parse_config
 from plop_dist.names import natural_key
+from plop_dist.parameters import num_trainable_parameters
 from plop_dist.training import loop
 from plop_dist.training.adapters import AdapterShard
 from plop_dist.training.initial import reset_peft_adapter
@@ -56,7 +57,7 @@ def make_placement(model: torch.nn.Module, types: tuple[str, ...] = TYPES, rank:
     chosen = sorted((m for m in modules if m.type in types), key=lambda m: natural_key(m.fqn))
     return Placement(
         policy={}, module_types=types, modules=tuple(m.fqn for m in chosen), rank=rank, alpha=2 * rank,
-        num_trainable_parameters=sum(rank * (m.in_features + m.out_features) for m in chosen),
+        num_trainable_parameters=num_trainable_parameters(chosen, lambda module: rank),
     ).with_source(scores)  # fmt: skip
 
 
