@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,12 +186,19 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         _leave(error.exit_status)
     except SystemExit as stop:
+        if stop.code == 130:
+            print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
         _leave(int(stop.code or 0))
+    except OSError as error:  # standard output is on a full disk
+        print(f"error: {error}", file=sys.stderr)
+        _leave(1)
 
 
 def _leave(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            if stream is not None:  # it is None where the caller has closed it
+                stream.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1" and status:
         # Peers may still wait in a collective with this rank; the launcher ends them once it sees this exit.
         os._exit(status)

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ class EventDisplay:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            with suppress(OSError):  # `2>&1 | head` must not cost the run; events.jsonl has every line
+                print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

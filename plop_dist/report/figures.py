@@ -13,7 +13,7 @@ from plop_dist.types import ModuleScore, Placement, Scores
 
 Figure = dict[str, Any]
 
-_CHOSEN, _OTHER, _LINE = "var(--accent)", "var(--muted)", "var(--grid)"
+_CHOSEN, _OTHER, _LINE = "var(--accent)", "var(--muted)", "var(--soft)"
 
 
 def types_figure(scores: Scores, placement: Placement | None) -> Figure:
