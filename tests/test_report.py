@@ -64,7 +64,7 @@ def make_run(directory: Path, name: str = "made/by-hand", placed: bool = True) -
         plop_dist.place(scores).to_file(directory / "placement.json")
     (directory / "train").mkdir()
     log = [{"step": i, "loss": 2.0 - i / 10, "nfn": {"o_proj": 0.9 + i / 100}} for i in range(5)]
-    text = "\n".join(json.dumps(entry) for entry in [*log, {"step": 5, "held_out_loss": 1.4}])
+    text = "\n".join(json.dumps(entry) for entry in log)
     (directory / "train" / "log.jsonl").write_text(text + '\n{"step": 6, "lo')
     summary = {"method": "sft", "held_out_before": 2.0, "held_out_after": 1.4, "num_steps": 5, "adapter": name}
     (directory / "train" / "summary.json").write_text(json.dumps(summary))
@@ -86,6 +86,8 @@ def test_page_shows_the_run_and_fetches_nothing(tmp_path: Path) -> None:
     assert "1 lines of the training log are unreadable" in page.text
     charts = json.loads(page.scripts[1])
     assert f"chart-{min(charts)}" in page.ids
+    held_out = next(line for line in charts["loss"]["data"] if line["name"] == "held-out loss")
+    assert (held_out["x"], held_out["y"]) == ([0, 5], [2.0, 1.4])
     heat = charts["heatmap"]["data"][0]
     assert len(heat["z"]) == 7
     assert heat["text"][0][2].startswith("model.layers.2.self_attn.o_proj<br>NFN 0.")

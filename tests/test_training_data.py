@@ -58,6 +58,12 @@ def test_the_prompts_tokens_are_left_out_of_the_loss(tmp_path: Path, tokenizer: 
         encode([{"question": "1", "answer": "2"}], make_config(tmp_path, prompt_template="A: {question}"), tokenizer)
 
 
+def test_prompts_that_leave_no_room_are_no_training(tmp_path: Path, tokenizer: Any) -> None:
+    config = make_config(tmp_path, prompt_template="{question}", max_length=4)
+    with pytest.raises(DataError, match=r"no token of 1 rows is in the loss; train\.max_length is 4"):
+        encode([{"question": "1+2=", "answer": "3"}], config, tokenizer)
+
+
 def test_packing_keeps_samples_whole_in_order_and_apart() -> None:
     examples = [Example(list(range(10 * n, 10 * n + size)), [7] * size) for n, size in enumerate((3, 2, 4, 5, 1))]
     groups = pack(examples, 6)

@@ -55,13 +55,14 @@ def build_context(directory: Path) -> dict[str, Any]:
         placement = Placement.from_file(directory / "placement.json")
         scores = placement.source
     log, num_unreadable = _read_log(directory / "train" / "log.jsonl")
+    summary = _read_summary(directory / "train" / "summary.json")
     policy = placement.policy if placement is not None else {}
     swept = sweep(scores, **policy)
     charts = {
         "types": figures.types_figure(scores, placement),
         "heatmap": figures.heatmap_figure(scores),
         "samples": figures.samples_figure(swept) if swept.by_samples else None,
-        "loss": figures.training_figure(log, "loss", "loss", held_out=True),
+        "loss": figures.training_figure([*log, *_held_out(summary)], "loss", "loss", held_out=True),
         "reward": figures.training_figure(log, "reward", "reward"),
         "nfn": figures.tracked_nfn_figure(log),
     }
@@ -76,7 +77,7 @@ def build_context(directory: Path) -> dict[str, Any]:
         "diagnostics": diagnose(scores, placement),
         "sweep": swept,
         "charts": redact({name: chart for name, chart in charts.items() if chart is not None}),
-        "training": redact(_read_summary(directory / "train" / "summary.json")),
+        "training": redact(summary),
         "num_unreadable": num_unreadable,
         "config": redact(config),
         "command": redact(command),
@@ -106,6 +107,14 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     if not isinstance(summary, dict):
         raise ScoresError(f"{path} holds a {type(summary).__name__}, expected an object; run plop-dist run again.")
     return summary
+
+
+def _held_out(summary: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return the held-out losses before and after training as entries of a log."""
+    if summary is None or not isinstance(summary.get("num_steps"), int):
+        return []
+    at = {0: "held_out_before", summary["num_steps"]: "held_out_after"}
+    return [{"step": step, "held_out_loss": summary.get(name)} for step, name in at.items()]
 
 
 def _read_text(path: Path) -> str | None:

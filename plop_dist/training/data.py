@@ -48,7 +48,7 @@ def split_rows(config: Config) -> tuple[list[Row], list[Row]]:
 def encode(rows: Sequence[Row], config: Config, tokenizer: Any) -> list[Example]:
     """Return the tokenised rows, truncated to train.max_length, with an end-of-text token where one fits.
 
-    Raises DataError when a row's text does not begin with its prompt.
+    Raises DataError when a row's text does not begin with its prompt, and when no token is left in the loss.
     """
     data, train = config.data, config.train
     if train.data_path is not None:
@@ -71,6 +71,11 @@ def encode(rows: Sequence[Row], config: Config, tokenizer: Any) -> list[Example]
             num_prompt = len(tokenizer(prompt, **special)["input_ids"])
         ids = ids[: train.max_length]
         examples.append(Example(ids, [IGNORED] * min(num_prompt, len(ids)) + ids[num_prompt:]))
+    if not any(label != IGNORED for example in examples for label in example.labels[1:]):
+        raise DataError(
+            f"{data.path}: no token of {len(rows)} rows is in the loss; train.max_length is {train.max_length}, which "
+            "cuts everything after the prompts: raise it, or change train.prompt_template."
+        )
     return examples
 
 
