@@ -332,17 +332,18 @@ class Placement(_Value):
     def to_peft(self, **options: Any) -> Any:
         """Return a peft.LoraConfig. Options (r, lora_alpha, lora_dropout, ...) go to LoraConfig as they are.
 
-        Raises ExportError when PEFT cannot adapt exactly these modules.
+        Raises ExportError when PEFT cannot adapt exactly these modules, MissingExtraError when it is not installed; so
+        do the other two for their frameworks.
         """
-        return _late("exporters.peft", "to_config")(self, **options)
+        return _build("peft", self, options)
 
     def to_megatron(self, **options: Any) -> Any:
         """Return a Megatron-Bridge PEFT object (LoRA, or our CanonicalLoRA where a fused linear is taken in part)."""
-        return _late("exporters.megatron_bridge", "to_config")(self, **options)
+        return _build("megatron_bridge", self, options)
 
     def to_deepspeed(self, **options: Any) -> Any:
         """Return a deepspeed.linear.LoRAConfig. Raises ExportError when its substring match would adapt others."""
-        return _late("exporters.deepspeed", "to_config")(self, **options)
+        return _build("deepspeed", self, options)
 
 
 @dataclass(frozen=True)
@@ -358,6 +359,13 @@ class Export:
     flags: tuple[str, ...]
     notes: tuple[str, ...] = ()
     widened: tuple[str, ...] = field(default=())
+
+
+def _build(exporter: str, placement: Placement, options: Mapping[str, Any]) -> Any:
+    try:
+        return _late(f"exporters.{exporter}", "to_config")(placement, **options)
+    except ModuleNotFoundError as error:
+        raise _late("registry", "missing_extra")(error, f"a configuration for {exporter}") from error
 
 
 def _late(module: str, attribute: str) -> Any:

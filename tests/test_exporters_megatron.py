@@ -114,6 +114,8 @@ def test_fused_lora_is_refused_for_a_part_and_widened_on_demand(exporter, engine
         exporter.export(placement, engine=engine)
     export = exporter.export(placement, engine=engine, widen=True)
     assert export.widened == ("linear_qkv is adapted whole: linear_k, linear_q as well as linear_v.",)
+    # rank 4 on linear_qkv (32 + 64), linear_proj (32 + 32) and linear_fc2 (48 + 32), in two layers
+    assert "1,920 trainable parameters instead of the placement's 1,536." in export.notes
     assert "linear_qkv" in " ".join(export.flags)
 
 

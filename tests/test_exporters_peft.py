@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import HfArgumentParser
 from trl import ModelConfig, get_peft_config
 
-from plop_dist.errors import ExportError
+from plop_dist.errors import ExportError, MissingExtraError
 from plop_dist.exporters import peft as peft_exporter
 from plop_dist.exporters import trl as trl_exporter
 from plop_dist.types import Export
@@ -130,6 +131,21 @@ def test_to_peft_passes_options_on():
     assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == (16, 32, 0.1, "SEQ_CLS")
     assert (config.rank_pattern, config.alpha_pattern) == ({"v_proj": 2}, {"v_proj": 4})
     assert config.target_modules == {"v_proj", "o_proj"}
+
+
+def test_a_framework_that_is_not_installed_is_one_message(monkeypatch):
+    placement = place(scores_of(llama_projections()), ["v_proj"])
+    for package, build, extra in (
+        ("peft", placement.to_peft, "train"),
+        ("deepspeed", placement.to_deepspeed, "deepspeed"),
+        ("megatron", placement.to_megatron, "megatron"),
+    ):
+        for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delitem(sys.modules, "plop_dist.canonical_lora", raising=False)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MissingExtraError, match=rf"'{package}', which is not installed: .*\[{extra}\]'"):
+            build()
 
 
 def test_names_never_reach_into_another_tower_or_a_longer_name():

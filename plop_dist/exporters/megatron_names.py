@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from plop_dist.errors import ExportError
-from plop_dist.exporters.targets import adapted, known_projections, one_rank
+from plop_dist.exporters.targets import adapted, fused_count_note, known_projections, one_rank
 from plop_dist.names import expert_index, layer_index, natural_key
 from plop_dist.types import Placement, Projection
 
@@ -83,6 +83,8 @@ def megatron_targets(placement: Placement, target: str, *, engine: str, widen: b
         notes = (*notes, "LoRA on fused linears: CanonicalLoRA cannot adapt an MLP without a gate.")
     ranks = {placement.rank_of(module) for module in placement.chosen}
     rank, alpha, same_rank = one_rank(ranks, placement, target, widen)
+    if not is_canonical:
+        notes = (*notes, *_fused_count(placement, linears, rank))
     names = _names(linears, is_canonical)
     if any(".layers." in name for name in names):
         _refuse_pipeline(placement, target)
@@ -102,7 +104,7 @@ def megatron_targets(placement: Placement, target: str, *, engine: str, widen: b
 def _linears(placement: Placement, target: str) -> tuple[list[_Linear], tuple[str, ...]]:
     paths, notes = adapted(placement)
     known = known_projections(placement)
-    is_latent = any(_leaf(item) in ("kv_b_proj", "kv_a_proj_with_mqa") for item in known)
+    is_latent = _is_latent(known)
     members: dict[tuple[str, str, int | None], dict[str, list[Projection]]] = {}
     for item in known:
         names = _megatron_name(item, is_latent)
@@ -113,8 +115,7 @@ def _linears(placement: Placement, target: str) -> tuple[list[_Linear], tuple[st
                     f"(placement.exclude=[{item.type}]), or export to peft."
                 )
             continue
-        key = (names[0], _place(item, names[0]), layer_index(item.fqn))
-        members.setdefault(key, {}).setdefault(names[1], []).append(item)
+        members.setdefault(_key(item, names[0]), {}).setdefault(names[1], []).append(item)
     linears = []
     for (name, place, layer), parts in members.items():
         chosen = set()
@@ -129,6 +130,27 @@ def _linears(placement: Placement, target: str) -> tuple[list[_Linear], tuple[st
                 chosen.add(part)
         linears.append(_Linear(name, place, layer, frozenset(parts), frozenset(chosen)))
     return linears, notes
+
+
+def _fused_count(placement: Placement, linears: Iterable[_Linear], rank: int) -> tuple[str, ...]:
+    """LoRA has one adapter for all rows of a fused linear, where the placement counts one for each part."""
+    adapted_linears = {(linear.name, linear.place, linear.layer) for linear in linears if linear.chosen}
+    known = known_projections(placement)
+    is_latent = _is_latent(known)
+    key_of = {item.fqn: _key(item, names[0]) for item in known if (names := _megatron_name(item, is_latent))}
+    items = [item for item in known if key_of.get(item.fqn) in adapted_linears]
+    splits = {key[0] for key in adapted_linears} & {"linear_qkv", "linear_fc1"}
+    return fused_count_note(
+        placement, items, lambda item: name if (name := key_of[item.fqn][0]) in splits else None, rank
+    )
+
+
+def _is_latent(known: Iterable[Projection]) -> bool:
+    return any(_leaf(item) in ("kv_b_proj", "kv_a_proj_with_mqa") for item in known)
+
+
+def _key(item: Projection, linear: str) -> tuple[str, str, int | None]:
+    return linear, _place(item, linear), layer_index(item.fqn)
 
 
 def _names(linears: Iterable[_Linear], is_canonical: bool) -> tuple[str, ...]:

@@ -190,6 +190,27 @@ def refuse_parameters(targets: Targets, target: str) -> None:
         )
 
 
+def fused_count_note(
+    placement: Placement, items: Iterable[Projection], fused: Callable[[Projection], str | None], rank: int
+) -> tuple[str, ...]:
+    """Return a note when adapters on `items` at `rank` have another number of parameters than the placement.
+
+    fused: the linear beside this projection that holds it in the target framework and gets one adapter for all its
+    rows, or None where the target holds it as the Hugging Face model does.
+    """
+
+    def in_target(item: Projection) -> Projection:
+        name = fused(item)
+        if name is None:
+            return item
+        return item.model_copy(update={"storage": "fused", "stored_in": f"{item.fqn.rpartition('.')[0]}.{name}"})
+
+    count = num_trainable_parameters(map(in_target, items), lambda _: rank)
+    if count == placement.num_trainable_parameters:
+        return ()
+    return (f"{count:,} trainable parameters instead of the placement's {placement.num_trainable_parameters:,}.",)
+
+
 def shortest_names(wanted: Iterable[str], known: Iterable[str], min_parts: int = 1) -> tuple[str, ...]:
     """Return the names that match all wanted paths and no other known one, by equality or as a dotted suffix.
 

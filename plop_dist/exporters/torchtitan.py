@@ -11,9 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 
 from plop_dist.errors import ExportError
-from plop_dist.exporters.targets import adapted, check_engine, known_projections, one_rank
+from plop_dist.exporters.targets import adapted, check_engine, fused_count_note, known_projections, one_rank
 from plop_dist.names import natural_key
-from plop_dist.parameters import num_trainable_parameters
 from plop_dist.types import Export, Placement, Projection
 
 _NAMES: Mapping[str, str] = {
@@ -59,6 +58,7 @@ def export(placement: Placement, *, engine: str | None = None, widen: bool = Fal
     absent = [item for item in whole if item.fqn not in chosen]
     widened = _widen(absent, {module.type for module in placement.chosen}, names, engine, widen)
     rank, alpha, same_rank = one_rank({placement.rank_of(m) for m in placement.chosen}, placement, "torchtitan", widen)
+    count = fused_count_note(placement, whole, lambda m: "wqkv" if names[m.type] == "wqkv" else None, rank)
     call = f"LoRAConverter.Config(rank={rank}, alpha={float(alpha)!r}, target_modules={json.dumps(targets)})"
     return Export(
         target="torchtitan",
@@ -69,7 +69,7 @@ def export(placement: Placement, *, engine: str | None = None, widen: bool = Fal
             )
         },
         flags=(call,),
-        notes=(*notes, *_count_note(placement, whole, names, rank), *_attention_note(targets)),
+        notes=(*notes, *count, *_attention_note(targets)),
         widened=(*widened, *same_rank),
     )
 
@@ -102,21 +102,6 @@ def _widen(
             )
         sentences.append(f"{types} are adapted in every layer: {len(layers)} modules more.")
     return sentences
-
-
-def _count_note(
-    placement: Placement, whole: Sequence[Projection], names: Mapping[str, str], rank: int
-) -> tuple[str, ...]:
-    fused = [
-        item.model_copy(update={"storage": "fused", "stored_in": f"{item.fqn.rpartition('.')[0]}.wqkv"})
-        if names[item.type] == "wqkv"
-        else item
-        for item in whole
-    ]
-    count = num_trainable_parameters(fused, lambda _: rank)
-    if count == placement.num_trainable_parameters:
-        return ()
-    return (f"{count:,} trainable parameters instead of the placement's {placement.num_trainable_parameters:,}.",)
 
 
 def _attention_note(targets: Sequence[str]) -> tuple[str, ...]:
