@@ -178,6 +178,9 @@ def configure(provider: Any, config: Config, dtype: torch.dtype) -> None:
     provider.bf16, provider.fp16 = dtype is torch.bfloat16, dtype is torch.float16
     provider.moe_token_dispatcher_type = "alltoall"
     provider.moe_shared_expert_overlap = False
+    # Balancing losses would reach the adapters through the frozen router; plain PEFT training has none.
+    provider.moe_router_load_balancing_type, provider.moe_aux_loss_coeff = "none", 0.0
+    provider.moe_z_loss_coeff = None
     provider.gradient_accumulation_fusion = False
     provider.mtp_num_layers = None
     provider.should_pad_vocab = True
