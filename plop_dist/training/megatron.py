@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from plop_dist.backends.hf_load import load_tokenizer
+from plop_dist.backends.hf_load import load_tokenizer, meta_model
 from plop_dist.backends.megatron import load_chunks
 from plop_dist.backends.megatron_model import context_share, left_justify, unwrap
 from plop_dist.config import Config
 from plop_dist.errors import LayoutError, PlacementError
+from plop_dist.files import write_bytes
 from plop_dist.mesh import nearest
 from plop_dist.names import expert_index
 from plop_dist.protocols import MicroBatch
 from plop_dist.training import loop
 from plop_dist.training.adapters import AdapterShard, check_complete, lora_config, ranks_of
+from plop_dist.training.expert_adapters import fuse_experts
 from plop_dist.training.initial import initial_adapter
 from plop_dist.training.optimizer import AdapterOptimizer
 from plop_dist.types import Placement
@@ -111,6 +114,10 @@ class MegatronEngine:
             peft_config = lora_config(self._placement, self._config)
             peft_config.inference_mode = True
             peft_config.base_model_name_or_path = self._config.model.name_or_path
+            if _experts(self._placement):
+                path = directory / "adapter_model.safetensors"
+                whole = meta_model(self._config.model)
+                write_bytes(path, save(fuse_experts(load_file(path), peft_config, whole), {"format": "pt"}))
             peft_config.save_pretrained(str(directory))
         self._save_distributed(directory.with_name("megatron_adapter"))
 
@@ -211,7 +218,12 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
         output.requires_grad_()
 
 
+def _experts(placement: Placement) -> list[str]:
+    return [fqn for fqn in placement.modules if expert_index(fqn) is not None]
+
+
 def _check(config: Config, placement: Placement) -> None:
+    lora_config(placement, config)  # what PEFT cannot express is known before hours of training
     tp, ep = config.parallel.tp, config.parallel.ep
     for rank in sorted(set(ranks_of(placement).values())):
         if rank % tp:
@@ -220,7 +232,7 @@ def _check(config: Config, placement: Placement) -> None:
                 f"placement.rank ({rank}) is not divisible by parallel.tp ({tp}): Megatron shards A along the rank; "
                 f"use placement.rank={fitting}."
             )
-    experts = [fqn for fqn in placement.modules if expert_index(fqn) is not None]
+    experts = _experts(placement)
     if experts and (tp > 1 or ep > 1):
         raise PlacementError(
             f"'{experts[0]}' is a routed expert; adapters of experts are trained at parallel.tp=1 and parallel.ep=1 "
