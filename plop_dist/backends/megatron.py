@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
     check_layout(hf_config, config)
     initialize(config)
     dtype = _dtype(config, hf_config)
-    with _explained(hf_config, config):
+    with _explained(hf_config, config), redirect_stdout(io.StringIO()):  # Bridge prints sizes and a bar of its own
         bridge = auto_bridge.from_hf_pretrained(
             resolve(config.model.name_or_path), trust_remote_code=config.model.trust_remote_code
         )

@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,15 +52,37 @@ def import_bridge() -> types.ModuleType:
     megatron-core is imported before the stub, so that it keeps its local layers. Raises ImportError.
     """
     prepare()
-    if "megatron.bridge" in sys.modules or has_transformer_engine():
-        return importlib.import_module("megatron.bridge")
+    if "megatron.bridge" in sys.modules:
+        return sys.modules["megatron.bridge"]
+    if not has_transformer_engine():
+        logger.warning("Transformer Engine is not installed: Megatron-Bridge is imported with a stub in its place.")
+    with _quietly():
+        return importlib.import_module("megatron.bridge") if has_transformer_engine() else _import_with_stub()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the tracebacks of Bridge's optional imports out of the log, and the root logger at its level."""
+    root, disabled = logging.getLogger(), logging.root.manager.disable
+    level = root.level
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        root.setLevel(level)
+
+
+def _import_with_stub() -> types.ModuleType:
     # These decide at import whether Transformer Engine exists; megatron-core 0.19 would believe the stub.
     for name in (
         "extensions.transformer_engine", "transformer.attention", "models.gpt.gpt_layer_specs", "optimizer",
         "distributed", "transformer.multi_latent_attention",
     ):  # fmt: skip
         importlib.import_module(f"megatron.core.{name}")
-    logger.warning("Transformer Engine is not installed: Megatron-Bridge is imported with a stub in its place.")
     with _transformer_engine_stub():
         bridge = importlib.import_module("megatron.bridge")
         peft_utils = importlib.import_module("megatron.bridge.peft.utils")
