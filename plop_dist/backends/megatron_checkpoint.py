@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from plop_dist.errors import ModelError
 
@@ -45,7 +46,7 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
             loaded = dist_checkpointing.load(wanted, str(directory))
         for key, chunk in zip(keys, chunks, strict=True):
             chunk.load_state_dict(loaded[key], strict=True)
-    except Exception as error:  # torch's and Megatron's kinds of a dozen origins; a file may also be cut off
+    except (Exception, CheckpointException) as error:  # torch's own kind is a BaseException
         line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ModelError(
             f"model.checkpoint '{directory}' cannot be loaded into model.name_or_path's architecture "
