@@ -96,8 +96,6 @@ def _reason_out(module: ModuleScore, config: PlacementConfig, has_experts: bool)
         return "embeddings never get an adapter"
     if module.type.startswith("experts.") and not config.experts:
         return "routed expert; placement.experts is false"
-    if module.storage == "expert_parameter" and not config.experts:
-        return "router of experts; placement.experts is false"
     for entry in config.exclude:
         if matches(module, entry):
             return f"excluded by '{entry}'"

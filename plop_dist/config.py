@@ -122,7 +122,7 @@ class PlacementConfig(_Section):
     granularity: Literal["type", "layer", "module"] = Field(default="type", description="What is chosen between.")
     exclude: list[str] = Field(default=["lm_head"], description="Types, paths or patterns (*) never chosen.")
     include: list[str] = Field(default=[], description="If given, only these types, paths or patterns are candidates.")
-    experts: bool = Field(default=False, description="Let routed experts and their routers be chosen.")
+    experts: bool = Field(default=False, description="Let routed experts be chosen.")
     fit: Literal["set", "rank"] = Field(
         default="set",
         description="policy budget: drop types to fit at the given rank, or lower the rank of the k types.",

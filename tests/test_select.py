@@ -64,11 +64,7 @@ def test_lm_head_is_out_by_default_and_experts_on_request() -> None:
         baseline=1.0,
         nfn=0.2,
     )
-    router = expert.model_copy(
-        update={"fqn": "model.layers.0.mlp.gate", "type": "gate", "storage": "expert_parameter", "nfn": 0.3}
-    )
-    moe = scores_of([*scores.modules, expert, router])
-    assert plop_dist.place(moe, k=2, experts=True).module_types == ("experts.up_proj", "gate")
+    moe = scores_of([*scores.modules, expert])
     assert plop_dist.place(moe, k=1).module_types == ("o_proj",)
     assert plop_dist.place(moe, k=1, experts=True).module_types == ("experts.up_proj",)
     router = expert.model_copy(update={"fqn": "model.layers.0.mlp.gate", "type": "gate", "nfn": 0.1, "gain": 0.1})
