@@ -168,8 +168,9 @@ def show(grid: Grid, console: Console | None = None) -> None:
     headers = [header.lstrip(">") for header in grid.headers]
     if console.is_terminal:
         table = Table(title=escape(grid.title), title_justify="left", header_style="bold")
-        for header, right in zip(headers, is_right, strict=True):
-            table.add_column(header, justify="right" if right else "left", overflow="fold")
+        for index, (header, right) in enumerate(zip(headers, is_right, strict=True)):
+            # names stay whole on a narrow terminal, the other columns fold
+            table.add_column(header, justify="right" if right else "left", overflow="fold", no_wrap=index == 0)
         for index, row in enumerate(grid.rows):
             table.add_row(*map(escape, row), style="green" if index in grid.highlighted else None)
         console.print(table)
