@@ -12,13 +12,20 @@ import torch
 from plop_dist import ranks, worker
 from plop_dist.backends.hf_load import load_tokenizer
 from plop_dist.config import Config, parse_config
-from plop_dist.errors import ConfigError
 from plop_dist.training import sft
-from plop_dist.training.data import TrainingData
+from plop_dist.training.data import TrainingData, collate
 from plop_dist.types import Placement, Scores
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
-from tests.training_cases import KilledError, assert_equal, check_adapter, make_placement, reference
+from tests.training_cases import (
+    CUT_AFTER,
+    RESUMED_STEPS,
+    KilledError,
+    assert_equal,
+    check_adapter,
+    make_placement,
+    reference,
+)
 
 HELD_OUT = 3
 
@@ -34,8 +41,8 @@ def make_config(
             for i in range(rows + HELD_OUT)
         ]
         path.write_text("\n".join(lines))
-    options = {"method": "sft", "max_steps": 4, "learning_rate": 0.01, "warmup_steps": 1, "max_grad_norm": 0.3,
-               "micro_batch_size": 4 // parallel.get("dp", 1), "eval_samples": HELD_OUT, "save_steps": 2,
+    options = {"method": "sft", "max_steps": 10, "learning_rate": 0.01, "warmup_steps": 1, "max_grad_norm": 0.3,
+               "micro_batch_size": 4 // parallel.get("dp", 1), "eval_samples": HELD_OUT, "save_steps": 4,
                "prompt_template": "{question}", "seed": 5}  # fmt: skip
     return parse_config(
         {
@@ -76,11 +83,11 @@ def check(found: dict[str, Any], config: Config) -> None:
     assert summary["held_out_after"] < summary["held_out_before"]
     check_adapter(expected, Path(summary["adapter"]), "llama")
 
-    assert sorted(found["nfn"]) == [0, 2, 4]
+    assert sorted(found["nfn"]) == [0, 5, 10]
     scores = Scores.from_file(config.run_path / "scores.json")
     assert found["nfn"][0] == pytest.approx({entry.type: entry.nfn for entry in scores.types}, rel=1e-5)
     merged = score_of_merged(config, Path(summary["adapter"]))
-    assert found["nfn"][4] == pytest.approx(merged, rel=1e-4)
+    assert found["nfn"][10] == pytest.approx(merged, rel=1e-4)
     moved = {name for name, value in merged.items() if abs(value / found["nfn"][0][name] - 1) > 1e-3}
     assert set(placement.module_types) <= moved
 
@@ -100,7 +107,7 @@ def score_of_merged(config: Config, adapter: Path) -> dict[str, float]:
 
 
 def train_and_resume(config: Config, run_dir: Path, placement: Placement) -> list[list[dict[str, Any]]]:
-    """Return the log of a whole training, and of one that was killed after step 3 and started again."""
+    """Return the log of a whole training, and of one that was killed after step 7 and started again."""
     whole: list[dict[str, Any]] = []
     sft.train(config, placement, whole.append)
     config = config.model_copy(update={"run_dir": str(run_dir)})
@@ -108,29 +115,29 @@ def train_and_resume(config: Config, run_dir: Path, placement: Placement) -> lis
 
     def dying(entry: dict[str, Any]) -> None:
         cut.append(entry)
-        if entry["step"] == 3:
+        if entry["step"] == CUT_AFTER:
             raise KilledError
 
     with pytest.raises(KilledError):
         sft.train(config, placement, dying)
     resumed: list[dict[str, Any]] = []
     result = sft.train(config, placement, resumed.append)
-    assert result["num_steps"] == 4
+    assert result["num_steps"] == 10
     assert result["held_out_before"] > result["held_out_after"]
     return [whole, resumed]
 
 
 def check_resumed(whole: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
-    """Assert that the second start began after the checkpoint of step 2 and went on as if nothing had happened."""
-    assert [entry["step"] for entry in resumed] == [3, 4]
+    """Assert that the second start began after the checkpoint of step 4 and went on as if nothing had happened."""
+    assert [entry["step"] for entry in resumed] == RESUMED_STEPS
     for key in ("loss", "grad_norm", "learning_rate"):
-        assert_equal(key, [entry[key] for entry in resumed], [entry[key] for entry in whole[2:]])
+        assert_equal(key, [entry[key] for entry in resumed], [entry[key] for entry in whole[4:]])
 
 
 @pytest.mark.slow
 def test_one_process_equals_plain_peft(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
-    config = make_config(tmp_path, "run", rows=4, train={"track_nfn_every": 2})
+    config = make_config(tmp_path, "run", rows=4, train={"track_nfn_every": 5})
     check(run_stages(config), config)
 
 
@@ -139,13 +146,13 @@ def test_resumes_where_it_was_cut_off(tmp_path: Path) -> None:
     placement = make_placement(tiny("llama"))
     config = make_config(tmp_path, "whole", rows=13)
     whole, resumed = train_and_resume(config, tmp_path / "cut", placement)
-    assert len({round(entry["loss"], 4) for entry in whole}) == 4, "every step has rows of its own"
+    assert len({round(entry["loss"], 4) for entry in whole}) == 10, "every step has rows of its own"
     check_resumed(whole, resumed)
 
 
 def _zero3(rank: int, directory: str) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
     path, layout = Path(directory), {"backend": "deepspeed", "dp": 2, "zero_stage": 3}
-    found = run_stages(make_config(path, "run", rows=4, train={"track_nfn_every": 2}, **layout))
+    found = run_stages(make_config(path, "run", rows=4, train={"track_nfn_every": 5}, **layout))
     placement = Placement.from_file(path / "run" / "placement.json")
     return found, train_and_resume(make_config(path, "whole", rows=13, **layout), path / "cut", placement)
 
@@ -165,16 +172,32 @@ def test_two_ranks_at_zero_3_equal_plain_peft_and_resume(tmp_path: Path) -> None
     assert_equal("loss", [entry["loss"] for entry in whole], [entry["loss"] for entry in one_process])
 
 
-def test_packing_is_refused_where_it_would_mix_samples(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "run", rows=4, train={"packing": True})
-    with pytest.raises(ConfigError, match=r"train\.packing=true is not possible"):
-        sft.train(config, make_placement(tiny("llama")), lambda entry: None)
+class Unpacked:
+    """The rows of a packed training, each example alone in its micro-batch."""
+
+    def __init__(self, config: Config) -> None:
+        self._packed = TrainingData(config, load_tokenizer(config.model))
+        self._per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+        self.held_out = self._packed.held_out
+
+    def batch(self, step: int, dp_rank: int, dp_size: int) -> list[dict[str, torch.Tensor]]:
+        rows = [self._packed._at(step * self._per_step + index) for index in range(self._per_step)]
+        assert max(len(row) for row in rows) > 1, "nothing was packed"
+        return [collate([[example]], 0) for row in rows for example in row]
 
 
-def test_tracking_is_refused_for_the_other_engines(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "run", rows=4, train={"track_nfn_every": 1}, backend="deepspeed", tp=2)
-    with pytest.raises(ConfigError, match=r"train\.track_nfn_every is 1, but sft with parallel.backend 'deepspeed'"):
-        sft.train(config, make_placement(tiny("llama")), lambda entry: None)
+def test_packed_samples_do_not_see_each_other(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    placement = make_placement(tiny("llama"))
+    packing = {"packing": True, "max_length": 40, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    config = make_config(tmp_path, "run", rows=40, train=packing)
+    log: list[dict[str, Any]] = []
+    result = sft.train(config, placement, log.append)
+    expected = reference(tiny("llama"), config, placement, Unpacked(config))
+    assert_equal("loss", [entry["loss"] for entry in log], expected["losses"])
+    assert_equal("grad_norm", [entry["grad_norm"] for entry in log], expected["norms"])
+    check_adapter(expected, Path(result["adapter"]), "llama")
+    assert all(entry["tokens_per_second"] > 0 for entry in log)
 
 
 def test_only_the_chosen_modules_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

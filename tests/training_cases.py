@@ -22,14 +22,16 @@ from plop_dist.types import DataInfo, ModelInfo, ModuleScore, Placement, Scores,
 from tests.models import random_tokens
 
 TYPES = ("v_proj", "up_proj", "down_proj")
+CUT_AFTER = 7  # steps, and hence after the checkpoint of step 4
+RESUMED_STEPS = [5, 6, 7, 8, 9, 10]
 
 
 def make_config(
     model: str | Path, run_dir: str | Path, *, train: dict[str, Any] | None = None, **parallel: Any
 ) -> Config:
-    """Return a configuration of 4 short steps with clipping that bites, warm-up and decay."""
-    options = {"method": "sft", "max_steps": 4, "learning_rate": 0.01, "warmup_steps": 1, "max_grad_norm": 0.3,
-               "micro_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2, "seed": 5}  # fmt: skip
+    """Return a configuration of 10 short steps with clipping that bites, warm-up and decay."""
+    options = {"method": "sft", "max_steps": 10, "learning_rate": 0.01, "warmup_steps": 1, "max_grad_norm": 0.3,
+               "micro_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 4, "seed": 5}  # fmt: skip
     return parse_config(
         {
             "run_dir": str(run_dir),
@@ -225,7 +227,10 @@ def prepare(directory: Path, family: str, types: tuple[str, ...] = TYPES, **over
 
 
 def check_run(expected: dict[str, Any], found: dict[str, Any], directory: Path, family: str, **overrides: Any) -> None:
-    """Assert that losses, norms, held-out loss and the saved adapter are those of the reference."""
+    """Assert that losses, norms, gradients, held-out loss and the saved adapter are those of the reference."""
+    for step, gradients in enumerate(found.get("gradients", ())):
+        for name, gradient in gradients.items():
+            assert_equal(f"step {step} {name}", gradient, expected["gradients"][step][name])
     losses = [record["loss"] for record in found["records"]]
     assert_equal("loss", losses, expected["losses"][-len(losses) :])
     assert_equal("grad_norm", [record["grad_norm"] for record in found["records"]], expected["norms"][-len(losses) :])

@@ -41,17 +41,21 @@ def load(config: Config) -> HFModel:
     }
     engine = deepspeed.initialize(model=module, config=settings)[0]
     engine.eval()
-    model = _scorable(engine.module, twin, needs_head(config.placement.exclude))
+    model = scorable(engine.module, twin, needs_head(config.placement.exclude))
     model.release = engine.destroy
     return model
 
 
 def wrap(engine: Any, exclude: Sequence[str]) -> HFModel:
     """Return a host's AutoTP engine (ZeRO 0 or 1) as the collector sees it. Collective over the world."""
-    return _scorable(engine.module, meta_twin(engine.module), needs_head(list(exclude)))
+    return scorable(engine.module, meta_twin(engine.module), needs_head(list(exclude)))
 
 
-def _scorable(module: nn.Module, twin: nn.Module, with_head: bool) -> HFModel:
+def scorable(module: nn.Module, twin: nn.Module, with_head: bool) -> HFModel:
+    """Return a model that AutoTP has sharded as the collector sees it; adapters may wrap its linears. Collective.
+
+    twin: the unsharded model on the meta device.
+    """
     from deepspeed.utils import groups
 
     group = groups.get_tensor_model_parallel_group()

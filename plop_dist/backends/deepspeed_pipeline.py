@@ -6,6 +6,7 @@ a loss, and would compute logits that nothing needs.
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plop_dist.backends.hf_load import load_model, meta_model, needs_head
-from plop_dist.backends.hf_model import pick_device
+from plop_dist.backends.hf_model import is_packed, pick_device
 from plop_dist.backends.transformers import whole_sites
 from plop_dist.config import Config, ModelConfig
 from plop_dist.errors import LayoutError, ModelError
@@ -75,7 +76,7 @@ class PipelineModel:
     """ScorableModel over one stage of a pipeline.
 
     layers: this stage's, in order. grid: DeepSpeed's PipelineParallelGrid. twin: the whole model on the meta device,
-    which gives names and global sizes; it is taken apart.
+    which gives names and global sizes; it stays as it is. Adapters may wrap linears of the layers.
     """
 
     def __init__(self, layers: Sequence[_StageLayer], grid: Any, twin: Any, with_head: bool) -> None:
@@ -85,7 +86,7 @@ class PipelineModel:
         self._num_parameters = sum(parameter.numel() for parameter in twin.parameters())
         parameter = next(parameter for layer in layers for parameter in layer.parameters())
         self.device, self._dtype = parameter.device, parameter.dtype
-        self.sites = whole_sites(_only_here(twin, layers), with_head)
+        self.sites = whole_sites(_only_here(copy.deepcopy(twin), layers), with_head, twin=twin)
         stage, self.micro_batches_per_step = grid.get_stage_id(), grid.pipe_parallel_size
         replica, num_replicas = grid.get_data_parallel_rank(), grid.data_parallel_size
         self.groups = Groups(
@@ -176,8 +177,8 @@ class DecoderLayer(_StageLayer):
 
         hidden, position_ids, attention_mask = inputs
         make_mask = create_sliding_window_causal_mask if self.is_sliding else create_causal_mask
-        # A mask without padding is left out, as in loop.model_inputs: then packed samples are kept apart.
-        padding = None if bool(attention_mask.all()) else attention_mask
+        # transformers keeps packed samples apart only without a mask; padding behind them is out of their sight anyway.
+        padding = None if is_packed(position_ids, attention_mask) else attention_mask
         mask = make_mask(
             config=self.config, inputs_embeds=hidden, attention_mask=padding, past_key_values=None,
             position_ids=position_ids,

@@ -91,16 +91,21 @@ def _mask(micro_batch: MicroBatch) -> Tensor | None:
     mask, positions = micro_batch.attention_mask, micro_batch.position_ids
     if positions is None:
         return mask
-    is_real = mask != 0
-    restarts = (positions[:, 1:] <= positions[:, :-1]) & is_real[:, 1:] & is_real[:, :-1]
-    if not restarts.any():
+    if not is_packed(positions, mask):
         return mask
-    if not is_real.all():
+    if not mask.all():
         raise DataError(
             "a micro-batch has packed rows (position_ids that start again within a row) and padding; transformers "
             "keeps packed samples apart only without padding: fill the rows, or pass one sample per row."
         )
     return None
+
+
+def is_packed(position_ids: Tensor, attention_mask: Tensor) -> bool:
+    """Tell whether a row holds several samples: its positions start again. Both (b, s) int64."""
+    is_real = attention_mask != 0
+    restarts = (position_ids[:, 1:] <= position_ids[:, :-1]) & is_real[:, 1:] & is_real[:, :-1]
+    return bool(restarts.any())
 
 
 def headless(module: nn.Module) -> nn.Module:

@@ -43,17 +43,21 @@ def load(config: Config) -> HFModel:
     _check_layout(twin, parallel.tp)
     mesh = init_device_mesh(device.type, (parallel.dp, parallel.tp), mesh_dim_names=("dp", "tp"))
     module = load_model(config.model, tp_plan="auto", device_mesh=mesh)
-    return _scorable(module, twin, mesh["tp"].get_group(), with_head)
+    return scorable(module, twin, mesh["tp"].get_group(), with_head)
 
 
 def wrap(model: Any, exclude: Sequence[str]) -> HFModel:
     """Return a host's model, loaded with tp_plan="auto", as the collector sees it. Collective over the world."""
     mesh = model._device_mesh
     group = (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
-    return _scorable(model, meta_twin(model), group, needs_head(list(exclude)))
+    return scorable(model, meta_twin(model), group, needs_head(list(exclude)))
 
 
-def _scorable(module: nn.Module, twin: nn.Module, group: dist.ProcessGroup, with_head: bool) -> HFModel:
+def scorable(module: nn.Module, twin: nn.Module, group: dist.ProcessGroup, with_head: bool) -> HFModel:
+    """Return a model sharded by its plan as the collector sees it; adapters may wrap its linears. Collective.
+
+    twin: the unsharded model on the meta device. group: the tensor-parallel ranks.
+    """
     experts = find_expert_sites(module)
     sites = shard_sites(twin, module, _shard_of, group, with_head=with_head, observe_last=True)
     num_parameters = sum(parameter.numel() for parameter in twin.parameters())

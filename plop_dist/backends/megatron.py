@@ -52,28 +52,35 @@ class MegatronBackend:
         MissingExtraError, LayoutError and ModelError.
         """
         chunks, bridge = load_chunks(config)
-        hf_config = load_hf_config(config.model)
-        whole = meta_model(config.model, hf_config)
-        with_head = needs_head(config.placement.exclude)
-        known = {item.fqn: item for site in whole_sites(whole, with_head) for item in site.projections}
-        model = MegatronModel(
-            chunks,
-            bridge_names(bridge._model_bridge.mapping_registry()),
-            with_head=with_head,
-            known=known,
-            vocab_size=hf_config.vocab_size,
-            architecture=type(whole).__name__,
-            num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
-        )
-        check_projections((item.fqn for site in model.sites for item in site.projections), known, config)
-        return model
+        return describe_chunks(chunks, bridge, config, needs_head(config.placement.exclude))
+
+
+def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, with_head: bool) -> MegatronModel:
+    """Return what load_chunks loaded as the collector sees it; adapters may wrap its linears. Collective."""
+    hf_config = load_hf_config(config.model)
+    whole = meta_model(config.model, hf_config)
+    known = {item.fqn: item for site in whole_sites(whole, with_head) for item in site.projections}
+    model = MegatronModel(
+        chunks,
+        bridge_names(bridge._model_bridge.mapping_registry()),
+        with_head=with_head,
+        known=known,
+        vocab_size=hf_config.vocab_size,
+        architecture=type(whole).__name__,
+        num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
+    )
+    check_projections((item.fqn for site in model.sites for item in site.projections), known, config)
+    return model
 
 
 def wrap(chunks: Sequence[nn.Module], exclude: Sequence[str] = ("lm_head",)) -> ScorableModel:
     """Return a host's own Megatron model list as a ScorableModel; Megatron-Bridge is not needed. Collective.
 
     Mode, hooks, random state and gradients are left alone. exclude: with lm_head in it the logits are not computed.
+    Raises ModelError for a model that carries adapters: their weights are not in those that are scored.
     """
+    if any(hasattr(module, "to_wrap") for chunk in chunks for module in chunk.modules()):
+        raise ModelError("the model already carries Megatron-Bridge's adapters; score it before they are added.")
     return MegatronModel(list(chunks), conventional_names, with_head=needs_head(list(exclude)))
 
 

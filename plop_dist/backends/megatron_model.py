@@ -157,6 +157,7 @@ class MegatronModel:
                             tp_rank=self._tp_rank,
                             tp_size=self._tp_size,
                             is_sequence_parallel=self._is_sp,
+                            called=linear.called,
                         )
                     )
         return sites

@@ -47,7 +47,10 @@ class Part:
 
 @dataclass(frozen=True)
 class NamedLinear:
-    """A linear of this rank. path: the local one; parts: what it holds; expert: global index of a routed expert."""
+    """A linear of this rank. path: the local one; parts: what it holds; expert: global index of a routed expert.
+
+    called: what the model calls, the linear itself or the adapter's wrapper around it.
+    """
 
     path: str
     module: nn.Module
@@ -55,6 +58,7 @@ class NamedLinear:
     expert: int | None = None
     router: str | None = None
     slot: int | None = None  # which weight of a grouped linear
+    called: nn.Module | None = None
 
     @property
     def fqns(self) -> list[str]:
@@ -65,21 +69,24 @@ class NamedLinear:
 def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HFNames) -> Iterator[NamedLinear]:
     """Yield every linear of one model chunk under its Hugging Face names, each routed expert apart.
 
-    Multi-token-prediction layers are left out: Hugging Face models do not have them. hf_names: see `conventional_names`
+    Multi-token-prediction layers are left out: Hugging Face models do not have them. So are the linears of adapters;
+    what Megatron-Bridge's wrapper wraps goes by the wrapper's path. hf_names: see `conventional_names`
     and `bridge_names`.
     """
     modules = dict(model.named_modules())
     for path, module in modules.items():
         kind = linear_kind(module)
-        if kind is None or ".mtp." in f".{path}.":
+        if kind is None or ".mtp." in f".{path}." or ".adapter." in path:
             continue
+        path = path.removesuffix(".to_wrap")
         global_path = _global_path(path, modules)
         router = _router_path(path, global_path)
         if kind.startswith("grouped"):
             first = ep_rank * module.num_gemms
             for slot in range(module.num_gemms):
                 names = _names(hf_names, f"{global_path}.weight{first + slot}", global_path)
-                yield NamedLinear(path, module, _parts(path, names, module, config), first + slot, router, slot)
+                parts = _parts(path, names, module, config)
+                yield NamedLinear(path, module, parts, first + slot, router, slot, modules[path])
             continue
         match = _LOCAL_EXPERT.search(global_path)
         expert = None
@@ -88,7 +95,8 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
             expert = ep_rank * num_local + int(match.group(1))
             global_path = f"{global_path[: match.start(1)]}{expert}{global_path[match.end(1) :]}"
         names = _names(hf_names, f"{global_path}.weight", global_path)
-        yield NamedLinear(path, module, _parts(path, names, module, config), expert, router if match else None)
+        parts = _parts(path, names, module, config)
+        yield NamedLinear(path, module, parts, expert, router if match else None, called=modules[path])
 
 
 def router_fqn(router: str, hf_names: HFNames) -> str:

@@ -23,7 +23,8 @@ class MegatronSite:
 
     blocks: the projections in this rank's output rows. kind: see megatron_names.linear_kind. tp_rank and tp_size: of
     the group that shards it. is_sequence_parallel: whether its input (column) or output (row) is this rank's share of
-    the tokens. num_rows: how many local output rows are real, where a vocabulary is padded.
+    the tokens. num_rows: how many local output rows are real, where a vocabulary is padded. called: the adapter's
+    wrapper around the module, if there is one, whose output holds the adapter's part.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class MegatronSite:
         is_sequence_parallel: bool = False,
         weight: Callable[[], Tensor] | None = None,
         num_rows: int | None = None,
+        called: nn.Module | None = None,
     ) -> None:
+        self._called = called or module
         self.module, self.blocks, self.kind = module, tuple(blocks), kind
         self.projections: tuple[Projection, ...] = tuple(block.projection for block in blocks)
         self.group = "tp"
@@ -53,19 +56,19 @@ class MegatronSite:
     def attach(self, recorder: Recorder) -> Callable[[], None]:
         """Install the hook and return the function that removes it."""
 
-        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             z = _first(args, kwargs)
-            y = self._own_rows(_without_bias(module, output))
+            y = self._own_rows(_without_bias(self.module, output))
             recorder.record(
                 self,
-                _in_sq(module, z, recorder),
+                _in_sq(self.module, z, recorder),
                 [local_sq_norm(block.take(y)) for block in self.blocks],
                 in_part=self._in_part,
                 out_part=self._out_part,
                 leading_shape=z.shape[:-1],
             )
 
-        return self.module.register_forward_hook(observe, prepend=True, with_kwargs=True).remove
+        return self._called.register_forward_hook(observe, prepend=True, with_kwargs=True).remove
 
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:

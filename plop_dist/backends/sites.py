@@ -21,6 +21,9 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 class LinearSite:
     """A module that reads z as its first argument and returns W z (+ bias), or a tuple that begins with it.
 
+    A module that an adapter wraps is observed around the wrapper, so that the gain is that of both together; the weight
+    is the wrapped one's.
+
     blocks: the logical projections inside it. in_part and out_part: WHOLE, or PARTIAL where this rank sees a shard of
     the features. bias_in_output: whether the output holds the module's bias (which is not part of the gain).
     is_sharded and in_index describe its weight as LocalWeight does. gather: gives whole parameters where they are
@@ -40,7 +43,7 @@ class LinearSite:
         gather: Gather | None = None,
         observe_last: bool = False,
     ) -> None:
-        self.module = linear.module
+        self.path, self.module, self._base = linear.path, linear.module, wrapped(linear.module)
         self.blocks: Sequence[Block] = linear.blocks
         self.projections = tuple(block.projection for block in linear.blocks)
         self.group = group
@@ -51,14 +54,22 @@ class LinearSite:
         self._observe_last = observe_last
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
-        """Install the hook and return the function that removes it."""
+        """Install the hook and return the function that removes it.
 
-        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        Collective for a wrapped module whose parameters are partitioned.
+        """
+        kept = None
+        if self._gather is not None and self._base is not self.module and self._base.bias is not None:
+            # A wrapper ends after its inner module did, which by then has given its parameters back.
+            with self._gather([self._base.bias]):
+                kept = self._base.bias.detach().clone()
+
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             z = args[0] if args else next(iter(kwargs.values()))
             y = local(output[0] if isinstance(output, tuple) else output)
-            bias = getattr(module, "bias", None)
+            bias = getattr(self._base, "bias", None) if kept is None else kept
             if bias is None:
-                bias = getattr(module, "_bias", None)  # where transformers 5.12 keeps a row-parallel bias
+                bias = getattr(self._base, "_bias", None)  # where transformers 5.12 keeps a row-parallel bias
             if bias is not None:
                 y = y - local(bias)
             recorder.record(
@@ -77,13 +88,18 @@ class LinearSite:
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         """Give access to one LocalWeight per projection. Collective where parameters are partitioned."""
-        with self._gather([self.module.weight]) if self._gather else nullcontext():
-            weight = local(self.module.weight.detach())
+        with self._gather([self._base.weight]) if self._gather else nullcontext():
+            weight = local(self._base.weight.detach())
             weight_OI = weight.T if self._is_transposed else weight
             yield (
                 LocalWeight(block.projection, block.take_rows(weight_OI), self._is_sharded, self._in_index)
                 for block in self.blocks
             )
+
+
+def wrapped(module: Any) -> Any:
+    """Return the linear inside an adapter's wrapper, PEFT's, Megatron-Bridge's or ours, or the module itself."""
+    return getattr(module, "base_layer", None) or getattr(module, "to_wrap", None) or module
 
 
 def local(tensor: Any) -> Tensor:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from plop_dist.backends.hf_modules import LinearModule, find_linears
-from plop_dist.backends.sites import LinearSite, local
+from plop_dist.backends.sites import LinearSite, local, wrapped
 from plop_dist.errors import LayoutError
 from plop_dist.protocols import Groups, Part, Site
 
@@ -41,14 +41,15 @@ def shard_sites(
 ) -> list[Site]:
     """Return one site per linear of a sharded model. Collective over `tp_group`.
 
-    twin: the unsharded model on the meta device. shard_of(path, module): how a module is cut. observe_last: the
-    row-parallel sum is a hook on the module, as in transformers, rather than part of its forward.
+    twin: the unsharded model on the meta device. module: the sharded one, whose linears adapters may wrap.
+    shard_of(path, module): how a linear is cut. observe_last: the row-parallel sum is a hook on the module, as in
+    transformers, rather than part of its forward.
     Raises LayoutError for a fused linear whose shards are not whole periods of its projections.
     """
     linears = [linear for linear in find_linears(twin) if with_head or linear.blocks[0].projection.type != "lm_head"]
     linears = [replace(linear, module=module.get_submodule(linear.path)) for linear in linears]
-    shards = [shard_of(linear.path, linear.module) for linear in linears]
-    offsets = _row_offsets([linear.module for linear in linears], tp_group)
+    shards = [shard_of(linear.path, wrapped(linear.module)) for linear in linears]
+    offsets = _row_offsets([wrapped(linear.module) for linear in linears], tp_group)
     sites: list[Site] = []
     for linear, shard, (start, stop, total) in zip(linears, shards, offsets, strict=True):
         if shard is Shard.ROW:
@@ -103,10 +104,10 @@ def _check_row(linear: LinearModule, total: int) -> None:
 
 
 def _check_column(linear: LinearModule, shard: Shard, tp_group: dist.ProcessGroup) -> None:
-    rows = local(linear.module.weight).shape[0]
+    rows = local(wrapped(linear.module).weight).shape[0]
     is_cut = any(block.rows is not None and rows % block.rows.period for block in linear.blocks)
     is_gathered = shard is Shard.COLUMN_GATHERED
-    has_bias = getattr(linear.module, "bias", None) is not None
+    has_bias = getattr(wrapped(linear.module), "bias", None) is not None
     if is_cut or linear.is_transposed or (is_gathered and (has_bias or len(linear.blocks) > 1)):
         names = ", ".join(block.projection.type for block in linear.blocks)
         raise LayoutError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from plop_dist.backends.hf_experts import find_expert_sites
 from plop_dist.backends.hf_load import load_model, needs_head
 from plop_dist.backends.hf_model import HFModel, pick_device
-from plop_dist.backends.hf_modules import find_linears
+from plop_dist.backends.hf_modules import LinearModule, find_linears
 from plop_dist.backends.sites import Gather, LinearSite
 from plop_dist.config import Config
 from plop_dist.protocols import ScorableModel, Site
@@ -27,10 +29,20 @@ class TransformersBackend:
         return HFModel(module, whole_sites(module, with_head), with_head=with_head)
 
 
-def whole_sites(module: nn.Module, with_head: bool, gather: Gather | None = None) -> list[Site]:
+def whole_sites(
+    module: nn.Module, with_head: bool, gather: Gather | None = None, twin: nn.Module | None = None
+) -> list[Site]:
     """Return the sites of a model none of whose features are sharded.
 
-    gather: gives whole parameters where they are partitioned between forward passes (ZeRO-3, FSDP).
+    gather: gives whole parameters where they are partitioned between forward passes (ZeRO-3, FSDP). twin: where
+    adapters wrap linears of `module`, the same model without them, on the meta device; it may hold layers that
+    `module`, a stage, does not.
     """
-    linears = [linear for linear in find_linears(module) if with_head or linear.blocks[0].projection.type != "lm_head"]
+    linears = find_linears(module) if twin is None else _of_twin(twin, module)
+    linears = [linear for linear in linears if with_head or linear.blocks[0].projection.type != "lm_head"]
     return [*(LinearSite(linear, gather=gather) for linear in linears), *find_expert_sites(module, gather)]
+
+
+def _of_twin(twin: nn.Module, module: nn.Module) -> list[LinearModule]:
+    modules = {path: inner for path, inner in module.named_modules() if not isinstance(inner, nn.Identity)}
+    return [replace(linear, module=modules[linear.path]) for linear in find_linears(twin) if linear.path in modules]

@@ -44,6 +44,16 @@ class AdapterShard:
         """
         return self._whole(A, self.A_dim), self._whole(B, self.B_dim)
 
+    def local_product(self) -> Tensor:
+        """Return B A cut as the base weight is cut on this rank, (O_local, I_local), float32, on the CPU.
+
+        A row-parallel base (A sharded along I) holds columns of W, any other rows of it. Collective over `group`.
+        """
+        is_row = self.A_dim == 1
+        A = self._whole(self.A, None if is_row else self.A_dim)
+        B = self._whole(self.B, self.B_dim if is_row else None)
+        return B.float() @ A.float()
+
     def _whole(self, local: Tensor, dim: int | None) -> Tensor:
         if dim is None or self.group is None:
             return local.detach().cpu()
@@ -52,6 +62,18 @@ class AdapterShard:
         parts = [local.new_empty(shape) for shape in shapes]
         dist.all_gather(parts, local.detach().contiguous(), group=self.group)
         return torch.cat(parts, dim).cpu()
+
+
+def peft_shards(model: torch.nn.Module, adapter_name: str = "default") -> list[AdapterShard]:
+    """Return the adapters that PEFT has put into a model, whole, by the paths of the modules that they wrap.
+
+    model: without PeftModel around it (get_base_model()), or with adapters injected.
+    """
+    return [
+        AdapterShard(path, module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight)
+        for path, module in model.named_modules()
+        if adapter_name in getattr(module, "lora_A", {})
+    ]
 
 
 def save_peft_adapter(

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plop_dist.backends.hf_load import load_model, load_tokenizer
+from plop_dist.backends import deepspeed_autotp
+from plop_dist.backends.hf_load import load_model, load_tokenizer, meta_model
 from plop_dist.config import Config
 from plop_dist.training import loop
 from plop_dist.training.adapters import save_peft_adapter
@@ -105,6 +106,12 @@ class AutoTPEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what state() returned."""
         load_engine_state(self._engine, self._shards, state)
+
+    def tracked(self, with_head: bool) -> loop.Tracked:
+        """Return the adapted model for scoring. See loop.Engine."""
+        module = self._engine.module
+        model = deepspeed_autotp.scorable(module, meta_model(self._config.model), with_head)
+        return loop.Tracked(model, self._shards, [module])
 
     def save_adapter(self, directory: Path) -> None:
         """Write the whole adapter in PEFT's format. Collective over all ranks."""

@@ -130,6 +130,7 @@ class TrainingData:
         if not examples:
             raise DataError("no training row yields two tokens or more; check data.text_field and train.max_length.")
         self.sequences = pack(examples, train.max_length) if train.packing else [[example] for example in examples]
+        self._epoch, self._order = -1, list[int]()
         held_out = [[example] for example in encode(held_out_rows, config, tokenizer) if len(example.input_ids) > 1]
         size = train.micro_batch_size
         self.held_out = [
@@ -140,12 +141,17 @@ class TrainingData:
         """Return this replica's gradient_accumulation_steps micro-batches of one optimizer step."""
         size, accumulation = self._train.micro_batch_size, self._train.gradient_accumulation_steps
         per_step = size * accumulation * dp_size
-        chosen = [self._at(step * per_step + index) for index in range(per_step)]
-        micro = [chosen[start : start + size] for start in range(0, per_step, size)]
-        return [collate(rows, self._pad_id) for rows in micro[dp_rank::dp_size]]
+        first = step * per_step
+        micro = [range(start, start + size) for start in range(first, first + per_step, size)]
+        return [self.micro_batch(positions) for positions in micro[dp_rank::dp_size]]
+
+    def micro_batch(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """Return the rows at these places of the endless sequence of shuffled epochs, as collate does."""
+        return collate([self._at(position) for position in positions], self._pad_id)
 
     def _at(self, position: int) -> list[Example]:
         epoch, index = divmod(position, len(self.sequences))
-        order = list(range(len(self.sequences)))
-        random.Random(f"{self._train.seed}:{epoch}").shuffle(order)
-        return self.sequences[order[index]]
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self.sequences)))
+            random.Random(f"{self._train.seed}:{epoch}").shuffle(self._order)
+        return self.sequences[self._order[index]]

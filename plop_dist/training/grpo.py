@@ -122,7 +122,7 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
 
     from plop_dist.backends.hf_load import load_tokenizer
     from plop_dist.training.data import split_rows
-    from plop_dist.training.track import add_tracker
+    from plop_dist.training.track_trl import add_tracker
 
     train = config.train
     rows, _ = split_rows(config)

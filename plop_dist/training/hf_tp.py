@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from plop_dist.backends.hf_load import load_model, load_tokenizer
+from plop_dist.backends import hf_tp as backend
+from plop_dist.backends.hf_load import load_model, load_tokenizer, meta_model
 from plop_dist.config import Config
 from plop_dist.errors import PlacementError
 from plop_dist.training import loop
@@ -80,6 +81,12 @@ class HFTensorParallelEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what state() returned."""
         self._optimizer.load_state(state)
+
+    def tracked(self, with_head: bool) -> loop.Tracked:
+        """Return the adapted model for scoring. See loop.Engine."""
+        base = self._model.get_base_model()
+        model = backend.scorable(base, meta_model(self._config.model), self._tp_group, with_head)
+        return loop.Tracked(model, self._shards, [base])
 
     def save_adapter(self, directory: Path) -> None:
         """Write the whole adapter in PEFT's format. Collective over all ranks."""

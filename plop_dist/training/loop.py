@@ -6,16 +6,22 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from plop_dist.backends.hf_load import load_tokenizer
+from plop_dist.backends.hf_model import is_packed
 from plop_dist.config import Config, TrainConfig
+from plop_dist.protocols import ScorableModel
+from plop_dist.training.adapters import AdapterShard
 from plop_dist.training.checkpoint import Checkpoints, fingerprint
+from plop_dist.training.track import NfnTracker, with_head
 from plop_dist.types import Placement
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, position_ids: (batch, sequence) int64
@@ -30,6 +36,19 @@ class Data(Protocol):
     def batch(self, step: int, dp_rank: int, dp_size: int) -> Sequence[Batch]:
         """Return this replica's micro-batches of one optimizer step."""
         ...
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """An engine's adapted model as it is scored.
+
+    model: its sites observe what training calls. shards: this rank's adapters. modules: what switches between training
+    and evaluation.
+    """
+
+    model: ScorableModel
+    shards: Sequence[AdapterShard]
+    modules: Sequence[nn.Module]
 
 
 class Engine(Protocol):
@@ -62,6 +81,10 @@ class Engine(Protocol):
         """Continue from what state() returned."""
         ...
 
+    def tracked(self, with_head: bool) -> Tracked:
+        """Return the model as it trains for scoring; with_head: the LM head too."""
+        ...
+
     def save_adapter(self, directory: Path) -> None:
         """Write the whole adapter in PEFT's format with Hugging Face names."""
         ...
@@ -76,10 +99,13 @@ def run(
     Collective over all ranks.
     """
     train, directory = config.train, config.run_path / "train"
+    tracker = _tracker(engine, config, placement)
     checkpoints = Checkpoints(directory / "checkpoints", fingerprint(config, placement))
     last = checkpoints.load_last()
     if last is None:
         start, progress = 0, {"held_out_before": evaluate(engine, data.held_out)}
+        if tracker is not None:
+            log({"step": 0, "nfn": tracker.score()})
     else:
         start, state, progress = last
         engine.load_state(state)
@@ -99,6 +125,8 @@ def run(
                 "tokens_per_second": num_tokens / (time.perf_counter() - began),
             }
         )
+        if tracker is not None and (step + 1) % (train.track_nfn_every or 1) == 0:
+            log({"step": step + 1, "nfn": tracker.score()})
         if (step + 1) % train.save_steps == 0 or step + 1 == train.max_steps:
             checkpoints.save(step + 1, engine.state(), progress)
     held_out_after = evaluate(engine, data.held_out)
@@ -160,14 +188,15 @@ def count_targets(batch: Batch) -> int:
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """Return the arguments of a transformers model's forward pass for this micro-batch.
 
-    A mask without padding is left out: then transformers keeps packed samples apart by their position_ids.
+    Packed rows go without a mask: only then transformers keeps samples apart, by their position_ids. Padding, always on
+    the right, is out of the real tokens' sight even so.
     """
     inputs: dict[str, Any] = {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
         "use_cache": False,
     }
-    if not bool(batch["attention_mask"].all()):
+    if not is_packed(batch["position_ids"], batch["attention_mask"]):
         inputs["attention_mask"] = batch["attention_mask"]
     return inputs
 
@@ -179,6 +208,14 @@ def sum_over(group: dist.ProcessGroup | None, *values: float, device: torch.devi
     totals = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(totals, group=group)
     return totals.tolist()
+
+
+def _tracker(engine: Engine, config: Config, placement: Placement) -> NfnTracker | None:
+    if config.train.track_nfn_every is None:
+        return None
+    tracked = engine.tracked(with_head(placement))
+    tokenizer = load_tokenizer(config.model)
+    return NfnTracker(config, placement, tokenizer, tracked.model, tracked.shards, tracked.modules)
 
 
 def _totals(engine: Engine, micro_batches: Sequence[Batch]) -> tuple[float, int]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from plop_dist.backends.hf_load import load_tokenizer, meta_model
-from plop_dist.backends.megatron import load_chunks
+from plop_dist.backends.megatron import describe_chunks, load_chunks
 from plop_dist.backends.megatron_model import context_share, left_justify, unwrap
 from plop_dist.config import Config
 from plop_dist.errors import LayoutError, PlacementError
@@ -105,6 +105,11 @@ class MegatronEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what state() returned."""
         self._optimizer.load_state(state)
+
+    def tracked(self, with_head: bool) -> loop.Tracked:
+        """Return the adapted chunks for scoring. See loop.Engine."""
+        model = describe_chunks(self._chunks, self._bridge, self._config, with_head)
+        return loop.Tracked(model, self._shards, self._chunks)
 
     def save_adapter(self, directory: Path) -> None:
         """Write the adapter through Bridge in PEFT's format, and Megatron's own checkpoint. Collective."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from plop_dist.backends.deepspeed_pipeline import pipeline_layers
-from plop_dist.backends.hf_load import load_model, load_tokenizer
+from plop_dist.backends.deepspeed_pipeline import PipelineModel, pipeline_layers
+from plop_dist.backends.hf_load import load_model, load_tokenizer, meta_model
 from plop_dist.config import Config
 from plop_dist.errors import LayoutError
 from plop_dist.training import loop
-from plop_dist.training.adapters import AdapterShard, check_complete, lora_config, save_peft_adapter
+from plop_dist.training.adapters import check_complete, lora_config, peft_shards, save_peft_adapter
 from plop_dist.training.deepspeed_engine import (
     adamw,
     deepspeed_config,
@@ -66,7 +66,10 @@ class PipelineEngine:
         model.requires_grad_(False)
         inject_adapter_in_model(lora_config(placement, config), model)
         reset_peft_adapter(model, config.train.seed)
-        shards = _whole_shards(model)
+        shards = peft_shards(model)
+        for parameter in parameters_of(shards):
+            # DeepSpeed's ZeRO norm counts unmarked parameters on the first stage alone.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         check_complete({shard.fqn for shard in shards}, placement)
         self._total, self._scale = 0.0, 1.0
         pipe = PipelineModule(
@@ -80,6 +83,7 @@ class PipelineEngine:
         own = {id(parameter) for parameter in pipe.parameters()}
         self._shards = [shard for shard in shards if id(shard.A) in own]
         self._check_stages()
+        self._pipe = pipe
         parameters = parameters_of(self._shards)
         self._engine = deepspeed.initialize(
             model=pipe,
@@ -124,6 +128,12 @@ class PipelineEngine:
         """Continue from what state() returned."""
         load_engine_state(self._engine, self._shards, state)
 
+    def tracked(self, with_head: bool) -> loop.Tracked:
+        """Return the adapted stage for scoring. See loop.Engine."""
+        grid = self._engine.grid
+        model = PipelineModel(list(self._pipe.forward_funcs), grid, meta_model(self._config.model), with_head)
+        return loop.Tracked(model, self._shards, [self._pipe])
+
     def save_adapter(self, directory: Path) -> None:
         """Write the whole adapter in PEFT's format. Collective over all ranks."""
         save_peft_adapter(directory, self._shards, self._placement, self._config, owns=self.dp_rank == 0)
@@ -154,17 +164,6 @@ class PipelineEngine:
                 f"parallel.pp is {self._config.parallel.pp}, but rank {counts.index(0)}'s stage holds no chosen "
                 "module; use a smaller parallel.pp, parallel.tp instead, or placement.granularity=type."
             )
-
-
-def _whole_shards(model: nn.Module) -> list[AdapterShard]:
-    shards = []
-    for fqn, module in model.named_modules():
-        if "default" in getattr(module, "lora_A", {}):
-            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-            # DeepSpeed's ZeRO norm counts unmarked parameters on the first stage alone.
-            A.tensor_model_parallel = B.tensor_model_parallel = True
-            shards.append(AdapterShard(fqn, A, B))
-    return shards
 
 
 def _as_pipe_input(batch: loop.Batch) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:

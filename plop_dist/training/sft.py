@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plop_dist.config import Config
-from plop_dist.errors import ConfigError
 from plop_dist.training.trl_common import (
     Log,
     LogCallback,
@@ -22,6 +21,8 @@ from plop_dist.training.trl_common import (
 )
 from plop_dist.types import Placement
 
+_NUM_TOKENS = "num_tokens"
+
 
 def train(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
     """Train the placement's adapters; returns held_out_before, held_out_after, num_steps, adapter.
@@ -29,12 +30,6 @@ def train(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
     Collective over all ranks. Raises UserError for what a layout cannot train.
     """
     parallel = config.parallel
-    if config.train.track_nfn_every and (parallel.backend == "megatron" or parallel.tp > 1 or parallel.pp > 1):
-        raise ConfigError(
-            f"train.track_nfn_every is {config.train.track_nfn_every}, but sft with parallel.backend "
-            f"'{parallel.backend}', tp {parallel.tp} and pp {parallel.pp} cannot score while it trains; leave it out, "
-            "or use one rank or DeepSpeed's ZeRO."
-        )
     if parallel.backend == "megatron":
         return importlib.import_module("plop_dist.training.megatron").train(config, placement, log)
     if parallel.backend == "deepspeed" and parallel.tp > 1:
@@ -53,29 +48,38 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
 
     from plop_dist.backends.hf_load import load_tokenizer
     from plop_dist.training.data import TrainingData
-    from plop_dist.training.track import add_tracker
+    from plop_dist.training.loop import model_inputs
+    from plop_dist.training.track_trl import add_tracker
 
-    if config.train.packing:
-        raise ConfigError(
-            "train.packing=true is not possible with data-parallel or ZeRO SFT (TRL packs only with flash attention); "
-            "set train.packing=false, or shard the model by tp or pp."
-        )
     tokenizer = load_tokenizer(config.model)
     data = TrainingData(config, tokenizer)
     directory = config.run_path / "train" / "checkpoints"
     resume = last_checkpoint(directory, config, placement)
-    examples = [example for (example,) in data.sequences]
-    replicas = dist.get_world_size() if dist.is_initialized() else 1
     arguments = SFTConfig(
         **trainer_arguments(config, directory),
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        # An epoch's odd rows would be filled up differently for every number of replicas.
-        dataloader_drop_last=len(examples) >= config.train.micro_batch_size * replicas,
+        train_sampling_strategy="sequential",
     )
     model = adapted_model(config, placement)
-    dataset = Dataset.from_dict({"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]})
+    # The places in our own order of rows, which the micro-batches of all ranks take in turn: that of every engine.
+    train, replicas = config.train, dist.get_world_size() if dist.is_initialized() else 1
+    per_step = train.micro_batch_size * train.gradient_accumulation_steps * replicas
+    dataset = Dataset.from_dict({"position": range(train.max_steps * per_step)})
+
+    def collate(rows: Sequence[dict[str, int]]) -> dict[str, Any]:
+        batch = data.micro_batch([row["position"] for row in rows])
+        inputs = {name: value for name, value in model_inputs(batch).items() if name != "use_cache"}
+        return {**inputs, "labels": batch["labels"], _NUM_TOKENS: batch["attention_mask"].sum()}
+
+    class Trainer(SFTTrainer):
+        """Counts tokens without padding, packed or not."""
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(inputs.pop(_NUM_TOKENS)).sum())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
     held_out: dict[str, float] = {}
     mark = directory / "held_out_before.txt"
 
@@ -93,10 +97,11 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             held_out["after"] = _held_out_loss(trainer, data.held_out)
 
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
+        data_collator=collate,
         processing_class=tokenizer,
         callbacks=[LogCallback(log), HeldOut()],
     )

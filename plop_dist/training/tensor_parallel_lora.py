@@ -34,7 +34,8 @@ class TensorParallelLoRA(nn.Module):
         rank: int, scaling: float, dropout: float, seed: int,
     ):  # fmt: skip
         super().__init__()
-        self.base, self.fqn, self.kind, self.sizes, self.group, self.scaling = base, fqn, kind, sizes, group, scaling
+        self.base_layer, self.fqn, self.kind = base, fqn, kind
+        self.sizes, self.group, self.scaling = sizes, group, scaling
         self.dropout = nn.Dropout(dropout)
         local_out, local_in = base.weight.shape
         in_features = sum(sizes) if kind == "row" else local_in
@@ -46,8 +47,8 @@ class TensorParallelLoRA(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output, same shape and dtype, with the adapter's part added."""
-        y = self.base(x, *args, **kwargs)
-        h = linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)
+        y = self.base_layer(x, *args, **kwargs)
+        h = linear(self._dropped(x).to(self.lora_A.dtype), self.lora_A)
         if self.kind == "row":
             h = _ReduceFrom.apply(h, self.group)
         elif self.kind == "column":
@@ -59,8 +60,15 @@ class TensorParallelLoRA(nn.Module):
         A_dim, B_dim = (1 if self.kind == "row" else None), (0 if self.kind == "column" else None)
         return AdapterShard(self.fqn, self.lora_A, self.lora_B, A_dim, B_dim, self.sizes, self.group)
 
+    def _dropped(self, x: Tensor) -> Tensor:
+        if self.kind != "row" or not self.training or self.dropout.p == 0:
+            return self.dropout(x)
+        # Drawn for the whole width: shards may differ in theirs, and ranks that draw unequally often drift apart.
+        mask = self.dropout(x.new_ones(*x.shape[:-1], sum(self.sizes)))
+        return x * mask.split(self.sizes, dim=-1)[dist.get_rank(self.group)]
+
     def _parameter(self, value: Tensor, is_sharded: bool) -> nn.Parameter:
-        parameter = nn.Parameter(value.to(self.base.weight.device, copy=True).contiguous())
+        parameter = nn.Parameter(value.to(self.base_layer.weight.device, copy=True).contiguous())
         # DeepSpeed counts unmarked parameters once per tensor-parallel group when it clips gradients.
         parameter.tensor_model_parallel = is_sharded  # type: ignore[attr-defined]
         return parameter

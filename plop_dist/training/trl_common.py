@@ -104,19 +104,22 @@ def last_checkpoint(directory: Path, config: Config, placement: Placement) -> st
 
 
 class LogCallback(TrainerCallback):
-    """Hands the Trainer's own log entries to ours, under our names."""
+    """Hands the Trainer's own log entries to ours, under our names; state.num_input_tokens_seen gives the speed."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._last = time.perf_counter()
+        self._began, self._num_tokens = 0.0, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note what the step begins with."""
+        self._began, self._num_tokens = time.perf_counter(), state.num_input_tokens_seen
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Write one step's entry."""
         if not logs or not {"loss", "reward"} & logs.keys():
             return
-        now = time.perf_counter()
-        entry: dict[str, Any] = {"step": state.global_step, "seconds": round(now - self._last, 4)}
-        self._last = now
+        speed = (state.num_input_tokens_seen - self._num_tokens) / (time.perf_counter() - self._began)
+        entry: dict[str, Any] = {"step": state.global_step, "tokens_per_second": float(speed)}
         for key in ("loss", "learning_rate", "grad_norm", "reward", "reward_std", "kl"):
             if logs.get(key) is not None:
                 entry[key] = float(logs[key])
