@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -41,6 +43,7 @@ def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -
     config = _absolute(config)
     run_dir = RunDir(config.run_dir)
     launch = {"config": config.model_dump(mode="json"), "stages": list(stages), "force": force, "id": uuid.uuid4().hex}
+    launch["directory"] = os.getcwd()
     records = _records(run_dir, launch["id"])
     with _ray(config), _shown(run_dir.events):
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
@@ -80,10 +83,8 @@ def submit_job(config: Config, address: str) -> int:
     Paths in the configuration are those of the cluster's nodes. The job uses the `python` on the head node's PATH:
     start Ray there in the environment that has plop-dist. Raises ConfigError when the address does not take jobs.
     """
-    import asyncio
-
     from omegaconf import OmegaConf
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    from ray.job_submission import JobSubmissionClient
 
     tree = _absolute(config).model_dump(mode="json")
     tree["cluster"]["address"] = "auto"
@@ -99,6 +100,43 @@ def submit_job(config: Config, address: str) -> int:
             f"--address {address} does not take this job: {_first_line(error)}; give the URL of the Ray dashboard, and "
             "RAY_AUTH_TOKEN where the cluster asks for one."
         ) from error
+    return _follow_job(client, job)
+
+
+def run_script(config: Config, script: Path, directory: Path) -> int:
+    """Run a shell script as a Ray job, from `directory`, and follow its log; returns its exit status.
+
+    On the configured cluster, else on a local Ray that ends with it. Raises ConfigError, WorkerError.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    with _ray(config, takes_jobs=True):
+        address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        variables = {}
+        if address is None:
+            # The script's python is this one, and finds what lies in the current directory, as this one does.
+            path = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+            packages = [os.getcwd(), os.environ.get("PYTHONPATH", "")]
+            variables = {"PATH": os.pathsep.join(path), "PYTHONPATH": os.pathsep.join(filter(None, packages))}
+        try:
+            client = JobSubmissionClient(address or ray.get_runtime_context().gcs_address)
+            job = client.submit_job(
+                entrypoint=f"cd {shlex.quote(str(directory))} && exec sh {shlex.quote(str(script))}",
+                runtime_env={"env_vars": variables},
+            )
+        except (RayError, OSError, RuntimeError, ValueError) as error:
+            raise WorkerError(
+                f"{script} could not be submitted as a Ray job: {_first_line(error)}; cluster.address must be of a Ray "
+                "with its dashboard, or run the script yourself."
+            ) from error
+        return _follow_job(client, job)
+
+
+def _follow_job(client: Any, job: str) -> int:
+    """Print a job's log until it ends; returns its exit status, at least 1 if it failed."""
+    import asyncio
+
+    from ray.job_submission import JobStatus
 
     async def follow() -> None:
         async for lines in client.tail_job_logs(job):
@@ -116,6 +154,7 @@ def _work(launch: dict[str, Any]) -> None:
     """One attempt of one rank, inside a Ray Train worker."""
     from plop_dist import ranks, worker
 
+    sys.path.append(launch["directory"])  # where a user's module:function lies
     config = parse_config(launch["config"], "the submitted configuration")
     run_dir = RunDir(config.run_dir)
     records = _records(run_dir, launch["id"])
@@ -194,8 +233,8 @@ def _cause(records: Path, raised: dict[int, Exception]) -> PlopError | None:
 
 
 @contextmanager
-def _ray(config: Config) -> Iterator[None]:
-    """Connect to the configured cluster, or start a local one and end it afterwards.
+def _ray(config: Config, *, takes_jobs: bool = False) -> Iterator[None]:
+    """Connect to the configured cluster, or start a local one and end it afterwards. takes_jobs: with its dashboard.
 
     A Ray that this process has joined already is used and left as it is.
     """
@@ -207,7 +246,7 @@ def _ray(config: Config) -> Iterator[None]:
     if address is None:
         # As many CPUs as the ranks ask for: on a small machine they share cores instead of waiting for ever.
         wanted = int(config.parallel.world_size * config.cluster.cpus_per_worker) + 1
-        options = {"num_cpus": max(wanted, os.cpu_count() or 1), "include_dashboard": False}
+        options = {"num_cpus": max(wanted, os.cpu_count() or 1), "include_dashboard": takes_jobs}
     try:
         if address is not None:
             _check_answers(address)

@@ -3,24 +3,55 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from plop_dist import ranks, worker
 from plop_dist.config import Config
+from plop_dist.errors import WorkerError
 from plop_dist.events import EventWriter, both
+from plop_dist.files import write_json
 from plop_dist.registry import missing_extra
 from plop_dist.run_dir import RunDir
 
 
 def run(config: Config, command: str) -> Path:
-    """Run every stage that is not done, and return the report's path. Raises UserError or WorkerError."""
+    """Run every stage that is not done, and return the report's path.
+
+    Raises UserError, or WorkerError, which has the exit status of the job of another engine that failed.
+    """
     stages = ["score", "place", "export", *(["train"] if config.train.method != "none" else [])]
     if any(worker.reason_to_run(config, stage) for stage in stages):
         launch(config, stages, command)
+        run_job(config)
     return report(config.run_path)
+
+
+def run_job(config: Config) -> None:
+    """Run the Ray job that the training stage has left for an engine of its own, if any, now that the ranks are gone.
+
+    train/job.json marks its success. Raises WorkerError with the job's exit status.
+    """
+    run_dir = RunDir(config.run_dir)
+    summary = run_dir.train / "summary.json"
+    job = json.loads(summary.read_text()).get("job") if config.train.method == "grpo" else None
+    if job is None or ranks.rank() != 0:
+        return
+    if ranks.launched_ranks() is not None:
+        raise WorkerError(
+            f"{job['script']} was not started: the ranks that a launcher started keep their devices as long as this "
+            "runs; start it yourself, or run plop-dist without the launcher."
+        )
+    status = _cluster("a Ray job").run_script(config, Path(job["script"]), Path(job["directory"]))
+    if status:
+        error = WorkerError(f"{job['script']} ended with status {status}; its log is above. Run again to start anew.")
+        error.exit_status = status
+        raise error
+    write_json(run_dir.train / "job.json", {**job, "exit_status": status})
 
 
 def score(config: Config, command: str) -> None:
@@ -38,11 +69,14 @@ def launch(config: Config, stages: Sequence[str], command: str, *, force: bool =
         with both(EventWriter(run_dir.events)) as notify:
             worker.run_rank(config, stages, notify, force=force)
         return
+    _cluster(f"a run on {config.parallel.world_size} ranks").run_workers(config, stages, force=force)
+
+
+def _cluster(what: str) -> Any:
     try:
-        cluster = importlib.import_module("plop_dist.cluster")
+        return importlib.import_module("plop_dist.cluster")
     except ModuleNotFoundError as error:
-        raise missing_extra(error, f"a run on {config.parallel.world_size} ranks") from error
-    cluster.run_workers(config, stages, force=force)
+        raise missing_extra(error, what) from error
 
 
 def report(run_dir: Path) -> Path:

@@ -145,7 +145,9 @@ def train(config: Config, rank: int, notify: Notify) -> None:
         summary: dict[str, Any] = trainer(config, placement, log)
         log.finish(summary)
     if rank == 0:
-        run_dir.finish("train", stage_inputs("train", config), ["train/summary.json"])
+        # A job that the driver starts later has trained once it has left its mark.
+        outputs = ["train/summary.json", *(["train/job.json"] if "job" in summary else [])]
+        run_dir.finish("train", stage_inputs("train", config), outputs)
 
 
 _STAGES: dict[str, Callable[[Config, int, Notify], Any]] = {

@@ -69,6 +69,8 @@ def make_config(directory: Path, *, train: dict[str, Any] | None = None, **paral
     [
         ("3 + 4 = 7", 7), ("the change is 9 - 12 = -3.", -3), ("9-12", 12), ("$1,250.50 in all.", 1250.5), ("-$4", -4),
         ("1,2,3", 3), ("12,345 and 1,2345", 2345), ("no number", None), ("", None), ("#### 18", 18), ("x2.", 2),
+        (".5", 0.5), ("-.25", -0.25), ("so \u22127", -7), ("1.2.3", 3), ("18.00", 18), ("5 apples, 6 pears", 6),
+        ("7-5", 5),
     ],
 )  # fmt: skip
 def test_final_number(text: str, number: float | None) -> None:
@@ -81,6 +83,7 @@ def test_final_number(text: str, number: float | None) -> None:
     [
         ("2 * 3 = 6. The answer is 6.", True), ("so\n#### 1,200\n", True), ("The answer is -4.  ", True),
         ("The answer is 6", False), ("The answer is 6. Or 7?", False), ("#### six", False), ("#### 6 apples", False),
+        ("", False), ("The answer is .5.", True), ("#### $-4", True), ("The answer is 1,00.", False),
     ],
 )  # fmt: skip
 def test_final_form(text: str, expected: bool) -> None:

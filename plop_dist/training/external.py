@@ -31,9 +31,10 @@ _PACKAGES = {"verl": "verl", "nemo-rl": "nemo_rl"}
 def prepare(config: Config, placement: Placement, engine: str) -> dict[str, Any]:
     """Write RUN_DIR/train/ENGINE: the export, train and held_out rows, launch.sh; return the summary.
 
-    Nothing is trained: the engine starts a Ray job of its own, for which these ranks would have to give up their
-    devices. Rank 0 writes; collective over all ranks. Raises ExportError for a placement that the engine cannot
-    express, ConfigError for a layout it has no words for, DataError for rows without an answer.
+    Nothing is trained yet: where the engine's package is installed the summary holds a job, which the driver starts
+    once these ranks have given up their devices (pipeline.run). Rank 0 writes; collective over all ranks. Raises
+    ExportError for a placement that the engine cannot express, ConfigError for a layout it has no words for, DataError
+    for rows without an answer.
     """
     parallel, directory = config.parallel, config.run_path / "train" / engine
     is_megatron = parallel.backend == "megatron"
@@ -52,12 +53,30 @@ def prepare(config: Config, placement: Placement, engine: str) -> dict[str, Any]
         lines = [shlex.join(command), *export.flags, *hydra_overrides(fields)]
         write_text(script, "#!/bin/sh\nexec " + " \\\n    ".join(lines) + ' "$@"\n')
     ranks.wait_for_rank_0()
-    is_installed = importlib.util.find_spec(_PACKAGES[engine]) is not None
-    where = "where you like" if is_installed else "where it is"
-    note = f"nothing was trained: {engine} is {'' if is_installed else 'not '}installed here; run sh {script} {where}."
+    place = _place_to_run(engine)
+    summary: dict[str, Any] = {"engine": engine, "num_steps": 0, "launch": str(script)}
+    if place is None:
+        note = f"nothing was trained: {engine} is not installed here; run sh {script} where it is."
+    else:
+        note = f"{engine} trains in a Ray job of its own, whose log follows."
+        summary["job"] = {"script": str(script.resolve()), "directory": str(place)}
     if engine == "nemo-rl":
-        note += " Run it in NeMo-RL's repository. Its math environment rewards; train.rewards does not reach it."
-    return {"engine": engine, "num_steps": 0, "launch": str(script), "note": note}
+        note += " It runs in NeMo-RL's repository. Its math environment rewards; train.rewards does not reach it."
+    return {**summary, "note": note}
+
+
+def _place_to_run(engine: str) -> Path | None:
+    """Return the directory from which launch.sh runs here, or None where it cannot: the engine is not installed.
+
+    NeMo-RL's script is part of its repository, not of its package.
+    """
+    found = importlib.util.find_spec(_PACKAGES[engine])
+    if found is None:
+        return None
+    if engine == "verl":
+        return Path.cwd()
+    repositories = [Path(folder).parent for folder in found.submodule_search_locations or ()]
+    return next((path for path in repositories if (path / "examples" / "run_grpo.py").is_file()), None)
 
 
 def _write_verl_data(config: Config, directory: Path) -> None:

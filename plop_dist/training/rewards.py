@@ -6,7 +6,9 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -17,8 +19,10 @@ from plop_dist.errors import ConfigError, DataError, suggest
 # function(prompts, completions, **columns): one number, or None for "not rated", per completion
 Reward = Callable[..., Sequence[Any]]
 
+_PLAIN = str.maketrans({",": None, "$": None, "−": "-"})
 # The minus of `7-5` is an operation, that of `= -5` a sign.
-_NUMBER = r"(?:(?<![\w).])-\$?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+_SIGN = r"(?:(?<![\w).])[-−]\$?)?"
+_NUMBER = rf"{_SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
 _FINAL_FORM = re.compile(rf"(?:The answer is \$?(?:{_NUMBER})\.|#### \$?(?:{_NUMBER}))\s*$")
 
 
@@ -29,7 +33,7 @@ def final_number(text: str) -> Decimal | None:
     Decimal('1200')
     """
     found = re.findall(_NUMBER, text)
-    return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
+    return Decimal(found[-1].translate(_PLAIN)) if found else None
 
 
 def has_final_form(text: str) -> bool:
@@ -123,6 +127,8 @@ def _format_reward(completions: Sequence[str], **_: Any) -> list[float]:
 
 
 def _imported(name: str, module: str, attribute: str) -> Reward:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # an installed program does not look into the current directory by itself
     try:
         function = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:  # whatever the module does while it is imported
