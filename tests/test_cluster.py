@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import tempfile
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +15,11 @@ import pytest
 from plop_dist import cluster
 from plop_dist.config import parse_config
 from plop_dist.errors import ConfigError, DataError, WorkerError
-from tests.cluster_case import BIN, ROOT, Case, environment, events, free_ports, make_case, processes_with, run, session
+from tests.cluster_case import BIN, ROOT, Case, environment, events, make_case, processes_with, run, session
+from tests.ray_head import Head, kill_rank_1_in_the_middle, ray_head
 
 TRAINING = {"method": "sft", "max_steps": 12, "learning_rate": 1e-2, "micro_batch_size": 2, "max_length": 48,
             "eval_samples": 8, "prompt_template": "{question} ", "save_steps": 3}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Head:
-    """A Ray started by hand: where drivers and job clients find it."""
-
-    address: str
-    dashboard: str
 
 
 @pytest.fixture(scope="module")
@@ -42,31 +29,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with pytest.MonkeyPatch.context() as variables:  # the drivers below are this process and its children
-        variables.setenv("RAY_AUTH_MODE", "token")
-        variables.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
-        yield from _head()
-
-
-def _head() -> Iterator[Head]:
-    port, dashboard, client, agent = free_ports(4)
-    with tempfile.TemporaryDirectory(
-        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
-    ) as directory:  # short: sockets
-        command = [
-            str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
-            f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
-            f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", f"--temp-dir={directory}",
-            "--disable-usage-stats",
-        ]  # fmt: skip
-        with session(command, environment(), output=subprocess.DEVNULL) as process:
-            url = f"http://127.0.0.1:{dashboard}"
-            deadline = time.monotonic() + 90
-            while not _answers(url):
-                assert process.poll() is None, "ray start --head ended"
-                assert time.monotonic() < deadline, "ray start --head did not come up"
-                time.sleep(0.2)
-            yield Head(f"127.0.0.1:{port}", url)
+    with ray_head() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +56,7 @@ def test_workers_killed_in_scoring_and_in_training_change_nothing(case: Case, he
     run_dir = case.directory / "killed"
     with session([str(BIN / "plop-dist"), "run", str(config)], environment()) as process:
         for kind, least in (("scoring", 24), ("training", 4)):
-            _kill_rank_1_in_the_middle(run_dir, kind, least, process)
+            kill_rank_1_in_the_middle(run_dir, kind, least, process)
         out, err = process.communicate(timeout=200)
     assert process.returncode == 0, out + err
 
@@ -208,32 +172,8 @@ def test_workers_get_threads_by_cores_and_this_process_caches(monkeypatch: pytes
     assert cluster._environment(parse_config(tree))["OMP_NUM_THREADS"] == "1", "the user's own choice was overruled"
 
 
-def _kill_rank_1_in_the_middle(run_dir: Path, kind: str, least: int, driver: subprocess.Popen[str]) -> None:
-    """SIGKILL the newest process of rank 1 once `least` of the samples or steps are done, and not yet all."""
-    while True:
-        assert driver.poll() is None, driver.communicate()
-        seen = events(run_dir)
-        progress = [event for event in seen if event["event"] == kind]
-        if progress and progress[-1]["done"] >= least:
-            assert progress[-1]["done"] < progress[-1]["total"], f"{kind} ended before it could be interrupted"
-            pids = [event["pid"] for event in seen if event["event"] == "worker" and event["rank"] == 1]
-            os.kill(pids[-1], signal.SIGKILL)
-            return
-        time.sleep(0.01)
-
-
 def _record(directory: Path, rank: int, kind: str, message: str, *, age_s: float, user: bool = False) -> None:
     path = directory / f"error-rank-{rank}.json"
     path.write_text(json.dumps({"rank": rank, "kind": kind, "message": message, "user": user}))
     then = time.time() - age_s
     os.utime(path, (then, then))
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
-    except urllib.error.HTTPError:
-        return True  # it asks for a token
-    except (urllib.error.URLError, OSError):
-        return False
-    return True

@@ -75,6 +75,9 @@ class TrainingLog:
             else:
                 import mlflow
 
+                if "MLFLOW_TRACKING_URI" not in os.environ:
+                    # mlflow's own default is the current directory, which in a worker is nobody's.
+                    mlflow.set_tracking_uri(f"sqlite:///{(self._directory / 'mlflow.db').resolve()}")
                 mlflow.start_run(run_name=self._config.run_path.name)
                 self._sinks.append(lambda step, numbers: mlflow.log_metrics(numbers, step=step))
                 self._close.append(mlflow.end_run)
