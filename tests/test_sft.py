@@ -14,6 +14,7 @@ from plop_dist.backends.hf_load import load_tokenizer
 from plop_dist.config import Config, parse_config
 from plop_dist.training import sft
 from plop_dist.training.data import TrainingData, collate
+from plop_dist.training.loop import learning_rate_at
 from plop_dist.types import Placement, Scores
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
@@ -144,8 +145,11 @@ def test_one_process_equals_plain_peft(tmp_path: Path) -> None:
 def test_resumes_where_it_was_cut_off(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     placement = make_placement(tiny("llama"))
-    config = make_config(tmp_path, "whole", rows=13)
+    config = make_config(tmp_path, "whole", rows=13, train={"micro_batch_size": 2, "gradient_accumulation_steps": 2})
     whole, resumed = train_and_resume(config, tmp_path / "cut", placement)
+    expected = reference(tiny("llama"), config, placement, TrainingData(config, load_tokenizer(config.model)))
+    assert_equal("loss", [entry["loss"] for entry in whole], expected["losses"])  # in the order of the other engines
+    assert_equal("rate", [e["learning_rate"] for e in whole], [learning_rate_at(config.train, s) for s in range(10)])
     assert len({round(entry["loss"], 4) for entry in whole}) == 10, "every step has rows of its own"
     check_resumed(whole, resumed)
 
@@ -198,6 +202,15 @@ def test_packed_samples_do_not_see_each_other(tmp_path: Path) -> None:
     assert_equal("grad_norm", [entry["grad_norm"] for entry in log], expected["norms"])
     check_adapter(expected, Path(result["adapter"]), "llama")
     assert all(entry["tokens_per_second"] > 0 for entry in log)
+
+
+def test_one_rank_at_zero_3_needs_no_launcher(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    config = make_config(tmp_path, "run", rows=4, train={"max_steps": 1, "track_nfn_every": 1}, backend="deepspeed",
+                         zero_stage=3)  # fmt: skip
+    found = run_stages(config)
+    assert found["summary"]["num_steps"] == 1
+    assert sorted(found["nfn"]) == [0, 1]
 
 
 def test_only_the_chosen_modules_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def add_tracker(trainer: Any, config: Config, placement: Placement, tokenizer: A
 
 def _tracker(trainer: Any, config: Config, placement: Placement, tokenizer: Any) -> track.NfnTracker:
     track.check(placement)
-    is_partitioned = config.parallel.zero_stage == 3
+    is_partitioned = getattr(trainer.args, "hf_deepspeed_config", None) is not None and config.parallel.zero_stage == 3
     gather = gathered if is_partitioned else None
     outer = trainer.model_wrapped if is_partitioned else trainer.model
     base = trainer.model.get_base_model()

@@ -28,7 +28,7 @@ _MARK = "depends_on.txt"
 
 
 def trainer_arguments(config: Config, directory: Path) -> dict[str, Any]:
-    """Return the arguments that SFTConfig and GRPOConfig have in common; DeepSpeed with backend deepspeed."""
+    """Return the arguments that SFTConfig and GRPOConfig have in common; DeepSpeed with backend deepspeed and ranks."""
     train = config.train
     has_gpu = torch.cuda.is_available()
     arguments: dict[str, Any] = {
@@ -54,12 +54,11 @@ def trainer_arguments(config: Config, directory: Path) -> dict[str, Any]:
         "ddp_timeout": int(config.cluster.timeout_s),
         "remove_unused_columns": False,
     }
-    if config.parallel.backend == "deepspeed":
+    if config.parallel.backend == "deepspeed" and dist.is_initialized():  # one rank alone has nothing to partition
         import deepspeed
 
         # Before the model is loaded, or the batch size is miscounted at stage 3.
-        if dist.is_initialized():
-            deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         arguments["deepspeed"] = {
             "zero_optimization": {"stage": config.parallel.zero_stage},
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
