@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plop_dist.errors import DataError
+from plop_dist.errors import DataError, ModelError
 from plop_dist.protocols import Groups, MicroBatch, Site
 
 
@@ -18,7 +19,7 @@ class HFModel:
 
     module: the transformers model that owns the sites. call: what runs the forward pass (the module itself, its base
     model without the head, or an engine around it). num_parameters: of the whole model.
-    release: ends what loading made.
+    release: ends what loading made. Raises ModelError for an encoder-decoder model.
     """
 
     micro_batches_per_step = 1
@@ -34,6 +35,11 @@ class HFModel:
         num_parameters: int | None = None,
         release: Callable[[], None] = lambda: None,
     ) -> None:
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            raise ModelError(
+                f"{type(module).__name__} is an encoder-decoder model, whose two token streams one batch of texts does "
+                "not give; only causal language models can be scored."
+            )
         self.module = module
         self.sites = sites
         self.groups = groups or Groups()
@@ -51,21 +57,24 @@ class HFModel:
         self._num_parameters = num_parameters or sum(parameter.numel() for parameter in module.parameters())
 
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
-        """Return sample_ids as they are, (b, s)."""
-        return micro_batch.sample_ids.to(self.device)
+        """Return sample_ids, (b, s), in the order in which forward() passes the tokens."""
+        return _right_padded(micro_batch).sample_ids.to(self.device)
 
     def routed_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids, flat: every token is seen by this rank's routers."""
         return self.token_layout(micro_batch).reshape(-1)
 
     def forward(self, micro_batches: Sequence[MicroBatch], begin: Callable[[int], None]) -> None:
-        """Run the micro-batches one after the other."""
-        for index, micro_batch in enumerate(micro_batches):
+        """Run the micro-batches one after the other, each row's padding behind its tokens."""
+        for index, given in enumerate(micro_batches):
             begin(index)
+            micro_batch = _right_padded(given)
             inputs = {
                 "input_ids": micro_batch.input_ids,
-                "attention_mask": _mask(micro_batch),
-                **({"position_ids": micro_batch.position_ids} if self._takes_positions else {}),
+                "attention_mask": self._mask(micro_batch),
+                # Only where they say more than the places do, which every family counts in its own way (RoBERTa's
+                # begin at 2).
+                **({"position_ids": micro_batch.position_ids} if self._needs_positions(micro_batch) else {}),
                 **micro_batch.extra,
             }
             self._call(
@@ -73,32 +82,64 @@ class HFModel:
                 **self._options,
             )
 
+    def _mask(self, micro_batch: MicroBatch) -> Tensor | None:
+        """Return the attention mask, or None for packed rows: transformers then keeps samples apart by position_ids.
+
+        Raises DataError for packed rows with padding, or in a model without position_ids: the samples would see each
+        other.
+        """
+        mask, positions = micro_batch.attention_mask, micro_batch.position_ids
+        if positions is None:
+            return mask
+        if not is_packed(positions, mask):
+            return mask
+        packed = "a micro-batch has packed rows (position_ids that start again within a row)"
+        if not self._takes_positions:
+            raise DataError(f"{packed}, but {type(self.module).__name__} takes no position_ids; pass one sample a row.")
+        if not mask.all():
+            raise DataError(
+                f"{packed} and padding; transformers keeps packed samples apart only without padding: fill the rows, "
+                "or pass one sample per row."
+            )
+        return None
+
+    def _needs_positions(self, micro_batch: MicroBatch) -> bool:
+        """Tell whether position_ids, in right-padded rows, are others than 0, 1, 2, ..."""
+        positions = micro_batch.position_ids
+        if positions is None or not self._takes_positions:
+            return False
+        places = torch.arange(positions.shape[1], device=positions.device)
+        return bool(((positions != places) & (micro_batch.attention_mask != 0)).any())
+
     def describe(self) -> dict[str, Any]:
-        """Return architecture, number of parameters of the whole model, and dtype."""
+        """Return architecture, model_type, number of parameters of the whole model, and dtype."""
         dtype = next(parameter.dtype for parameter in self.module.parameters() if parameter.is_floating_point())
         return {
             "architecture": type(self.module).__name__,
+            "model_type": getattr(getattr(self.module, "config", None), "model_type", None),
             "num_parameters": self._num_parameters,
             "dtype": str(dtype).removeprefix("torch."),
         }
 
 
-def _mask(micro_batch: MicroBatch) -> Tensor | None:
-    """Return the attention mask, or None for packed rows: transformers then keeps samples apart by position_ids.
+def _right_padded(micro_batch: MicroBatch) -> MicroBatch:
+    """Return the micro-batch with every row's padding behind its real tokens.
 
-    Raises DataError for packed rows with padding, where it would let the samples see each other.
+    There a causal model shows each token what it would see alone, whether or not it heeds the mask (recurrent models)
+    or counts places from the first real token (learned positions).
     """
-    mask, positions = micro_batch.attention_mask, micro_batch.position_ids
-    if positions is None:
-        return mask
-    if not is_packed(positions, mask):
-        return mask
-    if not mask.all():
-        raise DataError(
-            "a micro-batch has packed rows (position_ids that start again within a row) and padding; transformers "
-            "keeps packed samples apart only without padding: fill the rows, or pass one sample per row."
-        )
-    return None
+    is_padding = micro_batch.attention_mask == 0
+    if not (is_padding[:, :-1] & ~is_padding[:, 1:]).any():
+        return micro_batch
+    order = torch.argsort(is_padding.to(torch.int8), dim=1, stable=True)
+    positions = micro_batch.position_ids
+    return replace(
+        micro_batch,
+        input_ids=micro_batch.input_ids.gather(1, order),
+        attention_mask=micro_batch.attention_mask.gather(1, order),
+        sample_ids=micro_batch.sample_ids.gather(1, order),
+        position_ids=None if positions is None else positions.gather(1, order),
+    )
 
 
 def is_packed(position_ids: Tensor, attention_mask: Tensor) -> bool:
