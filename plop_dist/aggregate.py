@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plop_dist.bootstrap import type_intervals
-from plop_dist.errors import DataError, NonFiniteWeightsError
+from plop_dist.errors import DataError, ModelError, NonFiniteWeightsError
 from plop_dist.norms import Baseline
 from plop_dist.types import (
     SCORES_SCHEMA,
@@ -37,7 +37,7 @@ def score_modules(
         num_skipped = int(totals.num_skipped[row].sum())
         baseline = baselines[projection.fqn]
         known = projection.model_dump()
-        reason = _reason(baseline, num_tokens, num_skipped)
+        reason = _reason(baseline, num_tokens, num_skipped, float(totals.gain_total[row].sum()))
         if reason is not None:
             left_out.append(LeftOut(**known, reason=reason, num_skipped_tokens=num_skipped))
             continue
@@ -70,13 +70,18 @@ def build_scores(
 ) -> Scores:
     """Return the Scores of a finished collection; deterministic, so that every rank builds the same.
 
-    Raises NonFiniteWeightsError or DataError when not one module could be scored.
+    Raises NonFiniteWeightsError, ModelError or DataError when not one module could be scored.
     """
     modules, left_out = score_modules(projections, totals, baselines)
     if not modules:
         bad = [entry.fqn for entry in left_out if entry.reason == "non_finite_weights"]
         if bad:
             raise NonFiniteWeightsError(f"every scored module has NaN or infinite weights, e.g. '{bad[0]}'.")
+        if all(entry.reason == "not_per_token" for entry in left_out):
+            raise ModelError(
+                f"{model.get('architecture')} shows its modules other activations than one per token of the batch, "
+                f"e.g. '{left_out[0].fqn}'; only causal language models that keep the batch's tokens can be scored."
+            )
         raise DataError(
             f"none of the {len(projections)} modules saw a token with finite, non-zero activations; check the data "
             "and the weights."
@@ -116,11 +121,13 @@ def check_weights(scores: Scores) -> None:
         )
 
 
-def _reason(baseline: Baseline, num_tokens: int, num_skipped: int) -> Any:
+def _reason(baseline: Baseline, num_tokens: int, num_skipped: int, gain_total: float) -> Any:
     if math.isnan(baseline.value):
         return "non_finite_weights"
     if baseline.value <= 0:
         return "zero_weights"
+    if math.isnan(gain_total):
+        return "not_per_token"
     if num_tokens == 0:
         return "non_finite_activations" if num_skipped else "no_tokens"
     return None

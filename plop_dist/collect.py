@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from plop_dist.errors import ModelError
 from plop_dist.norms import gains, local_sq_norm
 from plop_dist.note_storage import NoteStorage
 from plop_dist.protocols import MicroBatch, Part, Routing, ScorableModel, Site
@@ -43,6 +43,7 @@ class _Notes:
 
     calls: list[_Call] = field(default_factory=list)
     routers: dict[str, Tensor] = field(default_factory=dict)
+    unreadable: dict[int, Site] = field(default_factory=dict)
 
 
 class Collector:
@@ -128,6 +129,10 @@ class Collector:
         call = _Call(site, in_sq_T, out_sq, in_part, out_part, shape, token_index_T, routing)
         self._notes[self._current].calls.append(call)
 
+    def record_unreadable(self, site: Site) -> None:
+        """Note that a site gets no score (see protocols.Recorder)."""
+        self._notes[self._current].unreadable[id(site)] = site
+
     def record_routing(self, router: str, map_TE: Tensor) -> None:
         """Note which experts each local token goes to."""
         self._notes[self._current].routers[router] = map_TE
@@ -152,17 +157,33 @@ class Collector:
         in_sq, out_sq, rows, columns = [], [], [], []
         for call in calls:
             ids_T = ids.of(call)
+            sizes = {call.in_sq_T.numel(), *(out_sq_T.numel() for out_sq_T in call.out_sq)}
+            if ids_T is None or sizes != {ids_T.numel()}:
+                notes.unreadable[id(call.site)] = call.site
+                continue
             for offset, out_sq_T in enumerate(call.out_sq):
-                if not call.in_sq_T.numel() == out_sq_T.numel() == ids_T.numel():
-                    raise ModelError(
-                        f"'{call.site.projections[offset].fqn}' saw {call.in_sq_T.numel()} inputs and "
-                        f"{out_sq_T.numel()} outputs for {ids_T.numel()} tokens; its tokens cannot be told apart."
-                    )
                 in_sq.append(call.in_sq_T)
                 out_sq.append(out_sq_T)
                 rows.append(self._row[id(call.site)] + offset)
                 columns.append(ids_T)
-        return self._accumulate(in_sq, out_sq, rows, columns)
+        totals = self._accumulate(in_sq, out_sq, rows, columns)
+        return self._without(list(notes.unreadable.values()), totals, layout)
+
+    def _without(self, sites: Sequence[Site], totals: SampleTotals, layout: Tensor) -> SampleTotals:
+        """Return the totals with all tokens of these sites' modules skipped, and their gain NaN.
+
+        No sum over batches or ranks loses a NaN: one such call, and a module has no score.
+        """
+        fqns = {projection.fqn for site in sites for projection in site.projections}
+        is_out = np.array([fqn in fqns for fqn in self.owned], dtype=bool)
+        samples_S, counts_S = layout[layout >= 0].unique(return_counts=True)
+        if not is_out.any() or not len(samples_S):
+            return totals
+        shape = (len(self.owned), len(samples_S))
+        gain_total, num_tokens, num_skipped = np.zeros(shape), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        gain_total[is_out], num_skipped[is_out] = np.nan, counts_S.cpu().numpy()
+        marks = SampleTotals(self.owned, samples_S.cpu().numpy(), gain_total, num_tokens, num_skipped)
+        return add_totals([totals, marks], self.owned)
 
     def _complete(self, calls: Sequence[_Call], index: int) -> list[_Call]:
         done: dict[int, _Call] = {}
@@ -220,15 +241,15 @@ class _TokenIds:
     def __init__(self, layout: Tensor) -> None:
         self._layout = layout
         self._flat = layout.reshape(-1)
-        self._by_shape: dict[tuple[int, ...], Tensor] = {}
+        self._by_shape: dict[tuple[int, ...], Tensor | None] = {}
         self._routing: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add_routing(self, routers: Iterable[str], ids_T: Tensor, maps: Sequence[Tensor]) -> None:
         """Keep the sample ids and, per router, the maps of all source ranks' tokens, one after the other."""
         self._routing = {router: (ids_T, map_TE) for router, map_TE in zip(routers, maps, strict=True)}
 
-    def of(self, call: _Call) -> Tensor:
-        """Return (T,) int64, -1 for padding."""
+    def of(self, call: _Call) -> Tensor | None:
+        """Return (T,) int64, -1 for padding, or None for activations that are not the batch's tokens."""
         if call.routing is not None:
             ids_T, map_TE = self._routing[call.routing.router]
             return ids_T[map_TE[:, call.routing.expert]]
@@ -238,10 +259,10 @@ class _TokenIds:
         if call.in_part is Part.TOKENS or call.out_part is Part.TOKENS:
             return self._flat
         if shape not in self._by_shape:
-            self._by_shape[shape] = self._spread(shape, call.site.projections[0].fqn)
+            self._by_shape[shape] = self._spread(shape)
         return self._by_shape[shape]
 
-    def _spread(self, shape: tuple[int, ...], fqn: str) -> Tensor:
+    def _spread(self, shape: tuple[int, ...]) -> Tensor | None:
         first, second = self._layout.shape
         if shape in ((first, second), (first * second,)):
             return self._flat
@@ -251,10 +272,7 @@ class _TokenIds:
             return self._layout[:, None, :].expand(shape).reshape(-1)
         if len(shape) == 2 and shape[0] == first * second:  # (b * s, heads)
             return self._flat[:, None].expand(shape).reshape(-1)
-        raise ModelError(
-            f"'{fqn}' saw activations of leading shape {shape}, which is not the batch's {first} x {second} tokens; "
-            "a module that pools or cuts the sequence cannot be scored."
-        )
+        return None  # it pools, cuts or lengthens the sequence
 
 
 def _empty(fqns: tuple[str, ...]) -> SampleTotals:

@@ -215,7 +215,7 @@ def _column_parents(dense: Iterable[Projection]) -> set[str]:
 
 
 def _is_router(item: Projection) -> bool:
-    return item.storage == "expert_parameter" and expert_index(item.fqn) is None
+    return item.storage == "router" or (item.storage == "expert_parameter" and expert_index(item.fqn) is None)
 
 
 def _num_holders(model: nn.Module) -> int:

@@ -80,6 +80,10 @@ class Recorder(Protocol):
         """Return ||z_t||^2, (T,) float32, remembered for the next site that reads the very same tensor (q, k, v)."""
         ...
 
+    def record_unreadable(self, site: Site) -> None:
+        """Record that a site's module does not do W z on what it is given, so that it gets no score."""
+        ...
+
     def record_routing(self, router: str, map_TE: Tensor) -> None:
         """Record which experts each local token goes to: (T_local, num_experts) bool, after capacity drops."""
         ...

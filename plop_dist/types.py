@@ -20,7 +20,7 @@ SCORES_SCHEMA = "plop-dist/scores/1"
 PLACEMENT_SCHEMA = "plop-dist/placement/1"
 SAMPLES_FILE = "samples.safetensors"
 
-Storage = Literal["linear", "conv1d", "fused", "expert_parameter"]
+Storage = Literal["linear", "conv1d", "fused", "expert_parameter", "router"]
 
 
 _T = TypeVar("_T", bound=BaseModel)
@@ -35,7 +35,8 @@ class Projection(_Value):
 
     in_features and out_features are global. `storage` says how the Hugging Face model holds the weight: `linear` (its
     own nn.Linear at `fqn`), `conv1d` (its own module, weight transposed), `fused` (rows of the larger linear at
-    `stored_in`), `expert_parameter` (one slice of the 3-D parameter at `stored_in`).
+    `stored_in`), `expert_parameter` (one slice of the 3-D parameter at `stored_in`),
+    `router` (the weight of a module at `fqn` that does or keeps more than W z, so that no adapter fits it).
     """
 
     fqn: str
@@ -68,9 +69,13 @@ class ModuleScore(Projection):
 
 
 class LeftOut(Projection):
-    """A projection without a score and the reason: no token, only non-finite tokens, or non-finite weights."""
+    """A projection without a score and the reason.
 
-    reason: Literal["no_tokens", "non_finite_activations", "non_finite_weights", "zero_weights"]
+    No token, only non-finite tokens, non-finite or zero weights, or a module that does not do W z on each token (it
+    pools, sees other things than the text's tokens, or applies parts of W).
+    """
+
+    reason: Literal["no_tokens", "non_finite_activations", "non_finite_weights", "zero_weights", "not_per_token"]
     num_skipped_tokens: int = 0
 
 

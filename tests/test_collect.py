@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from plop_dist.aggregate import score_modules
 from plop_dist.backends.hf_model import HFModel
 from plop_dist.backends.transformers import whole_sites
 from plop_dist.collect import Collector, add_totals
 from plop_dist.data import collate, plan_steps, step_micro_batches
-from plop_dist.errors import ModelError
+from plop_dist.norms import Baseline
 from plop_dist.protocols import MicroBatch
 from plop_dist.types import SampleTotals
 from tests.models import random_tokens, tiny
@@ -83,14 +84,13 @@ def test_outputs_are_bit_identical_and_hooks_are_gone() -> None:
     model = tiny("llama")
     seen: list[Tensor] = []
 
-    def call(input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, use_cache: bool = True) -> None:
-        output = model(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
-        seen.append(output.logits)
+    def call(input_ids: Tensor, attention_mask: Tensor, use_cache: bool = True) -> None:
+        seen.append(model(input_ids, attention_mask=attention_mask, use_cache=use_cache).logits)
 
-    (step,) = padded_steps("left", 7, 1)
+    (step,) = padded_steps("right", 7, 1)
     before = num_hooks(model)
     with torch.no_grad():
-        call(step[0].input_ids, step[0].attention_mask, step[0].position_ids, False)
+        call(step[0].input_ids, step[0].attention_mask, False)
     collector = Collector(wrapped(model, call))
     with collector.attached():
         assert num_hooks(model) > before
@@ -184,13 +184,28 @@ def test_twice_called_strided_and_per_head_inputs() -> None:
         assert totals.gain_total[row].sum() / totals.num_tokens[row].sum() == pytest.approx(gain, rel=1e-5), fqn
 
 
-def test_activations_that_are_not_tokens_are_named() -> None:
+def test_a_module_once_fed_other_things_than_tokens_gets_no_score() -> None:
     class Pooled(Odd):
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> None:
-            self.strided(self.embedding(input_ids).mean(dim=1))
+            z = self.embedding(input_ids)
+            self.strided(z)
+            if len(z) == 3:
+                self.strided(z.mean(dim=1))
+            self.flat(z.view(-1, 12))
 
-    with pytest.raises(ModelError, match=r"'strided' saw activations of leading shape \(3,\).* 3 x 5 tokens"):
-        collect(Pooled(), [[odd_batch()]])
+    one_row = collate([[], [], [3, 4, 5]], [2], num_rows=1, length=3, pad_id=0, side="left")
+    totals = collect(Pooled(), [[odd_batch()], [one_row]]).observed()
+    row, other = totals.fqns.index("strided"), totals.fqns.index("flat")
+    assert np.isnan(totals.gain_total[row].sum())
+    assert np.isfinite(totals.gain_total[other]).all()
+    assert totals.num_tokens[other].tolist() == [5, 4, 3]
+    projections = [projection for site in whole_sites(Pooled(), True) for projection in site.projections]
+    known = [projection for projection in projections if projection.fqn in ("strided", "flat")]
+    scored, left_out = score_modules(
+        known, totals.select(p.fqn for p in known), {p.fqn: Baseline(1.0, 0.0) for p in known}
+    )
+    assert [module.fqn for module in scored] == ["flat"]
+    assert [(entry.fqn, entry.reason) for entry in left_out] == [("strided", "not_per_token")]
 
 
 def test_zero_and_non_finite_tokens_are_left_out_and_counted() -> None:

@@ -94,7 +94,8 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
     for path, module in modules.items():
         _refuse(path, module)
         if isinstance(module, nn.Linear):
-            sizes, own_storage = (module.in_features, module.out_features), "linear"
+            sizes = (module.in_features, module.out_features)
+            own_storage = "router" if type(module).__name__.endswith("Router") else "linear"
         elif isinstance(module, Conv1D):
             sizes, own_storage = (module.nx, module.nf), "conv1d"
         elif _ROUTER.search(type(module).__name__) and isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -207,6 +208,7 @@ _LAYOUTS: dict[str, dict[str, Callable[[Any, int], _Parts]]] = {
              "DiaMLP", "Zamba2MLP", "MiniMaxM3VLDenseMLP"), _gate_up),
         "Phi4MultimodalAudioMLP": _up_gate,
     },
+    "input_linear": dict.fromkeys(("GraniteMoeSharedMLP", "GraniteMoeHybridMLP"), _gate_up),
 }  # fmt: skip
 
 
@@ -246,9 +248,16 @@ def _projection(
 
 
 def _router(path: str, module: Any) -> LinearModule:
-    """A bare parameter, not a linear module, so that PEFT can only reach it as a parameter."""
+    """A bare parameter, not a linear module, so that PEFT can only reach it as a parameter.
+
+    Not even so where others read more of the module (DeepSeek-V3's e_score_correction_bias) than PEFT's wrapper shows.
+    """
     num_experts, hidden_size = parameter_shape(module.weight)
-    projection = _projection(path, (hidden_size, num_experts), "expert_parameter", f"{path}.weight")
+    tensors = {name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+    if tensors <= {"weight", "bias"}:
+        projection = _projection(path, (hidden_size, num_experts), "expert_parameter", f"{path}.weight")
+    else:
+        projection = _projection(path, (hidden_size, num_experts), "router", None)
     return LinearModule(path, module, (Block(projection),))
 
 

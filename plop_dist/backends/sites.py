@@ -52,6 +52,9 @@ class LinearSite:
         self._is_sharded, self._in_index = is_sharded, in_index
         self._gather = gather
         self._observe_last = observe_last
+        # A router may return scores, a quantised linear rounds: believed once its output is W z, else we multiply.
+        is_whole = in_part is Part.WHOLE and out_part is Part.WHOLE
+        self._must_prove = is_whole and _has_own_forward(linear.module)
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
         """Install the hook and return the function that removes it.
@@ -72,6 +75,14 @@ class LinearSite:
                 bias = getattr(self._base, "_bias", None)  # where transformers 5.12 keeps a row-parallel bias
             if bias is not None:
                 y = y - local(bias)
+            if self._must_prove:
+                fits = z.shape[-1] == self.projections[0].in_features
+                product = self._product(local(z)) if fits else None
+                if product is None or (y.shape != product.shape and not isinstance(output, tuple)):
+                    recorder.record_unreadable(self)  # DeepSeek-V4's grouped linear: a part of W for each part of z
+                    return
+                self._must_prove = not _is_near(y, product)
+                y = product
             recorder.record(
                 self,
                 recorder.sq_norm(local(z)),
@@ -84,6 +95,11 @@ class LinearSite:
         # Before DeepSpeed's own post-forward hook, which releases the parameters (and with them the bias) at stage 3.
         prepend = not self._observe_last
         return self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True).remove
+
+    def _product(self, z: Tensor) -> Tensor:
+        """Return W z, (..., O). The weight is whole while its module's forward runs, under ZeRO-3 and FSDP too."""
+        weight = local(self.module.weight.detach())
+        return nn.functional.linear(z, (weight.T if self._is_transposed else weight).to(z.dtype))
 
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
@@ -100,6 +116,16 @@ class LinearSite:
 def wrapped(module: Any) -> Any:
     """Return the linear inside an adapter's wrapper, PEFT's, Megatron-Bridge's or ours, or the module itself."""
     return getattr(module, "base_layer", None) or getattr(module, "to_wrap", None) or module
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+
+
+def _is_near(y: Tensor, expected: Tensor) -> bool:
+    if y.shape != expected.shape:
+        return False
+    return bool((y.float() - expected.float()).norm() <= 0.02 * expected.float().norm())
 
 
 def local(tensor: Any) -> Tensor:
