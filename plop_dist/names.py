@@ -22,11 +22,12 @@ def module_type(fqn: str) -> str:
     'experts.up_proj'
     >>> module_type("encoder.block.1.mlp.0")
     'mlp.0'
+    >>> module_type("model.layers.1.adapters.0.1")
+    'adapters.0.1'
     """
     parts = fqn.split(".")
-    name = parts[-1]
-    if name.isdigit() and len(parts) > 1:
-        name = f"{parts[-2]}.{name}"
+    start = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
+    name = ".".join(parts[start:])
     return f"experts.{name}" if _EXPERT.search(fqn) else name
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from plop_dist.errors import ExportError
-from plop_dist.names import layer_index, natural_key
+from plop_dist.names import expert_index, layer_index, natural_key
 from plop_dist.parameters import num_trainable_parameters
 from plop_dist.types import Placement, Projection
 
@@ -18,6 +18,9 @@ from plop_dist.types import Placement, Projection
 # or shared expert's `up_proj` would become the routed experts' gate_up_proj. As a parameter (`up_proj.weight`) the
 # linear keeps its name. It also cuts every regex down to bare types there, so names are lists, never a regex.
 _RENAMED_BESIDE_EXPERTS = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
+
+# PEFT 0.21 raises for an out_proj in these (peft.tuners.tuners_utils).
+_PASSED_BY_OUT_PROJ = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,13 @@ def known_projections(placement: Placement) -> tuple[Projection, ...]:
 def adapted(placement: Placement) -> tuple[set[str], tuple[str, ...]]:
     """Return the paths to adapt, and notes on those among them that have no score.
 
-    A projection without a score (an expert that saw no token) goes with its type when all scored ones are chosen.
+    A routed expert without a score (it saw no token) goes with its type when all scored ones are chosen. Other
+    modules without a score do not: a vision tower's q_proj, which text never reaches, is no neighbour of the chosen.
     """
     chosen = set(placement.modules)
     partly = {module.type for module in placement.source.modules if module.fqn not in chosen}
     whole = {module.type for module in placement.chosen} - partly
-    riding = [item for item in placement.source.left_out if item.type in whole]
+    riding = [item for item in placement.source.left_out if item.type in whole and expert_index(item.fqn) is not None]
     notes = tuple(
         f"{count} {name} without a score ({reason}) are adapted with the rest of their type."
         for (name, reason), count in _tally((item.type, item.reason) for item in riding).items()
@@ -88,7 +92,8 @@ def adapted(placement: Placement) -> tuple[set[str], tuple[str, ...]]:
 def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targets:
     """Return what to adapt in the Hugging Face model.
 
-    Raises ExportError when only a part of a fused linear (or of a 3-D expert parameter) is chosen and `widen` is false.
+    Raises ExportError when only a part of a fused linear (or of a 3-D expert parameter) is chosen and `widen` is false,
+    and for modules that PEFT refuses, or wraps into something that fails.
     """
     paths, notes = adapted(placement)
     by_holder: dict[str, list[Projection]] = {}
@@ -100,6 +105,7 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
         wanted = [part for part in parts if part.fqn in paths]
         if not wanted:
             continue
+        _refuse_unfit(placement, target, wanted[0])
         if len(wanted) < len(parts):
             _refuse_part(target, path, wanted, parts, widen)
             beside = sorted({part.type for part in parts if part.fqn not in paths}, key=natural_key)
@@ -240,7 +246,8 @@ def _shortest_name(path: str, foreign: set[str], min_parts: int) -> str:
     )
     for length in range(min(min_parts, len(parts)), len(parts) - in_layer):
         suffix = ".".join(parts[-length:])
-        if suffix not in foreign:
+        # A bare number would match the layers themselves.
+        if suffix not in foreign and not parts[-length].isdigit():
             return suffix
     return path
 
@@ -256,6 +263,20 @@ def _holder(path: str, parts: tuple[Projection, ...], rank: int, has_experts: bo
     if has_experts and path.rpartition(".")[2] in _RENAMED_BESIDE_EXPERTS:
         return Holder(path, f"{path}.weight", True, rank, parts)
     return Holder(path, path, False, rank, parts)
+
+
+def _refuse_unfit(placement: Placement, target: str, part: Projection) -> None:
+    kind = str((placement.source.model.model_extra or {}).get("model_type"))
+    if part.storage == "router":
+        reason = "it is a router that does more than W z, or keeps more than its weight, which PEFT's wrappers hide"
+    elif kind in _PASSED_BY_OUT_PROJ and part.holder.rpartition(".")[2] == "out_proj":
+        reason = f"PEFT refuses it in model type '{kind}', whose kernels read the weight past any adapter"
+    else:
+        return
+    raise ExportError(
+        f"{target} cannot adapt {part.fqn}: {reason}. Nearest choice: choose without it "
+        f"(placement.exclude=[{part.type}])."
+    )
 
 
 def _refuse_part(target: str, path: str, wanted: list[Projection], parts: list[Projection], widen: bool) -> None:
