@@ -32,7 +32,8 @@ def local_sq_norm(y_TO: Tensor) -> Tensor:
     y_TO: (..., O_local), any float dtype and stride. Returns (T,), float32, T the product of the leading sizes.
     Additive over a feature-sharded axis: sum the shards first, take the root after.
     """
-    return torch.linalg.vector_norm(y_TO, dim=-1, dtype=torch.float32).square_().reshape(-1)
+    dtype = torch.promote_types(y_TO.dtype, torch.float32)
+    return torch.linalg.vector_norm(y_TO, dim=-1, dtype=dtype).square_().float().reshape(-1)
 
 
 def gains(in_sq_T: Tensor, out_sq_T: Tensor) -> Tensor:

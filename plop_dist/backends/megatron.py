@@ -205,13 +205,19 @@ def check_layout(hf_config: Any, config: Config) -> None:
     text = hf_config.get_text_config()
     experts = next((getattr(text, name, None) for name in _EXPERT_FIELDS if getattr(text, name, None)), None)
     heads = getattr(text, "num_attention_heads", None)
-    pairs = [
+    fields = [
         ("tp", "num_attention_heads", heads),
         ("tp", "num_key_value_heads", getattr(text, "num_key_value_heads", None)),
         ("tp", "intermediate_size", getattr(text, "intermediate_size", None)),
         ("tp", "hidden_size", getattr(text, "hidden_size", None) if parallel.sequence_parallel else None),
         ("pp", "num_hidden_layers", getattr(text, "num_hidden_layers", None)),
         ("ep", "number of experts", experts),
+    ]
+    # Gemma-3n gives one size per layer.
+    pairs = [
+        (axis, field, size)
+        for axis, field, sizes in fields
+        for size in (sorted(set(sizes)) if isinstance(sizes, list) else [sizes])
     ]
     for axis, field, total in pairs:
         size = getattr(parallel, axis)
