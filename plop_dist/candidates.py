@@ -102,7 +102,8 @@ def _reason_out(module: ModuleScore, config: PlacementConfig, has_experts: bool)
     is_included = any(matches(module, entry) for entry in config.include)
     if config.include and not is_included:
         return "not in placement.include"
-    if has_experts and module.type in _ROUTERS and not is_included:
+    is_router = module.storage == "router" or (has_experts and module.type in _ROUTERS)
+    if is_router and not is_included:
         return "router of experts; only placement.include chooses it"
     if config.policy == "attention" and not is_attention(module):
         return "not an attention projection"

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGen
 import plop_dist
 from plop_dist.backends.hf_modules import Block
 from plop_dist.backends.transformers import whole_sites
+from plop_dist.candidates import find_candidates
+from plop_dist.config import PlacementConfig
 from plop_dist.errors import ExportError, ModelError
 from plop_dist.exporters.targets import hugging_face_targets
 from plop_dist.names import expert_index
@@ -188,7 +190,7 @@ def placed(scores: Scores, k: int) -> Placement:
     """Return the placement of the k lowest types, less what PEFT refuses, as its error says to."""
     exclude = ["lm_head"]
     while True:
-        candidates = {entry.type for entry in scores.types if not entry.type.startswith("experts.")} - set(exclude)
+        candidates = find_candidates(scores.modules, PlacementConfig(exclude=exclude), scores.left_out).units
         placement = plop_dist.place(scores, k=min(k, len(candidates)), exclude=exclude)
         try:
             placement.to_peft()
