@@ -343,7 +343,10 @@ class Placement(_Value):
         return _build("peft", self, options)
 
     def to_megatron(self, **options: Any) -> Any:
-        """Return a Megatron-Bridge PEFT object (LoRA, or our CanonicalLoRA where a fused linear is taken in part)."""
+        """Return a Megatron-Bridge PEFT object (LoRA, or our CanonicalLoRA where a fused linear is taken in part).
+
+        Without Transformer Engine Bridge is imported with a stub in its place, as the log says.
+        """
         return _build("megatron_bridge", self, options)
 
     def to_deepspeed(self, **options: Any) -> Any:
@@ -368,6 +371,8 @@ class Export:
 
 def _build(exporter: str, placement: Placement, options: Mapping[str, Any]) -> Any:
     try:
+        if exporter == "megatron_bridge":
+            _late("backends.megatron_cpu", "import_bridge")()
         return _late(f"exporters.{exporter}", "to_config")(placement, **options)
     except ModuleNotFoundError as error:
         raise _late("registry", "missing_extra")(error, f"a configuration for {exporter}") from error
