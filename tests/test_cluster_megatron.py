@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.cluster_case import BIN, Case, environment, events, make_case, session
+from tests.ray_head import kill_rank_1_in_the_middle
 
 pytestmark = pytest.mark.slow
 PARALLEL = {"backend": "megatron", "tp": 2, "pp": 2, "dp": 1, "zero_stage": 0}
@@ -69,12 +68,7 @@ def test_a_killed_rank_comes_back_and_the_scores_are_those_of_one_process(case: 
     config = case.write("killed", parallel=PARALLEL, cluster={"max_failures": 1, "timeout_s": 120})
     run_dir = case.directory / "killed"
     with session([str(BIN / "plop-dist"), "score", str(config)], environment()) as process:
-        while not (scored := [event for event in events(run_dir) if event["event"] == "scoring"]):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        assert scored[-1]["done"] < scored[-1]["total"], "it ended before it could be interrupted"
-        (victim,) = (event["pid"] for event in events(run_dir) if event["event"] == "worker" and event["rank"] == 1)
-        os.kill(victim, signal.SIGKILL)
+        kill_rank_1_in_the_middle(run_dir, "scoring", 24, process)
         out, err = process.communicate(timeout=330)
     assert process.returncode == 0, out + err
     assert "Traceback" not in err

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from plop_dist.backends.transformers import whole_sites
+from plop_dist.parameters import num_trainable_parameters
 from plop_dist.training import loop
 from plop_dist.types import ModuleScore, Placement, TypeScore
 from tests.models import save_tiny, tiny
@@ -57,7 +58,7 @@ def test_adapters_of_experts_load_in_peft_with_the_same_loss(tmp_path: Path) -> 
     types = tuple(sorted({module.type for module in experts}))
     rows = [TypeScore(type=name, num_modules=sum(m.type == name for m in experts), nfn=1.0) for name in types]
     every = scores.model_copy(update={"modules": (*scores.modules, *experts), "types": (*scores.types, *rows)})
-    size = sum(4 * (module.in_features + module.out_features) for module in experts)
+    size = num_trainable_parameters(experts, lambda _: 4)
     placement = Placement(
         policy={}, module_types=types, modules=chosen, rank=4, alpha=8, num_trainable_parameters=size
     ).with_source(every)  # fmt: skip
