@@ -37,7 +37,8 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the checkpoint.")
     checkpoint: str | None = Field(
         default=None,
-        description="A Megatron torch_dist checkpoint directory, of any layout, whose weights are taken instead.",
+        description="Checkpoint directory of a training job, of any layout, whose weights are taken: DeepSpeed's (ZeRO "
+        "or universal; backends transformers and deepspeed) or Megatron's torch_dist (backend megatron).",
     )
 
 
@@ -358,12 +359,6 @@ def _check_consistency(config: Config, source: str) -> None:
         raise ConfigError(
             f"{source}: parallel.backend deepspeed cannot combine tp {parallel.tp}, pp {parallel.pp} and zero_stage "
             f"{parallel.zero_stage}; use one of tp and pp, with zero_stage 0 or 1."
-        )
-    if config.model.checkpoint is not None and parallel.backend != "megatron":
-        raise ConfigError(
-            f"{source}: model.checkpoint is given with parallel.backend '{parallel.backend}', but only megatron reads "
-            "one (torch_dist); convert a DeepSpeed checkpoint with its zero_to_fp32.py --safe_serialization and pass "
-            "the directory as model.name_or_path."
         )
     for target in config.export.targets:
         if target not in EXPORTERS:

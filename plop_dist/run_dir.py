@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plop_dist.checkpoint_folder import digest_of_files
 from plop_dist.config import Config
 from plop_dist.errors import RunDirError
 from plop_dist.files import write_json, write_text
@@ -111,11 +112,13 @@ def content_hash(path: Path) -> str | None:
 def _files(config: Config) -> dict[str, Any]:
     """Return size and time of local inputs: an edited data file or an overwritten checkpoint counts as a change."""
     found = {}
-    for name in (config.data.path, config.train.data_path, config.model.name_or_path, config.model.checkpoint):
+    for name in (config.data.path, config.train.data_path, config.model.name_or_path):
         path = Path(name) if name else None
         if path is not None and path.exists():
             parts = sorted(path.iterdir()) if path.is_dir() else [path]
             found[str(name)] = [[part.name, part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
+    if config.model.checkpoint is not None:
+        found[config.model.checkpoint] = digest_of_files(config.model.checkpoint)
     return found
 
 

@@ -55,6 +55,7 @@ LAYERS = (
         "versions",
         "builtin_data",
         "builtin_model",
+        "checkpoint_folder",
     ),
 )
 LEVEL = {name: -depth for depth, names in enumerate(LAYERS) for name in names}

@@ -28,31 +28,59 @@ from plop_dist.protocols import Groups, MicroBatch
 def load(config: Config) -> PipelineModel:
     """Return this rank's stage of the model. Collective over the world.
 
-    Every rank reads the whole checkpoint into main memory and keeps its stage. Raises ModelError for a model that is
-    not a plain stack of decoder layers, LayoutError where there are more stages than layers.
+    Raises ModelError for a model that is not a plain stack of decoder layers, LayoutError where there are more stages
+    than layers.
+    """
+    from deepspeed.pipe import PipelineModule
+
+    pick_device()
+    model, options = load_stage(config)
+    with redirect_stdout(io.StringIO()):  # it prints its partition
+        pipe = PipelineModule(layers=pipeline_layers(model), **options)
+    with_head = needs_head(config.placement.exclude)
+    return PipelineModel(list(pipe.forward_funcs), pipe.mpu(), meta_model(config.model), with_head)
+
+
+def load_stage(config: Config) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model that holds the weights of this rank's stage alone, and how PipelineModule is to cut it.
+
+    Layers of other stages are nn.Identity. Raises ModelError or LayoutError as load does. Collective over the world.
     """
     import deepspeed
-    from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+    from deepspeed.runtime.utils import partition_balanced
 
     parallel = config.parallel
     twin = meta_model(config.model)
-    num_layers = sum(isinstance(layer, DecoderLayer) for layer in pipeline_layers(twin))
+    num_layers = len(pipeline_layers(twin)) - 2
     if parallel.pp > num_layers:
         fitting = nearest(parallel.pp, range(1, num_layers + 1))[0]
         raise LayoutError(
             f"parallel.pp is {parallel.pp}, but {type(twin).__name__} has {num_layers} decoder layers; use "
             f"parallel.pp={fitting}."
         )
-    pick_device()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    with redirect_stdout(io.StringIO()):  # it prints its partition
-        pipe = PipelineModule(
-            layers=pipeline_layers(load_model(config.model)),
-            topology=PipeDataParallelTopology(num_pp=parallel.pp, num_dp=parallel.dp),
-            partition_method="type:DecoderLayer",
-        )
-    return PipelineModel(list(pipe.forward_funcs), pipe.mpu(), twin, needs_head(config.placement.exclude))
+    topology = PipeDataParallelTopology(num_pp=parallel.pp, num_dp=parallel.dp)
+    # What partition_method "type:DecoderLayer" does: the embedding and the head weigh nothing.
+    bounds = partition_balanced([0, *[1] * num_layers, 0], parallel.pp)
+    stage = topology.get_coord(dist.get_rank()).pipe
+    own = range(bounds[stage], bounds[stage + 1])
+    model = load_model(config.model, drop=lambda model: _keep_only(model, own))
+    return model, {"topology": topology, "partition_method": "type:DecoderLayer"}
+
+
+def _keep_only(model: Any, own: range) -> None:
+    """Replace the modules of pipeline layers outside `own` by nn.Identity."""
+    body, last = model.base_model, len(model.base_model.layers) + 1
+    for index in range(last - 1):
+        if index + 1 not in own:
+            body.layers[index] = nn.Identity()
+    # A tied head has its weight under the embedding's name.
+    if 0 not in own and not (last in own and model.all_tied_weights_keys):
+        body.embed_tokens = nn.Identity()
+    if last not in own:
+        body.norm = model.lm_head = nn.Identity()
+        model.all_tied_weights_keys = {}
 
 
 def wrap(engine: Any, exclude: Sequence[str]) -> PipelineModel:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -46,22 +46,25 @@ def check_vocabulary(model: ModelConfig, largest_id: int) -> None:
         )
 
 
-def load_model(model: ModelConfig, **options: Any) -> torch.nn.Module:
+def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **options: Any) -> torch.nn.Module:
     """Return the model with its weights, in eval mode. Extra options go to from_pretrained.
 
-    Raises ModelError when the directory is missing, a file is corrupt, or weights are missing from the checkpoint
-    (which transformers would fill with random numbers).
+    drop: takes out of the model, which is on the meta device then, what this rank does not need; it is never read.
+    With model.checkpoint its weights are read parameter by parameter from there, and model.name_or_path gives the
+    configuration alone. Raises ModelError when the directory is missing, a file is corrupt, or weights are missing
+    from the checkpoint (which transformers would fill with random numbers).
     """
     from transformers import AutoModelForCausalLM
 
+    dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+    options |= {"dtype": dtype, "output_loading_info": True}
     with _explained(model, "model"):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            resolve(model.name_or_path),
-            dtype=model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        if model.checkpoint is None and drop is None:
+            name = resolve(model.name_or_path)
+            options["trust_remote_code"] = model.trust_remote_code
+            loaded, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        else:
+            loaded, info = _load_by_class(model, drop, options)
     missing = sorted(info.get("missing_keys") or [])
     if missing:
         raise ModelError(
@@ -72,12 +75,63 @@ def load_model(model: ModelConfig, **options: Any) -> torch.nn.Module:
 
 
 def meta_model(model: ModelConfig, hf_config: Any = None) -> torch.nn.Module:
-    """Return the model built on the meta device from its configuration alone: shapes and names, no weights."""
+    """Return the model built on the meta device from its configuration alone: shapes and names, no weights.
+
+    It is whole at ZeRO-3 too, where transformers partitions every other model that it builds.
+    """
     from transformers import AutoModelForCausalLM
 
     hf_config = hf_config or load_hf_config(model)
-    with _explained(model, "architecture"), torch.device("meta"):
+    with _explained(model, "architecture"), _unpartitioned(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code).eval()
+
+
+def _load_by_class(
+    model: ModelConfig, drop: Callable[[Any], None] | None, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model, whole or a part, and transformers' report on loading it; see load_model."""
+    from transformers import GenerationConfig
+
+    from plop_dist.backends.deepspeed_checkpoint import find_weights
+
+    hf_config = load_hf_config(model)
+    twin: Any = meta_model(model, hf_config)
+    model_class = type(twin) if drop is None else _class_without(drop, type(twin))
+    name = resolve(model.name_or_path)
+    if model.checkpoint is None:
+        return model_class.from_pretrained(name, config=hf_config, **options)
+    with suppress(OSError):  # few models have one; transformers then makes it from the configuration
+        options["generation_config"] = GenerationConfig.from_pretrained(name)
+    # From here on transformers does what it does with its own files: dtype, tying, sharding, partitioning.
+    weights = find_weights(model.checkpoint, twin)
+    loaded, info = model_class.from_pretrained(None, config=hf_config, state_dict=weights, **options)
+    loaded.name_or_path = loaded.config.name_or_path = hf_config.name_or_path
+    return loaded, info
+
+
+def _class_without(drop: Callable[[Any], None], model_class: Any) -> Any:
+    """Return the class whose models lack what `drop` takes out, before transformers looks for their weights."""
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        drop(self)
+
+    fields: dict[str, Any] = {"__init__": build, "__module__": model_class.__module__}
+    # transformers would report every weight that is left out.
+    fields["_keys_to_ignore_on_load_unexpected"] = [".*"]
+    return type(model_class.__name__, (model_class,), fields)
+
+
+@contextmanager
+def _unpartitioned() -> Iterator[None]:
+    from transformers.integrations import deepspeed
+
+    alive = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = alive
 
 
 def needs_head(exclude: list[str]) -> bool:
