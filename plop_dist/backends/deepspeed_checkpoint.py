@@ -7,19 +7,17 @@ itself is not imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.safe_pickle import load_mapped
 from plop_dist.backends.unread import UnreadTensor
-from plop_dist.checkpoint_folder import find_weights_folder
+from plop_dist.backends.zero_files import Weights, find_partitioned, load_model_states, numbers, pieced, whole
+from plop_dist.checkpoint_folder import Kind, find_weights_folder
 from plop_dist.errors import ModelError
-
-Weights = dict[str, UnreadTensor]
 
 _CONVERT = (
     "merge them with `python -m deepspeed.checkpoint.ds_to_universal --input_folder {folder} --output_folder OUT` and "
@@ -41,86 +39,35 @@ def find_weights(directory: str | Path, model: nn.Module) -> Weights:
             f"model.checkpoint '{directory}' is a Megatron torch_dist checkpoint, which only parallel.backend=megatron "
             "reads."
         )
+    try:
+        return _checked(_find(folder, kind, model), model, directory)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(
+            f"model.checkpoint '{directory}' is not laid out as DeepSpeed 0.19 does it ({type(error).__name__}: "
+            f"{error}); convert it with its zero_to_fp32.py --safe_serialization and pass the result as "
+            "model.name_or_path."
+        ) from error
+
+
+def _find(folder: Path, kind: Kind, model: nn.Module) -> Weights:
     _refuse_shards(folder)
     layers = _layer_files(folder)
     weights: Weights = {}
     for index, file in layers.items():
         for name, tensor in load_mapped(file).items():
-            weights[f"{index}.{name}"] = _whole(tensor)
+            weights[f"{index}.{name}"] = whole(tensor)
+    tied: dict[str, str] = {}
     for mp_rank in _mp_ranks(folder):
-        weights |= _of_mp_rank(folder, mp_rank, has_masters=kind == "deepspeed")
+        states = load_model_states(folder, mp_rank)
+        weights |= find_partitioned(folder, mp_rank, states, has_masters=kind == "deepspeed")
+        tied |= states[0].get("shared_params") or {}
     if kind == "universal":
         weights |= dict(_universal(folder / "zero", weights, dict(model.state_dict())))
+    # Last: of a tied pair only one is trained and converted, the other may still be there in 16 bit.
+    weights |= {name: weights[source] for name, source in tied.items() if source in weights}
     if layers:
         weights = {_path_in_model(name, model, folder): unread for name, unread in weights.items()}
-    return _checked(weights, model, directory)
-
-
-def _of_mp_rank(folder: Path, mp_rank: int, has_masters: bool) -> Weights:
-    """Return the weights that one model-parallel rank's files hold: of the whole model, or of a pipeline's stage."""
-    ranks = sorted(_numbers(folder, rf"zero_pp_rank_(\d+)_mp_rank_{mp_rank:02d}_model_states\.pt"))
-    if not ranks:
-        state = load_mapped(folder / f"mp_rank_{mp_rank:02d}_model_states.pt")
-        weights = {name: _whole(tensor) for name, tensor in (state["module"] or {}).items()}
-        # Without ZeRO the masters have no names; the module then holds what the job computed with.
-        if has_masters and state.get("param_shapes"):
-            weights |= _from_flat_groups(state["param_shapes"], _optimizers(folder, mp_rank))
-        return weights | _shared(state, weights)
-    states = [load_mapped(folder / f"zero_pp_rank_{rank}_mp_rank_{mp_rank:02d}_model_states.pt") for rank in ranks]
-    _check_ranks(folder, ranks, states[0]["dp_world_size"], "model_states")
-    buffers = set(states[0]["buffer_names"])
-    weights = {name: _whole(tensor) for name, tensor in states[0]["module"].items() if name in buffers}
-    for name, shape in (states[0].get("frozen_param_shapes") or {}).items():
-        weights[name] = _pieced(name, shape, [state["frozen_param_fragments"][name] for state in states])
-    if has_masters:
-        weights |= _from_partitions(states[0]["param_shapes"], _optimizers(folder, mp_rank))
-    return weights | _shared(states[0], weights)
-
-
-def _from_flat_groups(groups: Any, optimizers: list[Any]) -> Weights:
-    """ZeRO 1 and 2: a group's parameters lie one after the other, and the ranks hold equal stretches of that line."""
-    weights: Weights = {}
-    paddings = optimizers[0].get("param_alignment_paddings")
-    for number, shapes in enumerate(groups):
-        line = [optimizer["single_partition_of_fp32_groups"][number] for optimizer in optimizers]
-        start = 0
-        for index, (name, shape) in enumerate(shapes.items()):
-            numel = torch.Size(shape).numel()
-            weights[name] = _pieced(name, shape, _stretch(line, start, numel))
-            start += numel + (paddings[number][index] if paddings else 0)
     return weights
-
-
-def _from_partitions(groups: Any, optimizers: list[Any]) -> Weights:
-    """ZeRO 3: every parameter is padded to equal parts, and each rank's parts lie one after the other."""
-    if any(optimizer.get("ds_zero_partition_groups") for optimizer in optimizers):
-        raise ModelError(
-            "model.checkpoint: experts are partitioned over groups of their own (AutoEP at ZeRO 3); convert it with "
-            "deepspeed.checkpoint.ds_to_universal and pass the result."
-        )
-    weights: Weights = {}
-    start = 0
-    for name, shape in ((name, shape) for shapes in groups for name, shape in shapes.items()):
-        length = -(-torch.Size(shape).numel() // len(optimizers))
-        parts = [_stretch(optimizer["fp32_flat_groups"], start, length) for optimizer in optimizers]
-        weights[name] = _pieced(name, shape, [piece for pieces in parts for piece in pieces])
-        start += length
-    return weights
-
-
-def _optimizers(folder: Path, mp_rank: int) -> list[Any]:
-    """Return the optimizer states of all data-parallel ranks, in order. Raises ModelError where one is missing."""
-    pattern = rf"((?:bf16_|fp16_)?)zero_pp_rank_(\d+)_mp_rank_{mp_rank:02d}_optim_states\.pt"
-    files = {int(match[2]): path for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))}
-    if not files:
-        raise ModelError(
-            f"'{folder}' has no *_mp_rank_{mp_rank:02d}_optim_states.pt, which hold the ZeRO weights; copy the files "
-            "of all ranks, of all machines."
-        )
-    states = [load_mapped(files[rank])["optimizer_state_dict"] for rank in sorted(files)]
-    count = states[0]["partition_count"]
-    _check_ranks(folder, files, max(count) if isinstance(count, list) else count, "optim_states")
-    return states
 
 
 def _universal(
@@ -132,44 +79,11 @@ def _universal(
         tensor = content["param"] if isinstance(content, dict) else content
         target = expected.get(folder.name, known.get(folder.name))
         fits = target is not None and tensor.dim() == 1 and tensor.numel() == target.numel()
-        yield folder.name, _pieced(folder.name, target.shape if fits else tensor.shape, [tensor])
-
-
-def _shared(state: Any, weights: Weights) -> Weights:
-    """Return the names of tied parameters that are not stored themselves."""
-    shared = state.get("shared_params") or {}
-    return {name: weights[source] for name, source in shared.items() if source in weights}
-
-
-def _whole(tensor: Tensor) -> UnreadTensor:
-    return UnreadTensor(tensor.shape, [tensor.reshape(-1)])
-
-
-def _pieced(name: str, shape: Iterable[int], pieces: list[Tensor]) -> UnreadTensor:
-    shape = torch.Size(shape)
-    flat = [piece.reshape(-1) for piece in pieces]
-    found = sum(piece.numel() for piece in flat)
-    if found < shape.numel():
-        raise ModelError(
-            f"model.checkpoint holds {found} of the {shape.numel()} elements of '{name}' {tuple(shape)}; files of "
-            "another job lie among its own, or one was cut off: copy it again."
-        )
-    return UnreadTensor(shape, flat)
-
-
-def _stretch(line: list[Tensor], start: int, length: int) -> list[Tensor]:
-    """Return the elements start to start + length of tensors laid end to end, as views."""
-    pieces = []
-    for tensor in line:
-        if start < tensor.numel() and length > 0:
-            pieces.append(tensor[start : start + length])
-            length -= pieces[-1].numel()
-        start = max(0, start - tensor.numel())
-    return pieces or [line[0][:0]]
+        yield folder.name, pieced(folder.name, target.shape if fits else tensor.shape, [tensor])
 
 
 def _mp_ranks(folder: Path) -> list[int]:
-    return sorted(_numbers(folder, r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt"))
+    return sorted(numbers(folder, r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt"))
 
 
 def _layer_files(folder: Path) -> dict[int, Path]:
@@ -197,20 +111,6 @@ def _refuse_shards(folder: Path) -> None:
         f"'{folder}' holds tensor-parallel shards ({len(_mp_ranks(folder))} mp_rank files), which only DeepSpeed puts "
         f"together: {_CONVERT.format(folder=folder)}."
     )
-
-
-def _check_ranks(folder: Path, found: Iterable[int], count: int, what: str) -> None:
-    missing = sorted(set(range(count)) - set(found))
-    if missing or len(set(found)) > count:
-        told = f"that of rank {missing[0]} is missing" if missing else "files of another run lie among them"
-        raise ModelError(
-            f"'{folder}' was written by {count} data-parallel ranks, but holds {len(set(found))} *_{what}.pt: {told}. "
-            "Copy the files of all ranks, of all machines."
-        )
-
-
-def _numbers(folder: Path, pattern: str) -> set[int]:
-    return {int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))}
 
 
 def _path_in_model(name: str, model: Any, folder: Path) -> str:

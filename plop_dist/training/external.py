@@ -38,6 +38,12 @@ def prepare(config: Config, placement: Placement, engine: str) -> dict[str, Any]
     """
     parallel, directory = config.parallel, config.run_path / "train" / engine
     is_megatron = parallel.backend == "megatron"
+    if config.model.checkpoint is not None:
+        raise ConfigError(
+            f"train.engine is '{engine}', which reads Hugging Face weights, but model.checkpoint is "
+            f"'{config.model.checkpoint}'; convert it and pass the result as model.name_or_path, without "
+            "model.checkpoint."
+        )
     if not is_megatron and (parallel.tp > 1 or parallel.pp > 1):
         raise ConfigError(
             f"train.engine is '{engine}' with parallel.backend '{parallel.backend}', tp {parallel.tp} and pp "
