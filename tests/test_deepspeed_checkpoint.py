@@ -208,14 +208,13 @@ def _run(config: Config, rank: int, stages: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _elsewhere(rank: int, root: Path) -> dict[str, Any]:
-    found = {
-        layout: _run(_config(root, layout, layout, checkpoint), rank, ("score",))
-        for layout, checkpoint in (("autotp", "zero3"), ("hf_tp", "zero3"))
-    }
+    found = {}
     for layout in ("zero3", "pipeline"):
         for checkpoint in (None, "zero3"):
             config = _config(root, f"{layout}-{checkpoint}", layout, checkpoint)
             found[f"{layout} {checkpoint}"] = _run(config, rank, ("score", "place", "train"))
+    for layout in ("hf_tp", "autotp"):  # AutoTP last: DeepSpeed keeps its groups for the process's life
+        found[layout] = _run(_config(root, layout, layout, "zero3"), rank, ("score",))
     return found
 
 
@@ -223,7 +222,9 @@ def _elsewhere(rank: int, root: Path) -> dict[str, Any]:
 def test_other_layouts_score_and_train_as_from_hugging_face_files(root: Path) -> None:
     truth = _run(_config(root, "truth", "one", None), 0, ("score",))["scores"]
     alone = _run(_config(root, "alone", "one", "zero3"), 0, ("score",))["scores"]
-    assert alone == truth
+    assert alone.keys() == truth.keys()
+    for fqn, values in truth.items():
+        assert alone[fqn] == pytest.approx(values, rel=1e-6), fqn
     for found in run_ranks(2, _elsewhere, root):
         for name, run in found.items():
             assert run["scores"].keys() == truth.keys(), name
@@ -263,7 +264,7 @@ def test_foreign_objects_are_never_unpickled(root: Path, tmp_path: Path) -> None
     file = tmp_path / "zero2" / "global_step2" / "mp_rank_00_model_states.pt"
     state = torch.load(file, weights_only=False)
     torch.save({**state, "hidden": _Evil(tmp_path / "trace")}, file)
-    with pytest.raises(ModelError, match=r"mp_rank_00_model_states.pt' holds pickled objects of 'pathlib"):
+    with pytest.raises(ModelError, match=r"mp_rank_00_model_states.pt' holds pickled objects of '.*not opened"):
         load(root, "zero2", checkpoint=str(tmp_path / "zero2"))
     assert not (tmp_path / "trace").exists()
     torch.load(file, weights_only=False)

@@ -104,7 +104,7 @@ def _refuse_shards(folder: Path) -> None:
             "transformers; save the model with save_pretrained and pass that as model.name_or_path."
         )
     is_pipeline = any(name.startswith("layer_") for name in names)
-    has_slices = any(re.match(r"layer_\d+-model_(?!00-)", name) for name in names)
+    has_slices = any(re.match(r"layer_\d+-model_(?!00-)\d+-", name) for name in names)
     if (folder / "zero").is_dir() or not (has_slices or (len(_mp_ranks(folder)) > 1 and not is_pipeline)):
         return
     raise ModelError(
