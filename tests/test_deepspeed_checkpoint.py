@@ -207,32 +207,39 @@ def _run(config: Config, rank: int, stages: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _elsewhere(rank: int, root: Path) -> dict[str, Any]:
-    found = {}
-    for layout in ("zero3", "pipeline"):
-        for checkpoint in (None, "zero3"):
-            config = _config(root, f"{layout}-{checkpoint}", layout, checkpoint)
-            found[f"{layout} {checkpoint}"] = _run(config, rank, ("score", "place", "train"))
-    for layout in ("hf_tp", "autotp"):  # AutoTP last: DeepSpeed keeps its groups for the process's life
-        found[layout] = _run(_config(root, layout, layout, "zero3"), rank, ("score",))
-    return found
+def _elsewhere(rank: int, root: Path, layout: str) -> dict[str, Any]:
+    """Run a layout from Hugging Face files and from the checkpoint; where the tests of training are elsewhere, score."""
+    stages = ("score", "place", "train") if layout in TRAINED else ("score",)
+    return {
+        str(checkpoint): _run(_config(root, f"{layout}-{checkpoint}", layout, checkpoint), rank, stages)
+        for checkpoint in ((None, "zero3") if layout in TRAINED else ("zero3",))
+    }
+
+
+TRAINED = ("zero3", "pipeline")
 
 
 @pytest.mark.slow
-def test_other_layouts_score_and_train_as_from_hugging_face_files(root: Path) -> None:
+@pytest.mark.parametrize("layout", ["zero3", "pipeline", "hf_tp", "autotp"])
+def test_other_layouts_score_and_train_as_from_hugging_face_files(root: Path, layout: str) -> None:
+    truth = _run(_config(root, f"truth-{layout}", "one", None), 0, ("score",))["scores"]
+    for found in run_ranks(2, _elsewhere, root, layout):
+        for name, run in found.items():
+            assert run["scores"].keys() == truth.keys(), name
+            for fqn, values in truth.items():
+                assert run["scores"][fqn] == pytest.approx(values, rel=1e-5), f"{name} {fqn}"
+        if layout in TRAINED:
+            assert len(found["zero3"]["losses"]) == 2
+            assert found["zero3"]["losses"] == found["None"]["losses"]
+
+
+@pytest.mark.slow
+def test_one_process_scores_as_from_hugging_face_files(root: Path) -> None:
     truth = _run(_config(root, "truth", "one", None), 0, ("score",))["scores"]
     alone = _run(_config(root, "alone", "one", "zero3"), 0, ("score",))["scores"]
     assert alone.keys() == truth.keys()
     for fqn, values in truth.items():
         assert alone[fqn] == pytest.approx(values, rel=1e-6), fqn
-    for found in run_ranks(2, _elsewhere, root):
-        for name, run in found.items():
-            assert run["scores"].keys() == truth.keys(), name
-            for fqn, values in truth.items():
-                assert run["scores"][fqn] == pytest.approx(values, rel=1e-5), f"{name} {fqn}"
-        for layout in ("zero3", "pipeline"):
-            assert len(found[f"{layout} zero3"]["losses"]) == 2
-            assert found[f"{layout} zero3"]["losses"] == found[f"{layout} None"]["losses"]
 
 
 @pytest.mark.slow
