@@ -208,7 +208,7 @@ def _run(config: Config, rank: int, stages: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _elsewhere(rank: int, root: Path, layout: str) -> dict[str, Any]:
-    """Run a layout from Hugging Face files and from the checkpoint; where the tests of training are elsewhere, score."""
+    """Run a layout from the checkpoint; where it trains, from Hugging Face files too."""
     stages = ("score", "place", "train") if layout in TRAINED else ("score",)
     return {
         str(checkpoint): _run(_config(root, f"{layout}-{checkpoint}", layout, checkpoint), rank, stages)
