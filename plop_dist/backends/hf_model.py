@@ -89,9 +89,7 @@ class HFModel:
         other.
         """
         mask, positions = micro_batch.attention_mask, micro_batch.position_ids
-        if positions is None:
-            return mask
-        if not is_packed(positions, mask):
+        if positions is None or not is_packed(positions, mask):
             return mask
         packed = "a micro-batch has packed rows (position_ids that start again within a row)"
         if not self._takes_positions:

@@ -80,6 +80,9 @@ class _RecordAs:
     def record(self, site: Site, *args: Any, **kwargs: Any) -> None:
         self.recorder.record(self.site, *args, **kwargs)
 
+    def record_unreadable(self, site: Site) -> None:
+        self.recorder.record_unreadable(self.site)
+
     def sq_norm(self, z_TI: Tensor) -> Tensor:
         return self.recorder.sq_norm(z_TI)
 
