@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from plop_dist.backends.deepspeed import data_parallel_groups, gathered
 from plop_dist.backends.hf_load import meta_model
@@ -50,24 +47,11 @@ def _tracker(trainer: Any, config: Config, placement: Placement, tokenizer: Any)
     outer = trainer.model_wrapped if is_partitioned else trainer.model
     base = trainer.model.get_base_model()
     with_head = track.with_head(placement)
-    with _unpartitioned(trainer.args):
-        twin = meta_model(config.model)
     model = HFModel(
         base,
-        whole_sites(base, with_head, gather=gather, twin=twin),
+        whole_sites(base, with_head, gather=gather, twin=meta_model(config.model)),
         groups=data_parallel_groups(uniform=is_partitioned),
         call=outer if is_partitioned else None,
         with_head=with_head,
     )
     return track.NfnTracker(config, placement, tokenizer, model, peft_shards(base), [outer], gather)
-
-
-@contextmanager
-def _unpartitioned(arguments: Any) -> Iterator[None]:
-    """Build models whole for the length of a block: with ZeRO-3 arguments alive, transformers partitions every one."""
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if getattr(arguments, "hf_deepspeed_config", None) is not None:
-            set_hf_deepspeed_config(arguments.hf_deepspeed_config)
