@@ -164,3 +164,29 @@ def test_two_ranks_equal_one_process(root: Path) -> None:
 
 def test_four_ranks_equal_one_process(root: Path) -> None:
     _check(run_ranks(4, _score, root, FOUR_RANKS), root, FOUR_RANKS)
+
+
+def _private_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def _grow(rank: int, root: Path) -> tuple[int, int]:
+    """Load at ZeRO-3; return by how much this rank's private memory has grown, and the model's bytes."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    config = _config(root, "grown", "large", {**DS, "dp": 2, "zero_stage": 3}, "right", "lm_head")
+    load("backend", BACKENDS, "deepspeed")().load(
+        config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": str(root / "llama")})})
+    )  # what a first load imports and allocates is not the model's
+    before = _private_bytes()
+    model = load("backend", BACKENDS, "deepspeed")().load(config)
+    return _private_bytes() - before, 4 * model.describe()["num_parameters"]
+
+
+def test_no_rank_holds_the_whole_model_at_zero3(root: Path) -> None:
+    save_tiny("llama", root / "large", hidden_size=512, intermediate_size=2048, num_hidden_layers=10)
+    for grown, size in run_ranks(2, _grow, root):
+        assert size > 100e6
+        assert grown < 0.65 * size, f"a rank grew by {grown:,} bytes for a model of {size:,}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from plop_dist.builtin_model import resolve
 from plop_dist.config import ModelConfig
 from plop_dist.errors import ModelError, PlopError
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def load_hf_config(model: ModelConfig) -> Any:
@@ -58,7 +61,7 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
 
     dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     options |= {"dtype": dtype, "output_loading_info": True}
-    with _explained(model, "model"):
+    with _explained(model, "model"), _freed_at_once():
         if model.checkpoint is None and drop is None:
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code
@@ -120,6 +123,24 @@ def _class_without(drop: Callable[[Any], None], model_class: Any) -> Any:
     # transformers would report every weight that is left out.
     fields["_keys_to_ignore_on_load_unexpected"] = [".*"]
     return type(model_class.__name__, (model_class,), fields)
+
+
+@contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """Have the parameters that ZeRO-3 frees while it loads leave the process, one by one.
+
+    glibc raises its threshold for memory of its own mapping with every large block that is freed, and then keeps the
+    room between the shards: a rank grows by the whole model, though it never holds it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # not glibc
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc ends by itself: activations are not mapped anew each time
 
 
 @contextmanager
