@@ -1,4 +1,4 @@
-"""What scoring costs: against a plain forward pass, with and without the head, and the straightforward algorithm."""
+"""What scoring costs: against a plain forward pass, with and without the head, and the paper's own script."""
 
 # T tokens, I in_features, O out_features
 
@@ -222,21 +222,26 @@ def spread_micro_batches(samples: Sequence[Sequence[int]], batch_size: int, toke
 
 @contextmanager
 def straightforward(module: nn.Module) -> Iterator[None]:
-    """Measure each linear module as the definition says: per batch W z and W z~ in float32, z~ Gaussian of z's norm."""
+    """Measure each linear module as the paper's own script does, step by step, for the length of a block.
+
+    Per module, the LM head included, and per batch, in float32: W over its root mean square, z and a Gaussian z~ over
+    their norms, W z and W z~. Source: github.com/soufiane001/plop, src/metrics.py, calculate_nfn_scores.
+    """
     handles = []
 
     def observe(linear: Any, args: tuple[Any, ...], output: Any) -> None:
-        z_TI = args[0].float()
+        z_TI = args[0].float().flatten(0, -2)
         weight_OI = linear.weight.float()
-        random_TI = torch.randn_like(z_TI)
-        random_TI *= _norm(z_TI) / _norm(random_TI)
-        actual_T, baseline_T = _norm(z_TI @ weight_OI.T), _norm(random_TI @ weight_OI.T)
-        float((actual_T / baseline_T).mean())
+        weight_OI = weight_OI / weight_OI.square().mean().sqrt()
+        actual, baseline = (
+            _norm(u_TI / _norm(u_TI) @ weight_OI.T).mean().item() for u_TI in (z_TI, torch.randn_like(z_TI))
+        )
+        nfns.append(actual / baseline)
 
-    head = module.get_output_embeddings()  # type: ignore[operator]
+    nfns: list[float] = []
     try:
         for child in module.modules():
-            if isinstance(child, nn.Linear) and child is not head:
+            if isinstance(child, nn.Linear):
                 handles.append(child.register_forward_hook(observe))
         yield
     finally:

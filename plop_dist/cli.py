@@ -159,7 +159,7 @@ def bench(
     ] = 1,
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions of every variant.", min=1)] = 5,
 ) -> None:
-    """Measure the cost of scoring against a plain forward pass and against the straightforward algorithm."""
+    """Measure the cost of scoring against a plain forward pass and against the algorithm of the paper's own script."""
     from plop_dist import bench as benchmark
 
     benchmark.print_bench(benchmark.run_bench(_config(config, overrides), ranks=ranks, repeats=repeats))
