@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from plop_dist.backends.deepspeed_pipeline import load_stage
+from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
 from tests.training_cases import (
     CUT_AFTER,
     RESUMED_STEPS,
     check_run,
     gradients_of,
+    make_config,
+    make_placement,
     prepare,
     recorded_gradients,
     run_engine,
@@ -24,8 +29,6 @@ def _job(rank: int, directory: str, dp: int) -> dict[str, Any]:
     out: dict[str, Any] = {}
     with recorded_gradients() as seen:
         out["whole"] = run_engine("pipeline", directory, "whole", **options)
-        own = seen[0].keys()
-        seen.shards = [shard for shard in seen.shards if id(shard.A) in own]
         out["whole"]["gradients"] = gradients_of(seen)
     run_engine("pipeline", directory, "resumed", num_steps=CUT_AFTER, **options)
     out["resumed"] = run_engine("pipeline", directory, "resumed", **options)
@@ -46,3 +49,30 @@ def test_pp2_equals_one_process(tmp_path: Path, dp: int) -> None:
         assert [record["step"] for record in found["resumed"]["records"]] == RESUMED_STEPS
         adapted |= found["whole"]["gradients"][0].keys()
     assert adapted == expected["adapters"].keys()
+
+
+def _held(rank: int, directory: str) -> set[str]:
+    from plop_dist.backends.hf_load import meta_model
+    from plop_dist.training.pipeline import PipelineEngine
+
+    loaded: list[torch.nn.Module] = []
+    config = make_config(directory, directory, backend="deepspeed", pp=2)
+
+    def load(config: Any) -> Any:
+        model, options = load_stage(config)
+        loaded.append(model)
+        return model, options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plop_dist.training.pipeline.load_stage", load)
+        PipelineEngine(config, make_placement(meta_model(config.model))).close()
+    return {name for name, parameter in loaded[0].named_parameters() if not parameter.is_meta and ".lora_" not in name}
+
+
+def test_no_stage_loads_another_stages_layers(tmp_path: Path) -> None:
+    save_tiny("qwen3", tmp_path)
+    first, second = run_ranks(2, _held, str(tmp_path))
+    layers = {name for name, _ in tiny("qwen3").named_parameters() if ".layers." in name}
+    held = [{name.replace(".base_layer", "") for name in stage} & layers for stage in (first, second)]
+    assert held[0] | held[1] == layers
+    assert not held[0] & held[1]

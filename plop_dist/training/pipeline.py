@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from plop_dist.backends.deepspeed_pipeline import PipelineModel, pipeline_layers
-from plop_dist.backends.hf_load import load_model, load_tokenizer, meta_model
+from plop_dist.backends.deepspeed_pipeline import PipelineModel, load_stage, pipeline_layers
+from plop_dist.backends.hf_load import load_tokenizer, meta_model
 from plop_dist.config import Config
 from plop_dist.errors import LayoutError
 from plop_dist.training import loop
@@ -56,35 +56,29 @@ class PipelineEngine:
     def __init__(self, config: Config, placement: Placement):
         import deepspeed
         from deepspeed.pipe import PipelineModule
-        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
         from peft import inject_adapter_in_model
 
-        deepspeed.init_distributed(dist_backend=dist.get_backend())
         self._config, self._placement = config, placement
-        model = load_model(config.model)
+        model, options = load_stage(config)
         layers = pipeline_layers(model)
+        modules = dict(model.named_modules())
+        here = [fqn for fqn in placement.modules if not isinstance(modules.get(fqn, nn.Identity()), nn.Identity)]
+        self._check_stages(here)
         model.requires_grad_(False)
-        inject_adapter_in_model(lora_config(placement, config), model)
+        peft_config = lora_config(placement, config)
+        peft_config.target_modules = set(here)  # PEFT would adapt what stands in for another stage's head
+        inject_adapter_in_model(peft_config, model)
         reset_peft_adapter(model, config.train.seed)
-        shards = peft_shards(model)
-        for parameter in parameters_of(shards):
+        self._shards = peft_shards(model)
+        parameters = parameters_of(self._shards)
+        for parameter in parameters:
             # DeepSpeed's ZeRO norm counts unmarked parameters on the first stage alone.
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-        check_complete({shard.fqn for shard in shards}, placement)
         self._total, self._scale = 0.0, 1.0
         pipe = PipelineModule(
-            layers=layers,
-            topology=PipeDataParallelTopology(num_pp=config.parallel.pp, num_dp=config.parallel.dp),
-            loss_fn=self._loss,
-            partition_method="type:DecoderLayer",
-            activation_checkpoint_interval=0,
-            dynamic_shape=True,
+            layers=layers, loss_fn=self._loss, activation_checkpoint_interval=0, dynamic_shape=True, **options
         )
-        own = {id(parameter) for parameter in pipe.parameters()}
-        self._shards = [shard for shard in shards if id(shard.A) in own]
-        self._check_stages()
         self._pipe = pipe
-        parameters = parameters_of(self._shards)
         self._engine = deepspeed.initialize(
             model=pipe,
             config=deepspeed_config(config, config.train.gradient_accumulation_steps),
@@ -156,12 +150,14 @@ class PipelineEngine:
         for grad in grads:
             grad.mul_(scale)
 
-    def _check_stages(self) -> None:
-        counts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(counts, len(self._shards))
-        if not all(counts):
+    def _check_stages(self, here: Sequence[str]) -> None:
+        """Raise PlacementError or LayoutError unless the stages hold the chosen modules, and each of them some."""
+        stages: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(stages, list(here))
+        check_complete({fqn for stage in stages for fqn in stage}, self._placement)
+        if not all(stages):
             raise LayoutError(
-                f"parallel.pp is {self._config.parallel.pp}, but rank {counts.index(0)}'s stage holds no chosen "
+                f"parallel.pp is {self._config.parallel.pp}, but rank {stages.index([])}'s stage holds no chosen "
                 "module; use a smaller parallel.pp, parallel.tp instead, or placement.granularity=type."
             )
 
