@@ -91,7 +91,7 @@ def stage_inputs(stage: str, config: Config) -> dict[str, Any]:
         if config.estimator.stop_when_stable:
             inputs["placement"] = tree["placement"]
         # the LM head is scored only if the placement may choose it
-        return {**inputs, "exclude": tree["placement"]["exclude"], "files": _files(config)}
+        return {**inputs, "exclude": tree["placement"]["exclude"], "files": input_files(config)}
     if stage == "place":
         return {"placement": tree["placement"], "scores": content_hash(run.scores)}
     if stage == "export":
@@ -100,7 +100,7 @@ def stage_inputs(stage: str, config: Config) -> dict[str, Any]:
         **{name: tree[name] for name in ("model", "parallel", "train")},
         "data": {name: tree["data"][name] for name in ("path", "split", "text_field", "template", "messages_field")},
         "placement.json": content_hash(run.placement),
-        "files": _files(config),
+        "files": input_files(config),
     }
 
 
@@ -109,7 +109,7 @@ def content_hash(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
-def _files(config: Config) -> dict[str, Any]:
+def input_files(config: Config) -> dict[str, Any]:
     """Return size and time of local inputs: an edited data file or an overwritten checkpoint counts as a change."""
     found = {}
     for name in (config.data.path, config.train.data_path, config.model.name_or_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 from plop_dist import worker
 from plop_dist.config import load_config
 from plop_dist.run_dir import RunDir
+from plop_dist.training.checkpoint import fingerprint
 from plop_dist.types import Scores
 from tests.cli_cases import assert_one_message, events, modules_of, plop_dist, results, write_case
-from tests.models import save_tiny
+from tests.models import save_tiny, tiny
+from tests.training_cases import make_config, make_placement
 
 NUM_SAMPLES = 8  # 4 steps of 2
 
@@ -164,3 +167,12 @@ def test_damaged_notes_of_finished_stages_count_for_nothing(model: Path, tmp_pat
     RunDir(config.run_dir).prepare()
     (config.run_path / "stages.json").write_text(content)
     assert worker.reason_to_run(config, "score") == "it has not run yet"
+
+
+def test_training_does_not_go_on_from_a_checkpoint_of_other_weights(model: Path, tmp_path: Path) -> None:
+    config = make_config(shutil.copytree(model, tmp_path / "model"), tmp_path / "run")
+    placement = make_placement(tiny("llama"))
+    before = fingerprint(config, placement)
+    assert fingerprint(config, placement) == before
+    save_tiny("llama", tmp_path / "model", seed=1)
+    assert fingerprint(config, placement) != before

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from plop_dist.config import Config
 from plop_dist.files import write_bytes, write_json
+from plop_dist.run_dir import input_files
 from plop_dist.types import Placement
 
 _KEPT = 2
@@ -70,10 +71,11 @@ class Checkpoints:
 
 
 def fingerprint(config: Config, placement: Placement) -> str:
-    """Return a digest of everything that a checkpoint depends on: model, data, layout, training options, adapters."""
+    """Return a digest of all that a checkpoint depends on: model, data, their files, layout, training and adapters."""
     parts = {
         "model": config.model.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json"),
+        "files": input_files(config),
         "parallel": config.parallel.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json", exclude={"save_steps", "loggers", "track_nfn_every"}),
         "placement": [placement.modules, placement.rank, placement.alpha, placement.rank_pattern],
