@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plop_dist.config import Config
-from plop_dist.errors import MissingExtraError
+from plop_dist.errors import ConfigError, MissingExtraError
 from plop_dist.files import write_json
 
 
@@ -84,4 +84,10 @@ class TrainingLog:
         except ModuleNotFoundError as error:
             raise MissingExtraError(
                 f"train.loggers names '{name}', which is not installed: pip install 'plop-dist[loggers]'"
+            ) from error
+        except Exception as error:  # each of them has its own kinds: no account, no server, a full disk
+            said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+            raise ConfigError(
+                f"train.loggers: '{name}' cannot begin a run ({type(error).__name__}: {said}); log in, point it at a "
+                "server that answers (wandb: WANDB_MODE=offline needs neither), or leave it out."
             ) from error
