@@ -181,12 +181,12 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("plop_dist").setLevel(logging.INFO)
     try:
-        app()  # ends in SystemExit: 0, typer's own 2 for wrong usage, 130 after an interrupt
+        app()  # ends in SystemExit: 0, typer's own 2 for wrong usage, 130 and 143 after SIGINT and SIGTERM
     except PlopError as error:
         print(f"error: {error}", file=sys.stderr)
         _leave(error.exit_status)
     except SystemExit as stop:
-        if stop.code == 130:
+        if stop.code in (130, 143):
             print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
         _leave(int(stop.code or 0))
     except OSError as error:  # standard output is on a full disk

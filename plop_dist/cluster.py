@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from plop_dist.files import write_json
 from plop_dist.run_dir import RunDir
 
 _SECONDS_FOR_PEERS = 5.0
+_MOST_LOCAL_RANKS_PER_CPU = 16
 
 
 def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -> None:
@@ -66,7 +68,7 @@ def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -
             ),
         )
         try:
-            trainer.fit()
+            _fit(trainer)
         except Exception as error:  # Ray wraps what workers raise in classes of its own, version by version
             raise _cause(records, getattr(error, "worker_failures", {})) or WorkerError(
                 f"the workers failed: {_last_line(error)}"
@@ -75,6 +77,33 @@ def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -
     if failure is not None:
         raise failure
     shutil.rmtree(records, ignore_errors=True)
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """Run the workers to their end, so that an interrupt (SIGINT, SIGTERM) raises here and ends them.
+
+    Ray Train would answer SIGINT with its own exit, without a word to the user; it leaves signals alone in a thread.
+    """
+    raised: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            raised.append(error)
+
+    def terminate(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if raised:
+        raise raised[0]
 
 
 def submit_job(config: Config, address: str) -> int:
@@ -244,9 +273,16 @@ def _ray(config: Config, *, takes_jobs: bool = False) -> Iterator[None]:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"address": address}
     if address is None:
+        num_cpus = os.cpu_count() or 1
+        most = _MOST_LOCAL_RANKS_PER_CPU * num_cpus
+        if config.parallel.world_size > most:
+            raise LayoutError(
+                f"the parallel sizes make {config.parallel.world_size} ranks, but without cluster.address all of them "
+                f"run on this machine, whose {num_cpus} CPUs take {most} at most; set cluster.address, or lower them."
+            )
         # As many CPUs as the ranks ask for: on a small machine they share cores instead of waiting for ever.
         wanted = int(config.parallel.world_size * config.cluster.cpus_per_worker) + 1
-        options = {"num_cpus": max(wanted, os.cpu_count() or 1), "include_dashboard": takes_jobs}
+        options = {"num_cpus": max(wanted, num_cpus), "include_dashboard": takes_jobs}
     try:
         if address is not None:
             _check_answers(address)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,15 +40,19 @@ def ray_head() -> Iterator[Head]:
 
 def kill_rank_1_in_the_middle(run_dir: Path, kind: str, least: int, driver: subprocess.Popen[str]) -> None:
     """SIGKILL the newest process of rank 1 once `least` of the samples or steps are done, and not yet all."""
+    seen = wait_for(run_dir, kind, least, driver)
+    os.kill([event["pid"] for event in seen if event["event"] == "worker" and event["rank"] == 1][-1], signal.SIGKILL)
+
+
+def wait_for(run_dir: Path, kind: str, least: int, driver: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """Return the events so far once `least` of the samples or steps are done, and not yet all."""
     while True:
         assert driver.poll() is None, driver.communicate()
         seen = events(run_dir)
         progress = [event for event in seen if event["event"] == kind]
         if progress and progress[-1]["done"] >= least:
             assert progress[-1]["done"] < progress[-1]["total"], f"{kind} ended before it could be interrupted"
-            pids = [event["pid"] for event in seen if event["event"] == "worker" and event["rank"] == 1]
-            os.kill(pids[-1], signal.SIGKILL)
-            return
+            return seen
         time.sleep(0.01)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ import pytest
 
 from plop_dist import cluster
 from plop_dist.config import parse_config
-from plop_dist.errors import ConfigError, DataError, WorkerError
+from plop_dist.errors import ConfigError, DataError, LayoutError, WorkerError
 from tests.cluster_case import BIN, ROOT, Case, environment, events, make_case, processes_with, run, session
-from tests.ray_head import Head, kill_rank_1_in_the_middle, ray_head
+from tests.ray_head import Head, kill_rank_1_in_the_middle, ray_head, wait_for
 
 TRAINING = {"method": "sft", "max_steps": 12, "learning_rate": 1e-2, "micro_batch_size": 2, "max_length": 48,
             "eval_samples": 8, "prompt_template": "{question} ", "save_steps": 3}  # fmt: skip
@@ -98,6 +99,35 @@ def test_bad_input_found_by_workers_is_one_message_without_a_retry_and_leaves_no
     assert "Traceback" not in done.stderr
     attempts = [event["attempt"] for event in events(case.directory / "bad") if event["event"] == "worker"]
     assert attempts == [1, 1], "bad input was tried again"
+    assert_nothing_left(mark)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_says_so_leaves_no_process_and_goes_on(case: Case) -> None:
+    config = case.write("interrupted")
+    run_dir, mark = case.directory / "interrupted", f"PLOP_DIST_TEST_{uuid.uuid4().hex}"
+    with session([str(BIN / "plop-dist"), "score", str(config)], environment(**{mark: "1"})) as process:
+        wait_for(run_dir, "scoring", 8, process)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert "interrupted; the same command goes on" in err
+    assert "Traceback" not in err
+    assert not (run_dir / "scores.json").exists()
+    assert_nothing_left(mark)
+    done = run(BIN / "plop-dist", "score", config)
+    assert done.returncode == 0, done.stderr
+    assert "resumed: " in done.stderr
+    case.assert_same_scores("interrupted")
+
+
+def test_more_ranks_than_this_machine_takes_are_refused_before_ray_starts(case: Case) -> None:
+    config = parse_config(case.tree("many", parallel={"dp": 10**6}))
+    with pytest.raises(LayoutError, match=r"make 1000000 ranks, but without cluster\.address .* lower them"):
+        cluster.run_workers(config, ["score"])
+
+
+def assert_nothing_left(mark: str) -> None:
     deadline = time.monotonic() + 20  # Ray's processes end a moment after their driver
     while (left := processes_with(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
