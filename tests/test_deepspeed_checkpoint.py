@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from plop_dist import ranks, worker
+from plop_dist.backends.deepspeed_checkpoint import find_weights
 from plop_dist.backends.hf_load import load_model
 from plop_dist.config import Config, ModelConfig, parse_config
 from plop_dist.errors import ModelError
@@ -59,6 +60,33 @@ def _pretrain(rank: int, root: Path) -> None:
             torch.save(truth, root / f"{name}.pt")
         engine.destroy()
     _pretrain_pipeline(rank, root)
+    for stage in (0, 1):
+        _pretrain_autotp(rank, root, stage)
+
+
+def _pretrain_autotp(rank: int, root: Path, stage: int) -> None:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    engine = _engine(tiny("llama", **SIZES), stage, is_bf16=stage > 0, tensor_parallel={"autotp_size": 2})
+    ids = random_tokens(2, 8)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    engine.save_checkpoint(str(root / f"autotp-zero{stage}"))
+    own = {
+        path: parameter.detach().clone() if stage == 0 else safe_get_full_fp32_param(parameter)
+        for path, parameter in engine.module.named_parameters()
+    }
+    both: list[Any] = [None, None]
+    torch.distributed.all_gather_object(both, own)
+    truth = {}
+    for path, weight in both[0].items():
+        kind = path.rpartition(".")[0].rpartition(".")[2]
+        is_row = kind in ("o_proj", "down_proj") and path.endswith(".weight")
+        is_column = kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
+        truth[path] = torch.cat([weight, both[1][path]], int(is_row)) if is_row or is_column else weight
+    if rank == 0:
+        torch.save(truth, root / f"autotp-zero{stage}.pt")
+    engine.destroy()
 
 
 def _pretrain_pipeline(rank: int, root: Path) -> None:
@@ -80,7 +108,7 @@ def _pretrain_pipeline(rank: int, root: Path) -> None:
         torch.save(stages[0] | stages[1], root / "pipeline.pt")
 
 
-def _engine(model: torch.nn.Module, stage: int, is_bf16: bool) -> Any:
+def _engine(model: torch.nn.Module, stage: int, is_bf16: bool, **more: Any) -> Any:
     import deepspeed
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -90,6 +118,7 @@ def _engine(model: torch.nn.Module, stage: int, is_bf16: bool) -> Any:
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 0.01}},
         "bf16": {"enabled": is_bf16},
         "steps_per_print": 10**9,
+        **more,
     }
     # What its annotations leave out: a list of parameters.
     return deepspeed.initialize(model=model, model_parameters=parameters, config=settings)[0]  # type: ignore[arg-type]
@@ -144,6 +173,38 @@ def test_a_pipeline_s_layers_get_their_names_back(root: Path) -> None:
             index, f"model.layers.{int(index) - 1}.{rest.removeprefix('layer.')}"
         )
         assert torch.equal(found[name], weight), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["autotp-zero0", "autotp-zero1"])
+def test_autotp_s_shards_are_joined(root: Path, name: str) -> None:
+    found = dict(load(root, name).named_parameters())
+    expected = torch.load(root / f"{name}.pt")
+    assert found.keys() == expected.keys()
+    for path, weight in expected.items():
+        assert torch.equal(found[path], weight), path
+    assert not torch.equal(found["lm_head.weight"], tiny("llama", **SIZES).lm_head.weight)
+
+
+@pytest.mark.slow
+def test_shards_that_do_not_add_up_are_refused(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "autotp-zero0", tmp_path / "job")
+    folder = tmp_path / "job" / "global_step1"
+    shutil.copy(folder / "mp_rank_01_model_states.pt", folder / "mp_rank_02_model_states.pt")
+    with pytest.raises(ModelError, match=r"3 tensor-parallel shards of '.*q_proj.weight' with shapes .*ds_to_universal"):
+        load(root, "autotp-zero0", checkpoint=str(tmp_path / "job"))
+
+
+def test_shards_of_a_fused_linear_are_refused(tmp_path: Path) -> None:
+    model = tiny("phi3")
+    halves = [
+        {path: weight.chunk(2)[rank] if "qkv_proj" in path else weight for path, weight in model.state_dict().items()}
+        for rank in range(2)
+    ]
+    for rank, half in enumerate(halves):
+        torch.save({"module": half, "shared_params": {}}, tmp_path / f"mp_rank_{rank:02d}_model_states.pt")
+    with pytest.raises(ModelError, match=r"2 tensor-parallel shards of 'model.layers.0.self_attn.qkv_proj.weight'"):
+        find_weights(tmp_path, model)
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from plop_dist.backends.hf_modules import find_linears
 from plop_dist.backends.safe_pickle import load_mapped
-from plop_dist.backends.unread import UnreadTensor
+from plop_dist.backends.unread import UnreadTensor, unread_shards
 from plop_dist.backends.zero_files import Weights, find_partitioned, load_model_states, numbers, pieced, whole
 from plop_dist.checkpoint_folder import Kind, find_weights_folder
 from plop_dist.errors import ModelError
@@ -57,16 +58,54 @@ def _find(folder: Path, kind: Kind, model: nn.Module) -> Weights:
         for name, tensor in load_mapped(file).items():
             weights[f"{index}.{name}"] = whole(tensor)
     tied: dict[str, str] = {}
+    shards = []
     for mp_rank in _mp_ranks(folder):
         states = load_model_states(folder, mp_rank)
-        weights |= find_partitioned(folder, mp_rank, states, has_masters=kind == "deepspeed")
+        shards.append(find_partitioned(folder, mp_rank, states, has_masters=kind == "deepspeed"))
         tied |= states[0].get("shared_params") or {}
+    if layers or kind == "universal":  # each stage's own; tensor-parallel ones are merged in files of their own
+        for stage in shards:
+            weights |= stage
+    else:
+        weights = _joined([_unwrapped(shard, model) for shard in shards], model, folder)
     if kind == "universal":
         weights |= dict(_universal(folder / "zero", weights, dict(model.state_dict())))
     # Last: of a tied pair only one is trained and converted, the other may still be there in 16 bit.
     weights |= {name: weights[source] for name, source in tied.items() if source in weights}
     if layers:
         weights = {_path_in_model(name, model, folder): unread for name, unread in weights.items()}
+    return weights
+
+
+def _joined(shards: list[Weights], model: nn.Module, folder: Path) -> Weights:
+    """Return the weights of AutoTP's ranks put together: a parameter is whole on each, or cut along one dimension.
+
+    Raises ModelError for fused linears, which AutoTP cuts inside each of their blocks.
+    """
+    if len(shards) == 1:
+        return shards[0]
+    fused = {linear.path for linear in find_linears(model) if len(linear.blocks) > 1}
+    expected = dict(model.state_dict())
+    weights: Weights = {}
+    for name in shards[0]:
+        parts = [shard[name] for shard in shards]
+        target = expected.get(name, parts[0]).shape
+        if all(part.shape == target for part in parts):
+            weights[name] = parts[0]
+            continue
+        dims = [
+            dim
+            for dim, size in enumerate(target)
+            if sum(part.shape[dim] for part in parts) == size
+            and all((*p.shape[:dim], *p.shape[dim + 1 :]) == (*target[:dim], *target[dim + 1 :]) for p in parts)
+        ]
+        if len(dims) != 1 or name.rpartition(".")[0] in fused:
+            raise ModelError(
+                f"'{folder}' holds {len(shards)} tensor-parallel shards of '{name}' with shapes "
+                f"{[tuple(part.shape) for part in parts]}, which only DeepSpeed puts together to {tuple(target)}: "
+                f"{_CONVERT.format(folder=folder)}."
+            )
+        weights[name] = unread_shards(parts, dims[0])
     return weights
 
 
@@ -103,14 +142,18 @@ def _refuse_shards(folder: Path) -> None:
             f"'{folder}' keeps the experts of DeepSpeed's MoE layers in files of their own, which are no modules of "
             "transformers; save the model with save_pretrained and pass that as model.name_or_path."
         )
-    is_pipeline = any(name.startswith("layer_") for name in names)
-    has_slices = any(re.match(r"layer_\d+-model_(?!00-)\d+-", name) for name in names)
-    if (folder / "zero").is_dir() or not (has_slices or (len(_mp_ranks(folder)) > 1 and not is_pipeline)):
-        return
-    raise ModelError(
-        f"'{folder}' holds tensor-parallel shards ({len(_mp_ranks(folder))} mp_rank files), which only DeepSpeed puts "
-        f"together: {_CONVERT.format(folder=folder)}."
-    )
+    if not (folder / "zero").is_dir() and any(re.match(r"layer_\d+-model_(?!00-)\d+-", name) for name in names):
+        raise ModelError(
+            f"'{folder}' holds tensor-parallel shards of a pipeline's layers ({len(_mp_ranks(folder))} mp_rank files), "
+            f"which only DeepSpeed puts together: {_CONVERT.format(folder=folder)}."
+        )
+
+
+def _unwrapped(weights: Weights, model: nn.Module) -> Weights:
+    """Return the weights without the name that a wrapper around the model puts before every other."""
+    if weights.keys() & model.state_dict().keys():
+        return weights
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): unread for name, unread in weights.items()}
 
 
 def _path_in_model(name: str, model: Any, folder: Path) -> str:
@@ -141,8 +184,7 @@ def _checked(weights: Weights, model: nn.Module, directory: str | Path) -> Weigh
             f"model.checkpoint '{directory}' is of a model with LoRA adapters; merge them, save the model with "
             "save_pretrained, and pass that as model.name_or_path."
         )
-    if not weights.keys() & expected.keys():  # a wrapper around the model puts its own name before every other
-        weights = {name.removeprefix("module.").removeprefix("_orig_mod."): unread for name, unread in weights.items()}
+    weights = _unwrapped(weights, model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = sorted(expected.keys() - weights.keys() - tied)
     foreign = sorted(weights.keys() - expected.keys())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plop_dist.backends.safe_pickle import load_mapped
-from plop_dist.backends.unread import UnreadTensor
+from plop_dist.backends.unread import UnreadTensor, unread_pieces
 from plop_dist.errors import ModelError
 
 Weights = dict[str, UnreadTensor]
@@ -51,7 +51,7 @@ def find_partitioned(folder: Path, mp_rank: int, states: list[Any], has_masters:
 
 def whole(tensor: Tensor) -> UnreadTensor:
     """Return a stand-in for a tensor that lies in one piece."""
-    return UnreadTensor(tensor.shape, [tensor.reshape(-1)])
+    return unread_pieces(tensor.shape, [tensor.reshape(-1)])
 
 
 def pieced(name: str, shape: Iterable[int], pieces: list[Tensor]) -> UnreadTensor:
@@ -64,7 +64,7 @@ def pieced(name: str, shape: Iterable[int], pieces: list[Tensor]) -> UnreadTenso
             f"model.checkpoint holds {found} of the {shape.numel()} elements of '{name}' {tuple(shape)}; files of "
             "another job lie among its own, or one was cut off: copy it again."
         )
-    return UnreadTensor(shape, flat)
+    return unread_pieces(shape, flat)
 
 
 def numbers(folder: Path, pattern: str) -> set[int]:
