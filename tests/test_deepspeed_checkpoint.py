@@ -191,7 +191,7 @@ def test_shards_that_do_not_add_up_are_refused(root: Path, tmp_path: Path) -> No
     shutil.copytree(root / "autotp-zero0", tmp_path / "job")
     folder = tmp_path / "job" / "global_step1"
     shutil.copy(folder / "mp_rank_01_model_states.pt", folder / "mp_rank_02_model_states.pt")
-    with pytest.raises(ModelError, match=r"3 tensor-parallel shards of '.*q_proj.weight' with shapes .*ds_to_universal"):
+    with pytest.raises(ModelError, match=r"3 tensor-parallel shards of '.*q_proj.weight' .*ds_to_universal"):
         load(root, "autotp-zero0", checkpoint=str(tmp_path / "job"))
 
 
