@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,10 @@ def check(found: dict[str, Any], config: Config) -> None:
     expected = reference(tiny("llama"), config, placement, data)
     assert_equal("loss", found["losses"], expected["losses"])
     assert_equal("grad_norm", found["norms"], expected["norms"])
+    for step, gradients in enumerate(found.get("gradients", ())):
+        clipped = min(1.0, config.train.max_grad_norm / expected["norms"][step])
+        for name, gradient in expected["gradients"][step].items():
+            assert_equal(f"step {step} {name}", gradients[name] * clipped, gradient)
     summary = found["summary"]
     assert_equal("held-out", summary["held_out_after"], expected["held_out_after"])
     assert summary["held_out_after"] < summary["held_out_before"]
@@ -154,9 +160,30 @@ def test_resumes_where_it_was_cut_off(tmp_path: Path) -> None:
     check_resumed(whole, resumed)
 
 
+@contextmanager
+def whole_gradients() -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Yield a list that gets every step's averaged gradients by name, before DeepSpeed clips them."""
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.utils import safe_get_full_grad
+
+    step_of = DeepSpeedEngine.step
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        seen.append({name: safe_get_full_grad(p).clone() for name, p in trained.items()})  # type: ignore[union-attr]
+        return step_of(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeepSpeedEngine, "step", step)
+        yield seen
+
+
 def _zero3(rank: int, directory: str) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
     path, layout = Path(directory), {"backend": "deepspeed", "dp": 2, "zero_stage": 3}
-    found = run_stages(make_config(path, "run", rows=4, train={"track_nfn_every": 5}, **layout))
+    with whole_gradients() as gradients:
+        found = run_stages(make_config(path, "run", rows=4, train={"track_nfn_every": 5}, **layout))
+    found["gradients"] = gradients
     placement = Placement.from_file(path / "run" / "placement.json")
     return found, train_and_resume(make_config(path, "whole", rows=13, **layout), path / "cut", placement)
 
@@ -168,6 +195,7 @@ def test_two_ranks_at_zero_3_equal_plain_peft_and_resume(tmp_path: Path) -> None
         make_config(tmp_path, "run", rows=rows)
     results = run_ranks(2, _zero3, str(tmp_path))
     found, (whole, resumed) = results[0]
+    assert len(found["gradients"]) == 10
     check(found, make_config(tmp_path, "run", rows=4, dp=2, backend="deepspeed", zero_stage=3))
     check_resumed(whole, resumed)
     one_process: list[dict[str, Any]] = []
