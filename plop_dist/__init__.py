@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plop_dist.placement import Placement as Placement
     from plop_dist.plugin import score as score
     from plop_dist.select import place as place
-    from plop_dist.types import Placement as Placement
     from plop_dist.types import Scores as Scores
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ __all__ = ["Placement", "Scores", "__version__", "place", "score"]
 _HOME = {
     "score": "plop_dist.plugin",
     "place": "plop_dist.select",
-    "Placement": "plop_dist.types",
+    "Placement": "plop_dist.placement",
     "Scores": "plop_dist.types",
 }
 

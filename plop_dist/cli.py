@@ -74,8 +74,8 @@ def export(
 ) -> None:
     """Write the placement in another framework's own format; prints the flags or overrides to paste."""
     from plop_dist.export import write_export
+    from plop_dist.placement import Placement
     from plop_dist.run_dir import RunDir
-    from plop_dist.types import Placement
 
     paths = RunDir(run_dir)
     written = write_export(Placement.from_file(paths.placement), to, paths.exports, engine=engine, widen=widen)
@@ -91,7 +91,7 @@ def export(
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """Score, place, export, train and report; stages that are done are kept."""
     from plop_dist import pipeline, tables
-    from plop_dist.types import Placement
+    from plop_dist.placement import Placement
 
     loaded = _config(config, overrides)
     page = pipeline.run(loaded, pipeline.command_line())
@@ -135,7 +135,7 @@ def diff(
     """Show how an existing PEFT configuration differs from the placement."""
     from plop_dist.diff import diff as compare
     from plop_dist.diff import read_adapter_config
-    from plop_dist.types import Placement
+    from plop_dist.placement import Placement
 
     placement = Placement.from_file(run_dir / "placement.json")
     for line in compare(placement, read_adapter_config(adapter_config)).lines():

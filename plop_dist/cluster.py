@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -26,13 +25,13 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from plop_dist import errors
+from plop_dist.attempts import all_found_it, begin_attempt, read_records, records_of
 from plop_dist.config import Config, parse_config
 from plop_dist.errors import ConfigError, LayoutError, PlopError, UserError, WorkerError
-from plop_dist.events import EventDisplay, EventWriter
+from plop_dist.events import EventWriter, shown
 from plop_dist.files import write_json
 from plop_dist.run_dir import RunDir
 
-_SECONDS_FOR_PEERS = 5.0
 _MOST_LOCAL_RANKS_PER_CPU = 16
 
 
@@ -46,8 +45,8 @@ def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -
     run_dir = RunDir(config.run_dir)
     launch = {"config": config.model_dump(mode="json"), "stages": list(stages), "force": force, "id": uuid.uuid4().hex}
     launch["directory"] = os.getcwd()
-    records = _records(run_dir, launch["id"])
-    with _ray(config), _shown(run_dir.events):
+    records = records_of(run_dir, launch["id"])
+    with _ray(config), shown(run_dir.events):
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         per_worker = _resources_per_worker(config, has_gpu)
         _check_resources(config, per_worker)
@@ -186,8 +185,8 @@ def _work(launch: dict[str, Any]) -> None:
     sys.path.append(launch["directory"])  # where a user's module:function lies
     config = parse_config(launch["config"], "the submitted configuration")
     run_dir = RunDir(config.run_dir)
-    records = _records(run_dir, launch["id"])
-    attempt = ranks.agree(lambda: _begin_attempt(records))
+    records = records_of(run_dir, launch["id"])
+    attempt = ranks.agree(lambda: begin_attempt(records))
     if attempt == 0:
         return  # bad input stays bad: the restart that Ray grants is not used
     notify = EventWriter(run_dir.events)
@@ -201,50 +200,13 @@ def _work(launch: dict[str, Any]) -> None:
                 records / f"error-rank-{ranks.rank()}.json",
                 {"rank": ranks.rank(), "kind": type(error).__name__, "message": str(error), "user": is_user},
             )
-        if not (is_user and _all_found_it(records, config.parallel.world_size)):
+        if not (is_user and all_found_it(records, config.parallel.world_size)):
             raise
-
-
-def _records(run_dir: RunDir, launch_id: str) -> Path:
-    """The directory where the workers of one launch leave what the driver and later attempts need to know."""
-    return run_dir.path / "ray" / launch_id
-
-
-def _begin_attempt(records: Path) -> int:
-    """Return the number of the attempt that begins, counted from 1, or 0 if an earlier one found bad input."""
-    if any(record["user"] for record in _read(records)):
-        return 0
-    for path in records.glob("error-rank-*.json"):
-        path.unlink()
-    records.mkdir(parents=True, exist_ok=True)
-    attempt = 1 + len(list(records.glob("attempt-*")))
-    (records / f"attempt-{attempt}").touch()
-    return attempt
-
-
-def _all_found_it(records: Path, world_size: int) -> bool:
-    """Wait a moment for the other ranks' records; tell whether every rank found bad input.
-
-    If so all can end in peace. If not, the others wait in a collective, and only raising makes Ray end them.
-    """
-    deadline = time.monotonic() + _SECONDS_FOR_PEERS
-    while time.monotonic() < deadline:
-        found = _read(records)
-        if len(found) == world_size:
-            return all(record["user"] for record in found)
-        time.sleep(0.1)
-    return False
-
-
-def _read(records: Path) -> list[dict[str, Any]]:
-    """Return the error records of the last attempt, the oldest, which is the cause of the others, first."""
-    paths = sorted(records.glob("error-rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
-    return [json.loads(path.read_text()) for path in paths]
 
 
 def _cause(records: Path, raised: dict[int, Exception]) -> PlopError | None:
     """Return the first error of the last attempt as its own class; `raised` is what Ray has seen, by rank."""
-    found = _read(records)
+    found = read_records(records)
     if found and found[0]["user"]:
         return getattr(errors, found[0]["kind"], UserError)(found[0]["message"])
     dead = sorted(rank for rank, error in raised.items() if isinstance(error, RayError))
@@ -342,42 +304,6 @@ def _check_resources(config: Config, per_worker: dict[str, float]) -> None:
                 f"{available.get(name, 0):g}; lower "
                 f"cluster.{name.lower()}s_per_worker or the parallel sizes, or add nodes."
             )
-
-
-@contextmanager
-def _shown(events: Path) -> Iterator[None]:
-    """Show what rank 0 appends to events.jsonl while the block runs."""
-    start = events.stat().st_size if events.is_file() else 0
-    ended = threading.Event()
-    with EventDisplay() as display:
-        thread = threading.Thread(target=_follow, args=(events, start, ended, display), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join(timeout=5)
-
-
-def _follow(events: Path, position: int, ended: threading.Event, display: EventDisplay) -> None:
-    rest = ""
-    is_last = False
-    while not is_last:
-        is_last = ended.wait(0.2)
-        if not events.is_file():
-            continue
-        with events.open(encoding="utf-8") as handle:
-            handle.seek(position)
-            rest += handle.read()
-            position = handle.tell()
-        *lines, rest = rest.split("\n")
-        for line in lines:
-            with suppress(json.JSONDecodeError):
-                event = json.loads(line)
-                kind = event.pop("event")
-                event.pop("time", None)
-                if kind != "worker":  # process ids are for operators, who read the file
-                    display(kind, **event)
 
 
 def _absolute(config: Config) -> Config:

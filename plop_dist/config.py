@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from plop_dist.config_errors import explain
 from plop_dist.errors import ConfigError, suggest
 from plop_dist.mesh import Layout
 from plop_dist.registry import EXPORTERS
@@ -247,7 +248,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
         # `parallel:` with every key commented out is null in YAML, and means the defaults
         config = Config.model_validate({**tree, **{name: {} for name in sections if name in Config.model_fields}})
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {_explain(item)}" for item in error.errors())) from error
+        raise ConfigError("\n".join(f"{source}: {explain(item, Config)}" for item in error.errors())) from error
     _check_consistency(config, source)
     return config
 
@@ -279,49 +280,6 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        elsewhere = [f"{name}.{location[-1]}" for name in Config.model_fields if _field_at([name, location[-1]])]
-        if len(elsewhere) == 1 and len(location) == 1:
-            return f"unknown key '{key}'. Did you mean '{elsewhere[0]}'?"
-        return f"unknown key '{key}'. {suggest(location[-1], _keys_beside(location))}"
-    if item["type"] == "missing":
-        return f"key '{key}' is required and missing; add {key}: ... to the file or {key}=... to the command."
-    field = _field_at(location)
-    doc = f" ({field.description})" if field is not None and field.description else ""
-    if item["type"] == "model_type":
-        return f"{key}: the value is {item['input']!r}, expected a section with the keys {_section_keys(location)}."
-    return f"{key}: {item['msg'].removeprefix('Value error, ')}, but the value is {item['input']!r}{doc}"
-
-
-def _section_keys(location: list[str]) -> str:
-    return ", ".join(_keys_beside([*location, ""]))
-
-
-def _keys_beside(location: list[str]) -> list[str]:
-    section: type[BaseModel] = Config
-    for part in location[:-1]:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        section = annotation
-    return list(section.model_fields)
-
-
-def _field_at(location: list[str]) -> Any:
-    section: type[BaseModel] = Config
-    field = None
-    for part in location:
-        field = section.model_fields.get(part)
-        if field is None:
-            return None
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            section = field.annotation
-    return field
 
 
 def _check_consistency(config: Config, source: str) -> None:

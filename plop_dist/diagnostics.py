@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from plop_dist.candidates import find_candidates
+from plop_dist.placement import Placement
 from plop_dist.policies import resolve_policy
-from plop_dist.types import ModuleScore, Placement, Scores, TypeScore
+from plop_dist.types import ModuleScore, Scores, TypeScore
 
 NEAR_ONE = 0.1
 MIN_IN_FEATURES = 1000

@@ -13,7 +13,8 @@ from plop_dist.exporters.targets import known_projections, matcher
 from plop_dist.files import read_json
 from plop_dist.names import natural_key
 from plop_dist.parameters import num_trainable_parameters
-from plop_dist.types import Placement, Projection
+from plop_dist.placement import Placement
+from plop_dist.types import Projection
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -105,3 +106,39 @@ def _sentence(kind: str, fields: dict[str, Any]) -> str:
         sure = f"the selection is {fields['confidence']:.0%} sure"
         return f"stopped after {fields['done']} of {fields['total']} samples: {sure}"
     return fields.get("text") or f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
+
+
+@contextmanager
+def shown(events: Path) -> Iterator[None]:
+    """Show what rank 0 appends to events.jsonl while the block runs."""
+    start = events.stat().st_size if events.is_file() else 0
+    ended = threading.Event()
+    with EventDisplay() as display:
+        thread = threading.Thread(target=_follow, args=(events, start, ended, display), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(timeout=5)
+
+
+def _follow(events: Path, position: int, ended: threading.Event, display: EventDisplay) -> None:
+    rest = ""
+    is_last = False
+    while not is_last:
+        is_last = ended.wait(0.2)
+        if not events.is_file():
+            continue
+        with events.open(encoding="utf-8") as handle:
+            handle.seek(position)
+            rest += handle.read()
+            position = handle.tell()
+        *lines, rest = rest.split("\n")
+        for line in lines:
+            with suppress(json.JSONDecodeError):
+                event = json.loads(line)
+                kind = event.pop("event")
+                event.pop("time", None)
+                if kind != "worker":  # process ids are for operators, who read the file
+                    display(kind, **event)

@@ -15,9 +15,10 @@ from plop_dist.candidates import Candidates, find_candidates
 from plop_dist.config import PlacementConfig
 from plop_dist.errors import ConfigError, PlacementError, ScoresError
 from plop_dist.parameters import num_trainable_parameters
+from plop_dist.placement import Placement
 from plop_dist.policies import build_policy, cost_function, rank_function, resolve_policy
 from plop_dist.select import choose_units, ordered_types
-from plop_dist.types import ModuleScore, Placement, Scores
+from plop_dist.types import ModuleScore, Scores
 
 _OTHER_POLICIES = ("lowest_k", "highest_k", "attention", "mlp", "all")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from plop_dist.files import write_json, write_text
+from plop_dist.placement import Export, Placement
 from plop_dist.registry import EXPORTERS, load
-from plop_dist.types import Export, Placement
 
 
 def write_export(placement: Placement, target: str, directory: Path, *, engine: str | None, widen: bool) -> Export:

@@ -15,8 +15,9 @@ from plop_dist.diagnostics import diagnose
 from plop_dist.errors import PlacementError
 from plop_dist.names import natural_key
 from plop_dist.parameters import num_trainable_parameters
+from plop_dist.placement import PLACEMENT_SCHEMA, Placement
 from plop_dist.policies import build_policy, highest_fitting_rank, resolve_policy
-from plop_dist.types import PLACEMENT_SCHEMA, ModuleScore, Placement, Scores
+from plop_dist.types import ModuleScore, Scores
 
 
 def place(scores: Scores, policy: PlacementConfig | str | None = None, **options: Any) -> Placement:

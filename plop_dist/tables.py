@@ -14,8 +14,9 @@ from plop_dist.diagnostics import Diagnostic
 from plop_dist.explain import Explanation
 from plop_dist.files import read_json
 from plop_dist.parameters import num_trainable_parameters
+from plop_dist.placement import Placement
 from plop_dist.sweep import Sweep
-from plop_dist.types import Placement, Scores, TypeScore
+from plop_dist.types import Scores, TypeScore
 
 
 @dataclass

@@ -10,11 +10,12 @@ from plop_dist.aggregate import check_weights
 from plop_dist.config import Config
 from plop_dist.data import plan_steps, select_rows, step_micro_batches, tokenize
 from plop_dist.errors import PlopError, WorkerError
+from plop_dist.placement import Placement
 from plop_dist.protocols import ScorableModel
 from plop_dist.registry import BACKENDS, TRAINERS, load
 from plop_dist.rows import load_rows
 from plop_dist.run_dir import RunDir, stage_inputs
-from plop_dist.types import Placement, Scores
+from plop_dist.types import Scores
 
 Notify = Callable[..., None]
 

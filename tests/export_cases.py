@@ -13,7 +13,8 @@ from plop_dist.backends.hf_experts import find_expert_sites
 from plop_dist.backends.hf_modules import find_linears
 from plop_dist.names import layer_index, module_type
 from plop_dist.parameters import num_trainable_parameters
-from plop_dist.types import DataInfo, ModelInfo, ModuleScore, Placement, Projection, Scores, TypeScore
+from plop_dist.placement import Placement
+from plop_dist.types import DataInfo, ModelInfo, ModuleScore, Projection, Scores, TypeScore
 from tests.models import tiny
 
 

@@ -42,7 +42,7 @@ from plop_dist.exporters import (
     torchtune,
     verl,
 )
-from plop_dist.types import Export, Placement
+from plop_dist.placement import Export, Placement
 from tests.export_cases import (
     adapted_paths,
     chosen_paths,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from plop_dist import cluster
+from plop_dist.attempts import begin_attempt
 from plop_dist.config import parse_config
 from plop_dist.errors import ConfigError, DataError, LayoutError, WorkerError
 from tests.cluster_case import BIN, ROOT, Case, environment, events, make_case, processes_with, run, session
@@ -135,7 +136,7 @@ def assert_nothing_left(mark: str) -> None:
 
 
 def test_the_oldest_record_of_the_last_attempt_is_the_cause(tmp_path: Path) -> None:
-    assert cluster._begin_attempt(tmp_path) == 1
+    assert begin_attempt(tmp_path) == 1
     assert cluster._cause(tmp_path, {}) is None
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
     _record(tmp_path, 1, "WorkerError", "rank 1: scoring step 3 failed", age_s=2)
@@ -143,7 +144,7 @@ def test_the_oldest_record_of_the_last_attempt_is_the_cause(tmp_path: Path) -> N
     assert type(found) is WorkerError
     assert str(found) == "rank 1: scoring step 3 failed"
 
-    assert cluster._begin_attempt(tmp_path) == 2, "an error that is not the user's is worth another attempt"
+    assert begin_attempt(tmp_path) == 2, "an error that is not the user's is worth another attempt"
     assert cluster._cause(tmp_path, {}) is None, "records of the first attempt were kept"
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
     assert str(cluster._cause(tmp_path, {})) == "rank 0: Connection closed by peer"
@@ -154,7 +155,7 @@ def test_bad_input_is_raised_as_its_own_class_and_stops_further_attempts(tmp_pat
     _record(tmp_path, 1, "DataError", "row 3 has no field 'text'", user=True, age_s=2)
     found = cluster._cause(tmp_path, {0: RuntimeError("collateral")})
     assert type(found) is DataError
-    assert cluster._begin_attempt(tmp_path) == 0
+    assert begin_attempt(tmp_path) == 0
 
 
 def test_a_dead_process_is_named_before_what_its_peers_saw(tmp_path: Path) -> None:

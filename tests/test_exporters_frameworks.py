@@ -30,8 +30,8 @@ from plop_dist.exporters import (
     verl,
 )
 from plop_dist.exporters.targets import matcher
+from plop_dist.placement import Export, Placement
 from plop_dist.registry import EXPORTERS, load
-from plop_dist.types import Export, Placement
 from tests.export_cases import llama_projections, model_of, place, projection, projections_of, scores_of
 
 LLAMA = scores_of(llama_projections())

@@ -19,7 +19,7 @@ from plop_dist.backends.megatron_cpu import import_bridge
 from plop_dist.errors import ExportError
 from plop_dist.exporters import megatron_bridge, megatron_swift, nemo_rl, verl
 from plop_dist.exporters.targets import matcher
-from plop_dist.types import Placement
+from plop_dist.placement import Placement
 from tests.export_cases import llama_projections, place, projection, scores_of
 
 import_bridge()

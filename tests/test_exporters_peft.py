@@ -19,7 +19,7 @@ from trl import ModelConfig, get_peft_config
 from plop_dist.errors import ExportError, MissingExtraError
 from plop_dist.exporters import peft as peft_exporter
 from plop_dist.exporters import trl as trl_exporter
-from plop_dist.types import Export
+from plop_dist.placement import Export
 from tests.export_cases import (
     adapted_paths,
     chosen_paths,

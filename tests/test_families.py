@@ -27,7 +27,8 @@ from plop_dist.config import PlacementConfig
 from plop_dist.errors import ExportError, ModelError
 from plop_dist.exporters.targets import hugging_face_targets
 from plop_dist.names import expert_index
-from plop_dist.types import ModuleScore, Placement, Scores
+from plop_dist.placement import Placement
+from plop_dist.types import ModuleScore, Scores
 from tests.models import random_tokens, tiny
 from tests.reference import Truth
 

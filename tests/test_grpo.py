@@ -15,9 +15,9 @@ from plop_dist import worker
 from plop_dist.builtin_data import arithmetic_rows
 from plop_dist.config import Config, parse_config
 from plop_dist.errors import ConfigError, DataError, MissingExtraError
+from plop_dist.placement import Placement
 from plop_dist.rows import load_rows
 from plop_dist.training import grpo, rewards
-from plop_dist.types import Placement
 from tests.models import save_tiny, tiny, tiny_tokenizer
 from tests.spawn import run_ranks
 from tests.training_cases import load_placement, make_placement

@@ -41,7 +41,7 @@ LAYERS = (
         "rows",
         "footprint",
     ),
-    ("run_dir", "stored_config", "progress", "events", "ranks", "parameters"),
+    ("run_dir", "attempts", "stored_config", "progress", "events", "ranks", "parameters"),
     ("protocols",),
     (
         "registry",
@@ -49,7 +49,9 @@ LAYERS = (
         "names",
         "mesh",
         "config",
+        "config_errors",
         "types",
+        "placement",
         "files",
         "errors",
         "versions",

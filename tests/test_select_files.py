@@ -12,7 +12,8 @@ import pytest
 
 import plop_dist
 from plop_dist.errors import ScoresError
-from plop_dist.types import Placement, Scores
+from plop_dist.placement import Placement
+from plop_dist.types import Scores
 from tests.select_cases import make_scores
 
 

@@ -14,10 +14,11 @@ import torch
 from plop_dist import ranks, worker
 from plop_dist.backends.hf_load import load_tokenizer
 from plop_dist.config import Config, parse_config
+from plop_dist.placement import Placement
 from plop_dist.training import sft
 from plop_dist.training.data import TrainingData, collate
 from plop_dist.training.loop import learning_rate_at
-from plop_dist.types import Placement, Scores
+from plop_dist.types import Scores
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
 from tests.training_cases import (

@@ -10,8 +10,9 @@ import torch
 
 from plop_dist.backends.transformers import whole_sites
 from plop_dist.parameters import num_trainable_parameters
+from plop_dist.placement import Placement
 from plop_dist.training import loop
-from plop_dist.types import ModuleScore, Placement, TypeScore
+from plop_dist.types import ModuleScore, TypeScore
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
 from tests.training_cases import Rows, assert_equal, check_run, make_placement, prepare, run_engine

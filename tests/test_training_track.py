@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from plop_dist import worker
 from plop_dist.config import Config, parse_config
+from plop_dist.placement import Placement
 from plop_dist.training import sft
-from plop_dist.types import Placement
 from tests.models import save_tiny
 from tests.spawn import run_ranks
 

@@ -15,10 +15,11 @@ from plop_dist.backends.hf_modules import find_linears
 from plop_dist.config import Config, parse_config
 from plop_dist.names import natural_key
 from plop_dist.parameters import num_trainable_parameters
+from plop_dist.placement import Placement
 from plop_dist.training import loop
 from plop_dist.training.adapters import AdapterShard
 from plop_dist.training.initial import reset_peft_adapter
-from plop_dist.types import DataInfo, ModelInfo, ModuleScore, Placement, Scores, TypeScore
+from plop_dist.types import DataInfo, ModelInfo, ModuleScore, Scores, TypeScore
 from tests.models import random_tokens
 
 TYPES = ("v_proj", "up_proj", "down_proj")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plop_dist.backends.hf_modules import Block
+from plop_dist.backends.megatron_batch import Prepared, context_share, left_justify
 from plop_dist.backends.megatron_names import (
     HFNames,
     NamedLinear,
@@ -90,7 +90,7 @@ class MegatronModel:
         num_filler = -len(prepared) % self._pp_size if len(self._chunks) > 1 else 0
         prepared += [prepared[-1]] * num_filler
 
-        def step(source: Iterator[tuple[int, _Prepared]], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        def step(source: Iterator[tuple[int, Prepared]], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             index, batch = next(source)
             begin(index)
             return chunk(batch.input_ids, batch.position_ids, batch.mask), _nothing
@@ -120,7 +120,7 @@ class MegatronModel:
     def release(self) -> None:
         """Give back nothing: what Megatron holds besides the model are its process groups, which training reuses."""
 
-    def _prepare(self, micro_batch: MicroBatch) -> _Prepared:
+    def _prepare(self, micro_batch: MicroBatch) -> Prepared:
         multiple = (self._tp_size if self._is_sp else 1) * (2 * self._cp[1] if self._cp[1] > 1 else 1)
         prepared = left_justify(micro_batch, multiple, with_mask=self._needs_mask, device=self.device)
         return prepared if self._cp[1] == 1 else context_share(prepared, *self._cp)
@@ -209,7 +209,7 @@ class MegatronModel:
             del layer.forward
 
     @contextmanager
-    def _shapes(self, prepared: Sequence[_Prepared]) -> Iterator[None]:
+    def _shapes(self, prepared: Sequence[Prepared]) -> Iterator[None]:
         """Let pipeline stages tell each other the shape of micro-batches that differ; undone on leaving."""
         before = self._config.variable_seq_lengths
         if self._pp_size > 1 and len({batch.input_ids.shape for batch in prepared}) > 1:
@@ -218,73 +218,6 @@ class MegatronModel:
             yield
         finally:
             self._config.variable_seq_lengths = before
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A chunk's input. input_ids, position_ids, sample_ids: (b, s); mask: (1 or b, 1, s, s), True = hidden."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    sample_ids: Tensor
-    mask: Tensor | None
-
-
-def left_justify(micro_batch: MicroBatch, multiple: int, *, with_mask: bool, device: torch.device) -> _Prepared:
-    """Return the micro-batch with every row's padding moved behind its real tokens, s rounded up to `multiple`.
-
-    Real tokens then see exactly what they would see alone under causal attention, whatever the side of padding, and
-    Megatron's rotary embedding, which counts places and not position_ids, starts at the first real token.
-    Packed rows (position_ids that start again) get a block-diagonal mask; without local attention: ModelError.
-    """
-    order = torch.argsort((micro_batch.attention_mask == 0).to(torch.int8), dim=1, stable=True)
-    keep = int((micro_batch.attention_mask != 0).sum(dim=1).max().clamp_min(1))
-    extra = -keep % multiple
-
-    def arrange(tensor: Tensor, filler: int) -> Tensor:
-        moved = tensor.gather(1, order.to(tensor.device))[:, :keep]
-        return nn.functional.pad(moved, (0, extra), value=filler).to(device)
-
-    input_ids = arrange(micro_batch.input_ids, 0)
-    real = arrange(micro_batch.attention_mask, 0) != 0
-    sample_ids = arrange(micro_batch.sample_ids, -1).where(real, -1)
-    places = torch.arange(keep + extra, device=device).expand_as(input_ids)
-    segment = _segments(micro_batch, arrange, real)
-    is_packed = segment is not None
-    if is_packed and not with_mask:
-        raise ModelError(
-            "packed rows (position_ids that start again within a row) need Megatron's local attention, and this model "
-            "uses Transformer Engine's; pass one sample per row."
-        )
-    mask = None
-    if with_mask:
-        mask = (places[0][:, None] < places[0][None, :])[None, None]
-        if segment is not None:
-            mask = mask | (segment[:, None, :, None] != segment[:, None, None, :])
-    if segment is not None:
-        places = arrange(micro_batch.position_ids, 0)  # type: ignore[arg-type]
-    return _Prepared(input_ids, places.contiguous(), sample_ids, mask)
-
-
-def _segments(micro_batch: MicroBatch, arrange: Callable[[Tensor, int], Tensor], real: Tensor) -> Tensor | None:
-    """Return which packed sample each token belongs to, (b, s), or None where rows hold one sample each."""
-    if micro_batch.position_ids is None:
-        return None
-    positions = arrange(micro_batch.position_ids, 0)
-    restarts = (positions[:, 1:] <= positions[:, :-1]) & real[:, 1:]
-    if not restarts.any():
-        return None
-    return nn.functional.pad(restarts, (1, 0)).cumsum(dim=1)
-
-
-def context_share(prepared: _Prepared, cp_rank: int, cp_size: int) -> _Prepared:
-    """Return this context-parallel rank's two of the 2 * cp_size chunks of s, as Megatron deals them out."""
-
-    def share(tensor: Tensor) -> Tensor:
-        chunks = tensor.chunk(2 * cp_size, dim=1)
-        return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]], dim=1)
-
-    return _Prepared(share(prepared.input_ids), share(prepared.position_ids), share(prepared.sample_ids), None)
 
 
 def read_groups(config: Any) -> Groups:

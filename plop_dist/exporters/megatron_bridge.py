@@ -12,7 +12,7 @@ from typing import Any
 from plop_dist.exporters.megatron_names import MegatronTargets, megatron_targets
 from plop_dist.exporters.targets import check_engine, number
 from plop_dist.exporters.text import yaml_text
-from plop_dist.types import Export, Placement
+from plop_dist.placement import Export, Placement
 
 _ENGINES = {"megatron": "auto", "canonical": "canonical", "lora": "lora", "fused": "lora"}
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from plop_dist.errors import ExportError
 from plop_dist.exporters.targets import adapted, fused_count_note, known_projections, one_rank
 from plop_dist.names import expert_index, layer_index, natural_key
-from plop_dist.types import Placement, Projection
+from plop_dist.placement import Placement
+from plop_dist.types import Projection
 
 # Hugging Face name -> (Megatron's linear, CanonicalLoRA's name for this part of it).
 _LINEARS: Mapping[str, tuple[str, str]] = {

@@ -9,7 +9,7 @@ from plop_dist.errors import ExportError
 from plop_dist.exporters.megatron_names import megatron_targets
 from plop_dist.exporters.targets import check_engine, whole_number
 from plop_dist.exporters.text import shell_flags, yaml_text
-from plop_dist.types import Export, Placement
+from plop_dist.placement import Export, Placement
 
 
 def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from plop_dist.errors import ExportError
 from plop_dist.exporters.targets import adapted, check_engine, fused_count_note, known_projections, one_rank
 from plop_dist.names import natural_key
-from plop_dist.types import Export, Placement, Projection
+from plop_dist.placement import Export, Placement
+from plop_dist.types import Projection
 
 _NAMES: Mapping[str, str] = {
     "o_proj": "wo",

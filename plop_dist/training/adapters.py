@@ -18,7 +18,7 @@ from plop_dist.config import Config
 from plop_dist.errors import PlacementError
 from plop_dist.files import write_bytes
 from plop_dist.names import natural_key
-from plop_dist.types import Placement
+from plop_dist.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from plop_dist.backends import deepspeed_autotp
 from plop_dist.backends.hf_load import load_model, load_tokenizer, meta_model
 from plop_dist.config import Config
+from plop_dist.placement import Placement
 from plop_dist.training import loop
 from plop_dist.training.adapters import save_peft_adapter
 from plop_dist.training.deepspeed_engine import (
@@ -24,7 +25,6 @@ from plop_dist.training.deepspeed_engine import (
     set_learning_rate,
 )
 from plop_dist.training.tensor_parallel_lora import add_adapters
-from plop_dist.types import Placement
 
 
 def train(

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from plop_dist.config import Config
 from plop_dist.files import write_bytes, write_json
+from plop_dist.placement import Placement
 from plop_dist.run_dir import input_files
-from plop_dist.types import Placement
 
 _KEPT = 2
 

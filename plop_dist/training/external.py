@@ -19,11 +19,11 @@ from plop_dist.errors import ConfigError, DataError
 from plop_dist.export import write_export
 from plop_dist.exporters.text import hydra_overrides
 from plop_dist.files import write_bytes, write_text
+from plop_dist.placement import Placement
 from plop_dist.training import rewards
 from plop_dist.training.data import split_rows
 from plop_dist.training.grpo import prompts_of
 from plop_dist.training.rewards import load_rewards
-from plop_dist.types import Placement
 
 _PACKAGES = {"verl": "verl", "nemo-rl": "nemo_rl"}
 

@@ -12,6 +12,7 @@ import torch
 from plop_dist.config import Config
 from plop_dist.data import Row, fill, render
 from plop_dist.errors import ConfigError, MissingExtraError
+from plop_dist.placement import Placement
 from plop_dist.training import rewards
 from plop_dist.training.trl_common import (
     Log,
@@ -21,7 +22,6 @@ from plop_dist.training.trl_common import (
     save_adapter,
     trainer_arguments,
 )
-from plop_dist.types import Placement
 
 _ROW = "row"  # the data set's column that leads from a prompt to its row
 

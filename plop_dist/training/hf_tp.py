@@ -15,11 +15,11 @@ from plop_dist.backends import hf_tp as backend
 from plop_dist.backends.hf_load import load_model, load_tokenizer, meta_model
 from plop_dist.config import Config
 from plop_dist.errors import PlacementError
+from plop_dist.placement import Placement
 from plop_dist.training import loop
 from plop_dist.training.adapters import AdapterShard, check_complete, lora_config, save_peft_adapter
 from plop_dist.training.initial import initial_adapter
 from plop_dist.training.optimizer import AdapterOptimizer
-from plop_dist.types import Placement
 
 _ADAPTER = "default"
 

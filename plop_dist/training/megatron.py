@@ -16,19 +16,20 @@ from torch import Tensor, nn
 
 from plop_dist.backends.hf_load import load_tokenizer, meta_model
 from plop_dist.backends.megatron import describe_chunks, load_chunks
-from plop_dist.backends.megatron_model import context_share, left_justify, unwrap
+from plop_dist.backends.megatron_batch import context_share, left_justify
+from plop_dist.backends.megatron_model import unwrap
 from plop_dist.config import Config
 from plop_dist.errors import LayoutError, PlacementError
 from plop_dist.files import write_bytes
 from plop_dist.mesh import nearest
 from plop_dist.names import expert_index
+from plop_dist.placement import Placement
 from plop_dist.protocols import MicroBatch
 from plop_dist.training import loop
 from plop_dist.training.adapters import AdapterShard, check_complete, lora_config, ranks_of
 from plop_dist.training.expert_adapters import fuse_experts
 from plop_dist.training.initial import initial_adapter
 from plop_dist.training.optimizer import AdapterOptimizer
-from plop_dist.types import Placement
 
 
 def train(

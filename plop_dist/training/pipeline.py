@@ -14,6 +14,7 @@ from plop_dist.backends.deepspeed_pipeline import PipelineModel, load_stage, pip
 from plop_dist.backends.hf_load import load_tokenizer, meta_model
 from plop_dist.config import Config
 from plop_dist.errors import LayoutError
+from plop_dist.placement import Placement
 from plop_dist.training import loop
 from plop_dist.training.adapters import check_complete, lora_config, peft_shards, save_peft_adapter
 from plop_dist.training.deepspeed_engine import (
@@ -25,7 +26,6 @@ from plop_dist.training.deepspeed_engine import (
     set_learning_rate,
 )
 from plop_dist.training.initial import reset_peft_adapter
-from plop_dist.types import Placement
 
 
 def train(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plop_dist.config import Config
+from plop_dist.placement import Placement
 from plop_dist.training.trl_common import (
     Log,
     LogCallback,
@@ -19,7 +20,6 @@ from plop_dist.training.trl_common import (
     save_adapter,
     trainer_arguments,
 )
-from plop_dist.types import Placement
 
 _NUM_TOKENS = "num_tokens"
 

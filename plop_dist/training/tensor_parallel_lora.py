@@ -17,9 +17,9 @@ from torch.nn.functional import linear
 
 from plop_dist.config import TrainConfig
 from plop_dist.errors import PlacementError
+from plop_dist.placement import Placement
 from plop_dist.training.adapters import AdapterShard, ranks_of, scaling_of
 from plop_dist.training.initial import initial_adapter
-from plop_dist.types import Placement
 
 
 class TensorParallelLoRA(nn.Module):

@@ -21,11 +21,11 @@ from plop_dist.data import plan_steps, select_rows, step_micro_batches, tokenize
 from plop_dist.errors import ConfigError
 from plop_dist.names import expert_index
 from plop_dist.norms import Baseline
+from plop_dist.placement import Placement
 from plop_dist.protocols import Groups, LocalWeight, Recorder, ScorableModel, Site
 from plop_dist.reduce import Reducer
 from plop_dist.rows import load_rows
 from plop_dist.training.adapters import AdapterShard, scaling_of
-from plop_dist.types import Placement
 
 Gather = Callable[[list[Parameter]], AbstractContextManager[Any]]
 

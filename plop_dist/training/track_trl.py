@@ -11,10 +11,10 @@ from plop_dist.backends.hf_load import meta_model
 from plop_dist.backends.hf_model import HFModel
 from plop_dist.backends.transformers import whole_sites
 from plop_dist.config import Config
+from plop_dist.placement import Placement
 from plop_dist.training import track
 from plop_dist.training.adapters import peft_shards
 from plop_dist.training.trl_common import Log
-from plop_dist.types import Placement
 
 
 def add_tracker(trainer: Any, config: Config, placement: Placement, tokenizer: Any, log: Log) -> None:

@@ -18,10 +18,10 @@ from plop_dist import ranks
 from plop_dist.backends.hf_load import load_model
 from plop_dist.config import Config
 from plop_dist.files import write_text
+from plop_dist.placement import Placement
 from plop_dist.training.adapters import check_complete, lora_config
 from plop_dist.training.checkpoint import fingerprint
 from plop_dist.training.initial import reset_peft_adapter
-from plop_dist.types import Placement
 
 Log = Callable[[dict[str, Any]], None]
 _MARK = "depends_on.txt"

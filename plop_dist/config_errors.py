@@ -1,0 +1,55 @@
+"""What is wrong with a key of the configuration, in one sentence, with the key that was meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from plop_dist.errors import suggest
+
+
+def explain(item: Any, root: type[BaseModel]) -> str:
+    """Return what is wrong with one key, from a pydantic error of validating `root`: key, found, expected, remedy."""
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        elsewhere = [f"{name}.{location[-1]}" for name in root.model_fields if _field_at([name, location[-1]], root)]
+        if len(elsewhere) == 1 and len(location) == 1:
+            return f"unknown key '{key}'. Did you mean '{elsewhere[0]}'?"
+        return f"unknown key '{key}'. {suggest(location[-1], _keys_beside(location, root))}"
+    if item["type"] == "missing":
+        return f"key '{key}' is required and missing; add {key}: ... to the file or {key}=... to the command."
+    field = _field_at(location, root)
+    doc = f" ({field.description})" if field is not None and field.description else ""
+    if item["type"] == "model_type":
+        return (
+            f"{key}: the value is {item['input']!r}, expected a section with the keys {_section_keys(location, root)}."
+        )
+    return f"{key}: {item['msg'].removeprefix('Value error, ')}, but the value is {item['input']!r}{doc}"
+
+
+def _section_keys(location: list[str], root: type[BaseModel]) -> str:
+    return ", ".join(_keys_beside([*location, ""], root))
+
+
+def _keys_beside(location: list[str], root: type[BaseModel]) -> list[str]:
+    section: type[BaseModel] = root
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        section = annotation
+    return list(section.model_fields)
+
+
+def _field_at(location: list[str], root: type[BaseModel]) -> Any:
+    section: type[BaseModel] = root
+    field = None
+    for part in location:
+        field = section.model_fields.get(part)
+        if field is None:
+            return None
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return field
