@@ -16,7 +16,8 @@ from plop_dist.errors import DataError
 from plop_dist.protocols import MicroBatch
 from plop_dist.rows import BUILTIN_FIELD, kind_of
 
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_BRACES = re.compile(r"\{([^{}]+)\}")
+_NAME = re.compile(r"\w(?:[\w .-]*\w)?")
 
 Row = Mapping[str, Any]
 
@@ -61,7 +62,7 @@ def fill(template: str, row: Row, number: int, source: str) -> str:
     Raises DataError naming row and column if one is missing, or null, a list or an object, which Python would spell
     in its own way ("None").
     """
-    names = _PLACEHOLDER.findall(template)
+    names = [name for name in _BRACES.findall(template) if name in row or _NAME.fullmatch(name)]
     if not names:
         raise DataError(f"template {template!r} names no column; write columns in braces, e.g. '{{question}}'.")
     for name in names:
@@ -71,7 +72,7 @@ def fill(template: str, row: Row, number: int, source: str) -> str:
                 f"{source}: row {number}: column '{name}' is {kind_of(value)}, but the template needs a text or a "
                 "number; mend or drop the row, or build the text in a column of its own."
             )
-    return _PLACEHOLDER.sub(lambda match: str(row[match.group(1)]), template)
+    return _BRACES.sub(lambda match: str(row[match[1]]) if match[1] in names else match[0], template)
 
 
 def tokenize(rows: Sequence[Row], data: DataConfig, tokenizer: Any) -> list[list[int]]:

@@ -37,6 +37,8 @@ class _Local:
 
 def read_local(batches: Iterable[Mapping[str, Any]]) -> _Local:
     """Return this rank's batches, checked, on the CPU. Raises DataError naming the batch and the key."""
+    if not isinstance(batches, Iterable):
+        raise DataError(f"batches is a {type(batches).__name__}, expected an iterable of dictionaries with input_ids.")
     micro_batches, counts, has_ids = [], [], set()
     for number, batch in enumerate(batches):
         micro_batch, given = _micro_batch(batch, f"batches[{number}]")
@@ -93,6 +95,8 @@ def _micro_batch(batch: Mapping[str, Any], where: str) -> tuple[MicroBatch, bool
     given = {name: _integers(batch, name, where) for name in ("attention_mask", "position_ids", "sample_ids")
              if batch.get(name) is not None}  # fmt: skip
     num_rows = len(input_ids)
+    if "position_ids" in given and given["position_ids"].shape == (1, input_ids.shape[1]):
+        given["position_ids"] = given["position_ids"].expand_as(input_ids)
     if "sample_ids" in given and given["sample_ids"].shape == (num_rows,):
         given["sample_ids"] = given["sample_ids"][:, None].expand_as(input_ids)
     for name, tensor in given.items():
@@ -102,6 +106,11 @@ def _micro_batch(batch: Mapping[str, Any], where: str) -> tuple[MicroBatch, bool
             )
     mask = given.get("attention_mask", torch.ones_like(input_ids))
     is_real = mask != 0
+    if (input_ids[is_real] < 0).any():
+        raise DataError(
+            f"{where}['input_ids'] holds {int(input_ids[is_real].min())}, which is no token; leave such places out of "
+            "attention_mask."
+        )
     position_ids = given.get("position_ids", (is_real.long().cumsum(dim=1) - 1).clamp_min(0))
     has_ids = "sample_ids" in given
     # A row of padding is no sample.
@@ -115,7 +124,9 @@ def _integers(batch: Mapping[str, Any], name: str, where: str) -> Tensor:
         tensor = torch.as_tensor(batch[name]).detach().to("cpu", copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{where}['{name}'] is not a tensor of integers ({error}).") from None
-    if tensor.is_floating_point():
+    # A mask of floats that are neither 0 nor 1 is one to be added to logits, where 0 means a real token.
+    is_mask = name == "attention_mask" and bool(((tensor == 0) | (tensor == 1)).all())
+    if tensor.is_floating_point() and not is_mask:
         raise DataError(f"{where}['{name}'] is {tensor.dtype}, expected integers.")
     return tensor.long()
 

@@ -124,12 +124,16 @@ class Placement(Value):
     def to_megatron(self, **options: Any) -> Any:
         """Return a Megatron-Bridge PEFT object (LoRA, or our CanonicalLoRA where a fused linear is taken in part).
 
+        Options are its fields (dim, alpha, dropout, ...) or PEFT's names of them (r, lora_alpha, lora_dropout).
         Without Transformer Engine Bridge is imported with a stub in its place, as the log says.
         """
         return _build("megatron_bridge", self, options)
 
     def to_deepspeed(self, **options: Any) -> Any:
-        """Return a deepspeed.linear.LoRAConfig. Raises ExportError when its substring match would adapt others."""
+        """Return a deepspeed.linear.LoRAConfig; options are its fields, or r.
+
+        Raises ExportError when its substring match would adapt others.
+        """
         return _build("deepspeed", self, options)
 
 

@@ -130,7 +130,7 @@ def _read_parquet(file: Path) -> list[Any]:
 
 
 def _read_txt(file: Path) -> list[Any]:
-    return [{"text": line} for line in _text_of(file).splitlines() if line.strip()]
+    return [{"text": line} for line in _text_of(file).split("\n") if line.strip()]
 
 
 def _text_of(file: Path) -> str:

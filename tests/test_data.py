@@ -55,8 +55,8 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
 
 
 def test_text_lines_and_builtin_rows(tmp_path: Path) -> None:
-    (tmp_path / "rows.txt").write_text("first\n\n  \nsecond line\n")
-    assert load_rows(str(tmp_path / "rows.txt")) == [{"text": "first"}, {"text": "second line"}]
+    (tmp_path / "rows.txt").write_text("first\n\n  \r\nsecond\u2028line\n")
+    assert load_rows(str(tmp_path / "rows.txt")) == [{"text": "first"}, {"text": "second\u2028line"}]
     rows = load_rows("builtin:arithmetic")
     assert len(rows) >= 200
     assert {"question", "answer"} <= set(rows[0])
@@ -107,6 +107,8 @@ def test_text_by_field_template_and_messages() -> None:
     by_template = DataConfig(path="x", template="Q: {question} {}\n{answer}{answer}")
     assert render(ROWS[0], 1, by_template) == "Q: one plus two? {}\n33"
     assert render({"question": "{answer}", "answer": 4}, 1, by_template) == "Q: {answer} {}\n44"
+    odd_names = DataConfig(path="x", template='{"q": "{my-q}", "n": {the number.1}}')
+    assert render({"my-q": "one", "the number.1": 1}, 1, odd_names) == '{"q": "one", "n": 1}'
     assert render(ROWS[0], 1, DataConfig(path="x", text_field="answer")) == "3"
     assert render({"text": "t", "other": "o"}, 1, DataConfig(path="x")) == "t"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -119,6 +121,7 @@ def test_text_by_field_template_and_messages() -> None:
     [
         ({"a": "x"}, {"text_field": "b"}, r"x\.jsonl: row 7 has no column 'b'; it has a"),
         ({"a": "x"}, {"template": "{a} {b}"}, "row 7 has no column 'b'; it has a"),
+        ({"a": "x"}, {"template": "{a} {my-b}"}, "row 7 has no column 'my-b'; it has a"),
         ({"a": "x"}, {"template": "no braces"}, "names no column"),
         ({"a": "x"}, {"messages_field": "b"}, "row 7 has no column 'b'"),
         (

@@ -207,6 +207,7 @@ def test_no_name_reaches_a_longer_name_another_tower_or_layer_ten(where):
     config = placement.to_deepspeed()
     assert isinstance(config, LoRAConfig)
     assert (config.lora_r, config.lora_alpha) == (4, 8)
+    assert placement.to_deepspeed(r=16, lora_alpha=32).lora_r == 16
     assert json.loads(deepspeed.export(placement).files["deepspeed_lora.json"])["target_mods"] == config.target_mods
     # The real matcher decides when weights are loaded: a linear that no target name hits is disabled.
     config.delay_lora_init = True

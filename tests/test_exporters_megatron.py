@@ -100,6 +100,8 @@ def test_v_o_down_become_canonical_lora():
     from_yaml = create_peft(yaml.safe_load(export.files["peft.yaml"]))
     assert adapted_by_bridge(from_yaml, placement) == chosen_locations(placement)
     assert placement.to_megatron(dropout=0.1).dropout == 0.1
+    like_peft = placement.to_megatron(r=16, lora_alpha=64, lora_dropout=0.2)
+    assert (like_peft.dim, like_peft.alpha, like_peft.dropout) == (16, 64, 0.2)
     assert type(placement.to_megatron()) is type(peft)
 
 

@@ -135,6 +135,13 @@ def test_packed_rows_are_scored_like_rows_of_their_own() -> None:
         plop_dist.score(model, [{**packed, "attention_mask": torch.tensor([[1] * 11 + [0]])}])
 
 
+def test_masks_of_floats_and_one_row_of_positions_are_taken_as_models_take_them() -> None:
+    tokens, mask = random_tokens(2, 6), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    plain = plop_dist.score(tiny("llama"), [{"input_ids": tokens, "attention_mask": mask}], num_directions=4)
+    other = {"input_ids": tokens, "attention_mask": mask.float(), "position_ids": torch.arange(6)[None]}
+    assert_same(plop_dist.score(tiny("llama"), [other], num_directions=4), plain)
+
+
 def test_exclude_names_types_and_paths() -> None:
     batches = [{"input_ids": random_tokens(1, 5)}]
     scores = plop_dist.score(tiny("llama"), batches, num_directions=4, exclude=("mlp.*", "layers.1.self_attn.q_proj"))
@@ -180,6 +187,9 @@ TOKENS = torch.ones(2, 4, dtype=torch.int64)
         ([{"input_ids": TOKENS}, {"input_ids": TOKENS[0]}], r"batches\[1\]\['input_ids'\] has shape \(4,\)"),
         ([{"input_ids": TOKENS.float()}], r"is torch.float32, expected integers"),
         ([TOKENS], r"batches\[0\] is a Tensor"),
+        (None, "batches is a NoneType, expected an iterable"),
+        ([{"input_ids": -100 * TOKENS}], r"\['input_ids'\] holds -100, which is no token"),
+        ([{"input_ids": TOKENS, "attention_mask": TOKENS - 1e9}], r"\['attention_mask'\] is torch.float32, expected"),
         ([{"input_ids": TOKENS, "attention_mask": TOKENS[:1]}], r"\['attention_mask'\] has shape \(1, 4\)"),
         ([{"input_ids": TOKENS, "sample_ids": TOKENS}, {"input_ids": TOKENS}], "every batch or in none"),
         ([{"input_ids": TOKENS, "attention_mask": 0 * TOKENS}], "nothing but padding"),

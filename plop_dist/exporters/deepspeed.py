@@ -39,9 +39,13 @@ def export(placement: Placement, *, engine: str | None = None, widen: bool = Fal
 
 
 def to_config(placement: Placement, *, widen: bool = False, **options: Any) -> Any:
-    """Return a deepspeed.linear.LoRAConfig; `options` override its fields. Raises ExportError as `export` does."""
+    """Return a deepspeed.linear.LoRAConfig; `options` override its fields, of which PEFT's `r` means lora_r.
+
+    Raises ExportError as `export` does.
+    """
     from deepspeed.linear import LoRAConfig
 
+    options = {{"r": "lora_r"}.get(name, name): value for name, value in options.items()}
     fields, _ = _fields(placement, hugging_face_targets(placement, "deepspeed", widen), widen)
     return LoRAConfig(**{**fields, **options})
 

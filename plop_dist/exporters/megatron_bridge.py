@@ -15,6 +15,7 @@ from plop_dist.exporters.text import yaml_text
 from plop_dist.placement import Export, Placement
 
 _ENGINES = {"megatron": "auto", "canonical": "canonical", "lora": "lora", "fused": "lora"}
+_PEFT_NAMES = {"r": "dim", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
 def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
@@ -53,11 +54,12 @@ def export(placement: Placement, *, engine: str | None = None, widen: bool = Fal
 
 
 def to_config(placement: Placement, *, engine: str | None = None, widen: bool = False, **options: Any) -> Any:
-    """Return the Bridge object itself; `options` override its fields (dim, alpha, dropout, ...).
+    """Return the Bridge object itself; `options` override its fields (dim, alpha, ...), by PEFT's names too.
 
     Imports megatron.bridge. Raises ExportError as `export` does.
     """
     mode = _ENGINES[check_engine(engine, tuple(_ENGINES), "megatron-bridge")]
+    options = {_PEFT_NAMES.get(name, name): value for name, value in options.items()}
     targets = megatron_targets(placement, "megatron-bridge's LoRA", engine=mode, widen=widen)
     if targets.is_canonical:
         from plop_dist.canonical_lora import CanonicalLoRA
