@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -199,8 +200,11 @@ def _leave(status: int) -> None:
         with suppress(OSError):
             if stream is not None:  # it is None where the caller has closed it
                 stream.flush()
-    if os.environ.get("WORLD_SIZE", "1") != "1" and status:
-        # Peers may still wait in a collective with this rank; the launcher ends them once it sees this exit.
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # After a failure peers may still wait in a collective with this rank; the launcher ends them once it sees this
+        # exit. After success gloo's threads, which outlive its groups, may abort the interpreter's own end.
+        if not status:
+            atexit._run_exitfuncs()
         os._exit(status)
     sys.exit(status)
 
