@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -17,6 +19,8 @@ from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.slow
+OLDER = Path(__file__).parents[1] / ".cache" / "older" / "megatron-core"
+LAYOUTS = {"bridge": (2, 2, 1), "plain": (2, 2, 1), "virtual": (2, 2, 1), "wrapped": (2, 1, 2)}
 FIELDS = {"num_hidden_layers": 4, "head_dim": 8}
 
 
@@ -65,9 +69,9 @@ def _plain_chunks(directory: Path, checkpoint: Path, virtual: int) -> list[nn.Mo
     return [chunk.train() for chunk in chunks]
 
 
-def _job(rank: int, root: Path) -> dict[str, Scores]:
+def _bridge_job(rank: int, root: Path) -> dict[str, Scores]:
+    """Score the chunk that Bridge loads, and leave it as root/checkpoint."""
     from megatron.core import dist_checkpointing
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from plop_dist.backends.megatron import load_chunks
 
@@ -79,12 +83,38 @@ def _job(rank: int, root: Path) -> dict[str, Scores]:
     dist_checkpointing.save({"model": chunk.sharded_state_dict()}, str(checkpoint))
     found = {"bridge": plop_dist.score([chunk], _batches(0, 1), num_directions=4, exclude=())}
     fresh()
+    return found
+
+
+def _plain_job(rank: int, root: Path) -> dict[str, Scores]:
+    """Score model lists that are built without Bridge and read root/checkpoint."""
+    found = {}
     for name, virtual in (("plain", 1), ("virtual", 2)):
-        chunks = _plain_chunks(root / "model", checkpoint, virtual)
+        chunks = _plain_chunks(root / "model", root / "checkpoint", virtual)
         assert len(chunks) == virtual
         found[name] = plop_dist.score(chunks, _batches(0, 1), num_directions=4, exclude=())
         assert all(chunk.training for chunk in chunks)
         fresh()
+    return found
+
+
+def _older_job(rank: int, root: Path, directory: Path) -> dict[str, Scores]:
+    sys.path.insert(0, str(directory))
+    import megatron.core
+
+    from plop_dist.backends import megatron_cpu
+
+    assert Path(megatron.core.__file__).is_relative_to(directory)
+    megatron_cpu.prepare()
+    return _plain_job(rank, root)
+
+
+def _job(rank: int, root: Path) -> dict[str, Scores]:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from plop_dist.backends.megatron import load_chunks
+
+    found = _bridge_job(rank, root) | _plain_job(rank, root)
     chunks, _ = load_chunks(config(root / "model", tp=2, dp=2, sequence_parallel=True))
     settings = DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False)
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
@@ -93,16 +123,32 @@ def _job(rank: int, root: Path) -> dict[str, Scores]:
     return found
 
 
-def test_hosts_model_lists_are_scored_like_transformers(tmp_path: Path) -> None:
-    save_tiny("qwen3", tmp_path / "model", **FIELDS)
-    model = tiny("qwen3", **FIELDS)
-    expected = plop_dist.score(model, _batches(0, 1), num_directions=4, exclude=())
-    ranks = run_ranks(4, _job, tmp_path)
-    layouts = {"bridge": (2, 2, 1), "plain": (2, 2, 1), "virtual": (2, 2, 1), "wrapped": (2, 1, 2)}
+def _check(ranks: list[dict[str, Scores]]) -> None:
+    """Compare every rank's scores with one transformers process."""
+    expected = plop_dist.score(tiny("qwen3", **FIELDS), _batches(0, 1), num_directions=4, exclude=())
     for found in ranks:
         for name, scores in found.items():
-            assert [scores.parallel[axis] for axis in ("tp", "pp", "dp")] == list(layouts[name]), name
+            assert [scores.parallel[axis] for axis in ("tp", "pp", "dp")] == list(LAYOUTS[name]), name
             assert [module.fqn for module in scores.modules] == [module.fqn for module in expected.modules], name
             for field in ("num_tokens", "gain", "baseline", "nfn"):
                 got, true = (np.array([getattr(m, field) for m in s.modules]) for s in (scores, expected))
                 np.testing.assert_allclose(got, true, rtol=1e-5, err_msg=f"{name} {field}")
+
+
+def test_hosts_model_lists_are_scored_like_transformers(tmp_path: Path) -> None:
+    save_tiny("qwen3", tmp_path / "model", **FIELDS)
+    ranks = run_ranks(4, _job, tmp_path)
+    assert ranks[0].keys() == LAYOUTS.keys()
+    _check(ranks)
+
+
+@pytest.mark.skipif(not (OLDER / ".installed").is_file(), reason="`make test` installs the older megatron-core")
+def test_the_oldest_megatron_core_is_scored_without_bridge(tmp_path: Path) -> None:
+    # Bridge 0.6 does not import there, so the checkpoint comes from the present release; what is not sharded, the old
+    # one reads from a file of its own.
+    save_tiny("qwen3", tmp_path / "model", **FIELDS)
+    run_ranks(4, _bridge_job, tmp_path)
+    torch.save({}, tmp_path / "checkpoint" / "common.pt")
+    ranks = run_ranks(4, _older_job, tmp_path, OLDER)
+    assert ranks[0].keys() == {"plain", "virtual"}
+    _check(ranks)
