@@ -13,6 +13,8 @@ from plop_dist.errors import ConfigError, suggest
 from plop_dist.mesh import Layout
 from plop_dist.registry import EXPORTERS
 
+_REWARDS = ("number", "format")
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
@@ -321,6 +323,7 @@ def _check_consistency(config: Config, source: str) -> None:
     for target in config.export.targets:
         if target not in EXPORTERS:
             raise ConfigError(f"{source}: export.targets: unknown target '{target}'. {suggest(target, EXPORTERS)}")
+    _check_rewards(config.train.rewards, source)
     given = [name for name in ("text_field", "template", "messages_field") if getattr(data, name) is not None]
     if len(given) > 1:
         raise ConfigError(f"{source}: data.{' and data.'.join(given)} are given together; keep one of them.")
@@ -328,3 +331,23 @@ def _check_consistency(config: Config, source: str) -> None:
         raise ConfigError(f"{source}: placement.policy=threshold needs placement.threshold, e.g. 1.0.")
     if placement.policy == "budget" and placement.max_trainable_parameters is None:
         raise ConfigError(f"{source}: placement.policy=budget needs placement.max_trainable_parameters.")
+
+
+def _check_rewards(names: Sequence[str], source: str) -> None:
+    # Whether module:function can be imported is a question to the nodes that train.
+    seen = set()
+    if not names:
+        raise ConfigError(f"{source}: train.rewards is empty; name at least one, e.g. [builtin:number].")
+    for name in names:
+        module, _, attribute = name.partition(":")
+        if not module or not attribute:
+            raise ConfigError(
+                f"{source}: train.rewards: '{name}' is neither builtin:number, builtin:format nor module:function."
+            )
+        if module == "builtin" and attribute not in _REWARDS:
+            raise ConfigError(f"{source}: train.rewards: unknown reward '{name}'. {suggest(attribute, _REWARDS)}")
+        if attribute in seen:
+            raise ConfigError(
+                f"{source}: train.rewards: '{name}': a reward called '{attribute}' is in the list already."
+            )
+        seen.add(attribute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,20 @@ def test_later_overrides_win_and_the_rest_of_a_section_stays(tmp_path: Path) -> 
 def test_a_mistake_names_key_value_and_remedy(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("[builtin:numbr]", "unknown reward 'builtin:numbr'. Did you mean 'number'? Available: format, number."),
+        ("[number]", "'number' is neither builtin:number, builtin:format nor module:function"),
+        ("[builtin:number,builtin:number]", "a reward 'number' is in the list already"),
+        ("[]", "train.rewards is empty"),
+    ],
+)
+def test_rewards_are_names_of_rewards(tmp_path: Path, names: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(tmp_path, f"train.rewards={names}")
 
 
 def test_ranks_must_fit_the_workers(tmp_path: Path) -> None:

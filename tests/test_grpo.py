@@ -106,10 +106,6 @@ def test_builtin_rewards_compare_with_the_rows_answers() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["builtin:numbr"], "unknown reward 'builtin:numbr'. Did you mean 'number'? Available: format, number."),
-        (["number"], "'number' is neither builtin:number, builtin:format nor module:function"),
-        (["builtin:number", "builtin:number"], "a reward called 'number' is in the list already"),
-        ([], "train.rewards is empty"),
         (["no_such_module:f"], "module 'no_such_module' cannot be imported (ModuleNotFoundError"),
         (["tests.test_grpo:vareity"], "has no 'vareity'. Did you mean 'variety'?"),
         (["tests.test_grpo:ROWS"], "'tests.test_grpo:ROWS' is not a plain function"),
