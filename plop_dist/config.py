@@ -347,7 +347,5 @@ def _check_rewards(names: Sequence[str], source: str) -> None:
         if module == "builtin" and attribute not in _REWARDS:
             raise ConfigError(f"{source}: train.rewards: unknown reward '{name}'. {suggest(attribute, _REWARDS)}")
         if attribute in seen:
-            raise ConfigError(
-                f"{source}: train.rewards: '{name}': a reward called '{attribute}' is in the list already."
-            )
+            raise ConfigError(f"{source}: train.rewards: '{name}': a reward '{attribute}' is in the list already.")
         seen.add(attribute)
