@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from plop_dist.errors import LayoutError
 from plop_dist.registry import BACKENDS, load
 from tests.models import random_tokens, save_tiny
 from tests.spawn import run_ranks
+from tests.test_hf_experts import GRANITE, LLAMA4
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
@@ -156,6 +158,30 @@ def test_layout_that_does_not_fit_names_the_nearest(root: Path, parallel: dict[s
     config = _config(root, "refused", "llama", parallel, "right", "lm_head")
     with pytest.raises(LayoutError, match=message):
         load("backend", BACKENDS, config.parallel.backend)().load(config)
+
+
+def _refusals(rank: int, root: Path, cases: list[tuple[str, dict[str, Any], str]]) -> list[str]:
+    """Return what loading each case raises."""
+    found = []
+    for family, parallel, _ in cases:
+        config = _config(root, "refused", family, parallel, "right", "lm_head")
+        with pytest.raises(LayoutError) as caught:
+            load("backend", BACKENDS, config.parallel.backend)().load(config)
+        found.append(str(caught.value))
+    return found
+
+
+def test_families_that_a_framework_cannot_cut_are_refused_on_every_rank(root: Path) -> None:
+    save_tiny("llama4_text", root / "llama4_text", **LLAMA4)
+    save_tiny("granitemoe", root / "granitemoe", **GRANITE)
+    cases = [
+        ("llama4_text", {**HF, "tp": 2}, r"Experts '.*' are sharded by transformers' .* use parallel.tp=1"),
+        ("llama4_text", {**DS, "tp": 2}, r"AutoTP cannot shard Llama4ForCausalLM \(.*\); use parallel.zero_stage=3"),
+        ("granitemoe", {**DS, "tp": 2}, r"cannot shard GraniteMoeForCausalLM: it leaves every layer whole"),
+    ]
+    for found in run_ranks(2, _refusals, root, cases):
+        for message, (_, _, expected) in zip(found, cases, strict=True):
+            assert re.search(expected, message), message
 
 
 def test_two_ranks_equal_one_process(root: Path) -> None:

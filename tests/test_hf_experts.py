@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from plop_dist.backends.hf_experts import IMPLEMENTATION, ExpertSite, find_expert_sites
+from plop_dist.backends.hf_expert_modules import IMPLEMENTATION
+from plop_dist.backends.hf_experts import ExpertSite, find_expert_sites
 from plop_dist.errors import LayoutError, ModelError
 from tests.models import random_tokens, tiny, tiny_config
 from tests.spawn import run_ranks
@@ -245,20 +246,20 @@ def test_bfloat16_outputs_equal_the_eager_ones() -> None:
     assert all(row.dtype == torch.float32 for _, in_sq_T, out_sq, _ in notes.calls for row in [in_sq_T, *out_sq])
 
 
-def zero_three_equals_whole(rank: int) -> int:
+def zero_three_equals_whole(rank: int, family: str, overrides: dict[str, Any]) -> int:
     """Compare the sites of a model partitioned by ZeRO-3 with those of the whole model; return the number of calls."""
     import deepspeed
 
-    whole, tokens = tiny("qwen3_moe"), random_tokens(2, 9, seed=rank)
+    whole, tokens = tiny(family, **overrides), random_tokens(2, 9, seed=rank)
     sites, expected = find_expert_sites(whole), Notes()
     with torch.no_grad(), attached(sites, expected):
         whole(tokens)
     deepspeed.init_distributed(dist_backend="gloo")
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    engine, *_ = deepspeed.initialize(model=tiny("qwen3_moe"), config=config)
-    experts = engine.module.model.layers[0].mlp.experts
-    assert experts.down_proj.shape == (0,), "not partitioned"
+    engine, *_ = deepspeed.initialize(model=tiny(family, **overrides), config=config)
+    parameter = engine.module.get_parameter(str(sites[0].projections[0].stored_in))
+    assert parameter.shape == (0,), "not partitioned"
 
     partitioned, notes = find_expert_sites(engine.module), Notes()
     with torch.no_grad(), attached(partitioned, notes):
@@ -269,13 +270,20 @@ def zero_three_equals_whole(rank: int) -> int:
         with site.weights() as weights, reference.weights() as whole_weights:
             for local, known in zip(weights, whole_weights, strict=True):
                 assert torch.equal(local.weight_OI, known.weight_OI), known.projection.fqn
-    assert experts.down_proj.shape == (0,), "still gathered"
+    assert parameter.shape == (0,), "still gathered"
     return len(notes.calls)
 
 
+LLAMA4 = {"hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4,
+          "num_experts_per_tok": 2}  # fmt: skip
+GRANITE = {key: LLAMA4[key] for key in LLAMA4 if key not in ("intermediate_size_mlp", "head_dim")}
+
+
 @pytest.mark.slow
-def test_experts_partitioned_by_zero_three() -> None:
-    assert all(num_calls >= 8 for num_calls in run_ranks(2, zero_three_equals_whole))
+@pytest.mark.parametrize(("family", "overrides"), [("qwen3_moe", {}), ("llama4_text", LLAMA4), ("granitemoe", GRANITE)])
+def test_experts_partitioned_by_zero_three(family: str, overrides: dict[str, Any]) -> None:
+    assert all(num_calls >= 8 for num_calls in run_ranks(2, zero_three_equals_whole, family, overrides))
 
 
 def test_quantised_and_sharded_experts_are_refused() -> None:
@@ -299,5 +307,5 @@ def test_experts_of_an_unknown_kind_are_named(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING):
         assert find_expert_sites(nn.ModuleDict({"experts": Experts(), "conv": nn.Conv1d(2, 2, 3)})) == []
     assert [record.getMessage() for record in caplog.records] == [
-        "'experts.gate_up_proj' (Experts) is not scored: it runs no registered experts implementation."
+        "'experts.gate_up_proj' (Experts) is not scored: its experts are of an unknown kind."
     ]

@@ -10,7 +10,7 @@ from torch import nn
 
 from plop_dist.backends.hf_experts import find_expert_sites
 from plop_dist.backends.hf_load import load_model, meta_model, needs_head
-from plop_dist.backends.hf_model import HFModel, pick_device
+from plop_dist.backends.hf_model import HFModel, headless, pick_device
 from plop_dist.backends.tensor_parallel import Shard, meta_twin, replica_groups, shard_sites
 from plop_dist.config import Config
 from plop_dist.errors import LayoutError
@@ -24,6 +24,7 @@ def load(config: Config) -> HFModel:
     Raises ModelError, or LayoutError where a rank would be left without attention heads.
     """
     import deepspeed
+    from deepspeed.module_inject.layers import TensorParallel_Layer
 
     tp = config.parallel.tp
     pick_device()
@@ -39,7 +40,15 @@ def load(config: Config) -> HFModel:
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
     }
-    engine = deepspeed.initialize(model=module, config=settings)[0]
+    refusal = f"parallel.tp is {tp}, but DeepSpeed's AutoTP cannot shard {type(twin).__name__}"
+    remedy = "use parallel.zero_stage=3 with parallel.tp=1, or parallel.backend=megatron."
+    try:
+        engine = deepspeed.initialize(model=module, config=settings)[0]
+    except (AssertionError, ValueError) as error:  # what AutoTP raises for a family that it cannot cut
+        raise LayoutError(f"{refusal} ({' '.join(str(error).split())}); {remedy}") from error
+    body = headless(engine.module)  # the head is cut in any family
+    if not any(isinstance(inner, TensorParallel_Layer) for inner in body.modules()):
+        raise LayoutError(f"{refusal}: it leaves every layer whole on every rank; {remedy}")
     engine.eval()
     model = scorable(engine.module, twin, needs_head(config.placement.exclude))
     model.release = engine.destroy

@@ -117,18 +117,16 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
             widened.append(f"{path} has one adapter of rank {max(ranks)} instead of ranks {sorted(ranks)}.")
         holders.append(_holder(path, tuple(parts), max(ranks), has_experts))
     known = [_holder(path, tuple(parts), 1, has_experts) for path, parts in by_holder.items()]
-    named = {
-        is_parameter: shortest_names(
-            [holder.peft_path for holder in holders if holder.is_parameter == is_parameter],
-            [holder.peft_path for holder in known if holder.is_parameter == is_parameter],
-            min_parts=2 if is_parameter else 1,
-        )
-        for is_parameter in (False, True)
-    }
+    parameters = {holder.peft_path for holder in known if holder.is_parameter}
+    # A module that only holds a parameter is none that PEFT can wrap (GraniteMoE: experts are an input_linear too).
+    modules = {holder.peft_path for holder in known if not holder.is_parameter}
+    modules |= {path.rpartition(".")[0] for path in parameters}
     return Targets(
         holders=tuple(holders),
-        modules=named[False],
-        parameters=named[True],
+        modules=shortest_names((holder.peft_path for holder in holders if not holder.is_parameter), modules),
+        parameters=shortest_names(
+            (holder.peft_path for holder in holders if holder.is_parameter), parameters, min_parts=2
+        ),
         known_paths=tuple(by_holder),
         has_experts=has_experts,
         widened=tuple(widened),
