@@ -63,6 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24},
     "jetmoe": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 2,
                "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},  # q and o of attention too
+    "longcat_flash": {**LATENT, "num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2,
+                      "zero_expert_num": 2, "routed_scaling_factor": 1.0},  # experts that hand tokens on
     "bart": BART,  # learned positions that know nothing of the mask
     "roberta": {**BERT, "vocab_size": 128},  # positions from 2 on
     "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48},  # no mask

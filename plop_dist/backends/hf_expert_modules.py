@@ -3,7 +3,7 @@
 Most experts modules run the function registered for `config._experts_implementation`: while one is observed, that
 function is ours, the eager per-expert loop, which also notes the squared norms. GraniteMoE and JetMoE multiply tokens
 sorted by expert, one stack of matrices per module: forward hooks see all of it. Llama 4 gives every expert a row for
-every token, zero where it was not chosen: the products of the other rows are done once more.
+every token, zero where it was not chosen, and LongCat has its own loop: the chosen tokens' products are done twice.
 """
 
 # T tokens, N (token, expert) pairs, I in_features, O out_features, E experts, K experts per token
@@ -91,6 +91,8 @@ def experts_module(path: str, module: Any, modules: Mapping[str, nn.Module]) -> 
         if names and hasattr(owner, "router"):
             experts_path = owner_path if owner_path.endswith(".experts") else f"{owner_path}.experts"
             return _Sorted(experts_path, path, module, owner.router, Stack("weight", names))
+    if kind == "LongcatFlashExperts" and module.down_proj is not None:
+        return _Indexed(path, module)
     return _Batched(path, module) if kind == "Llama4TextExperts" else None
 
 
@@ -228,7 +230,40 @@ class _Sorted(ExpertsModule):
         return end
 
 
-class _Batched(ExpertsModule):
+class _Repeated(ExpertsModule):
+    """Experts whose products nobody sees: those of the chosen tokens are done once more, before the module runs.
+
+    Afterwards ZeRO-3 and FSDP have given its parameters back.
+    """
+
+    def _begin(self) -> Callable[[], None]:
+        return self.module.register_forward_pre_hook(self._note).remove
+
+    def _inputs(self, expert: int, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return what this expert is given, (T, I), and which of the micro-batch's tokens that are, (T,)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _note(self, module: Any, args: tuple[Tensor, ...]) -> None:
+        first, down = self.stacks
+        for expert in sorted({expert for expert, _ in self._notes}):
+            z_TI, token_T = self._inputs(expert, args)
+            if not len(token_T):
+                continue
+            y_TO = self._product(first, expert, z_TI)
+            if (expert, first.parameter) in self._notes:
+                self._notes[expert, first.parameter](local_sq_norm(z_TI), y_TO, token_T)
+            if (expert, down.parameter) in self._notes:
+                gate_TO, up_TO = y_TO.chunk(2, dim=-1)
+                z_TI = module.act_fn(gate_TO) * up_TO
+                self._notes[expert, down.parameter](local_sq_norm(z_TI), self._product(down, expert, z_TI), token_T)
+
+    def _product(self, stack: Stack, expert: int, z_TI: Tensor) -> Tensor:
+        weight = getattr(self.module, stack.parameter)[expert]
+        return z_TI @ (weight if stack.is_transposed else weight.T)
+
+
+class _Batched(_Repeated):
     """Llama 4's experts: (E T, I) in, every token once per expert, times its routing score, which is 0 for most."""
 
     def __init__(self, path: str, module: Any) -> None:
@@ -242,22 +277,25 @@ class _Batched(ExpertsModule):
         sizes = (module.num_experts, module.expert_dim, module.hidden_size)
         return parameter_shape(module.down_proj) != sizes
 
-    def _begin(self) -> Callable[[], None]:
-        # Before the module runs: afterwards ZeRO-3 and FSDP have given its parameters back.
-        return self.module.register_forward_pre_hook(self._note).remove
+    def _inputs(self, expert: int, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        module: Any = self.module
+        z_TI = args[0].view(module.num_experts, -1, module.hidden_size)[expert]
+        token_T = z_TI.any(dim=-1).nonzero().flatten()
+        return z_TI[token_T], token_T
 
-    @torch.no_grad()
-    def _note(self, module: Any, args: tuple[Tensor]) -> None:
-        z_ETI = args[0].view(module.num_experts, -1, module.hidden_size)
-        for expert in sorted({expert for expert, _ in self._notes}):
-            token_T = z_ETI[expert].any(dim=-1).nonzero().flatten()
-            if not len(token_T):
-                continue
-            z_TI = z_ETI[expert][token_T]
-            y_TO = z_TI @ module.gate_up_proj[expert]
-            if (expert, "gate_up_proj") in self._notes:
-                self._notes[expert, "gate_up_proj"](local_sq_norm(z_TI), y_TO, token_T)
-            if (expert, "down_proj") in self._notes:
-                gate_TO, up_TO = y_TO.chunk(2, dim=-1)
-                z_TI = up_TO * module.act_fn(gate_TO)
-                self._notes[expert, "down_proj"](local_sq_norm(z_TI), z_TI @ module.down_proj[expert], token_T)
+
+class _Indexed(_Repeated):
+    """LongCat's experts(hidden_states, top_k_index, top_k_weights), of which the last ones only hand tokens on.
+
+    gate_up_proj has matrices for those too, unused: projections without tokens, to which PEFT's adapter has rows.
+    """
+
+    def __init__(self, path: str, module: Any) -> None:
+        stacks = (Stack("gate_up_proj", ("gate_proj", "up_proj")), Stack("down_proj", ("down_proj",)))
+        super().__init__(path, path, module, stacks)
+
+    def _inputs(self, expert: int, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        hidden_TI, top_k_index_TK = args[:2]
+        is_chosen_T = (top_k_index_TK == expert).any(dim=-1) & (expert < parameter_shape(self.module.down_proj)[0])
+        token_T = is_chosen_T.nonzero().flatten()
+        return hidden_TI[token_T], token_T

@@ -72,8 +72,13 @@ def find_expert_sites(model: nn.Module, gather: Gather | None = None) -> list[Ex
             _warn_unknown(path, module)
             continue
         _refuse(path, module, experts)
-        for expert in range(_shape(experts, experts.stacks[0])[0]):
-            sites.extend(ExpertSite(experts, expert, stack, gather) for stack in experts.stacks)
+        counts = [_shape(experts, stack)[0] for stack in experts.stacks]  # LongCat's are not the same
+        sites.extend(
+            ExpertSite(experts, expert, stack, gather)
+            for expert in range(max(counts))
+            for stack, count in zip(experts.stacks, counts, strict=True)
+            if expert < count
+        )
     return sites
 
 
