@@ -63,6 +63,8 @@ def compute_baselines(
     return _merge(found, reducer, fqns)
 
 
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)  # a host's autocast must not round what belongs to the weight alone
 def _project(weight: LocalWeight, group: str, estimator: EstimatorConfig) -> _Pending:
     projection = weight.projection
     w_OI = weight.weight_OI.detach().to(torch.float32)

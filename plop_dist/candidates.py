@@ -22,6 +22,7 @@ _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "embed_out", "wte", "wpe", 
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|experts?\b|moe|dense_?relu_?dense|intermediate", re.IGNORECASE)
+_ATTENTION_TYPES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 _MLP_TYPES = frozenset({"fc1", "fc2", "fc_in", "fc_out", "up_proj", "gate_proj", "down_proj", "w1", "w2", "w3"})
 
 
@@ -102,7 +103,9 @@ def _reason_out(module: ModuleScore, config: PlacementConfig, has_experts: bool)
     is_included = any(matches(module, entry) for entry in config.include)
     if config.include and not is_included:
         return "not in placement.include"
-    is_router = module.storage == "router" or (has_experts and module.type in _ROUTERS)
+    # GraniteMoE's and Hunyuan's are linears inside a module of that name (router.layer, gate.wg).
+    is_named = not _ROUTERS.isdisjoint(module.fqn.split(".")[-2:])
+    is_router = module.storage == "router" or (has_experts and is_named)
     if is_router and not is_included:
         return "router of experts; only placement.include chooses it"
     if config.policy == "attention" and not is_attention(module):
@@ -115,8 +118,8 @@ def _reason_out(module: ModuleScore, config: PlacementConfig, has_experts: bool)
 
 
 def is_attention(module: Projection) -> bool:
-    """Tell by its path whether a projection belongs to an attention block."""
-    return _ATTENTION.search(module.fqn) is not None
+    """Tell by its path or type whether a projection belongs to an attention block."""
+    return _ATTENTION.search(module.fqn) is not None or module.type in _ATTENTION_TYPES
 
 
 def is_mlp(module: Projection) -> bool:

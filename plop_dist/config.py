@@ -118,9 +118,9 @@ class PlacementConfig(_Section):
     max_trainable_parameters: int | None = Field(
         default=None, ge=1, description="policy budget: adapter parameters at most."
     )
-    rank: int = Field(default=16, ge=1, description="LoRA rank r.")
+    rank: int = Field(default=16, ge=1, le=1 << 20, description="LoRA rank r.")
     alpha: float = Field(default=32, gt=0, lt=1e9, description="LoRA alpha.")
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1 << 20)]] = Field(
         default={}, description="Ranks of single types, e.g. {v_proj: 32}."
     )
     granularity: Literal["type", "layer", "module"] = Field(default="type", description="What is chosen between.")

@@ -182,6 +182,15 @@ def _check(tree: Any, where: str) -> None:
     for name, rank in {"r": tree.get("r", 8), **ranks}.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ConfigError(f"{where}: the rank of {name} is {rank!r}, expected a positive integer.")
+    layers = tree.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list | tuple) else [0 if layers is None else layers]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in numbers):
+        raise ConfigError(f"{where}: layers_to_transform is {str(layers)[:80]!r}, expected layer numbers.")
+    patterns = tree.get("layers_pattern") or []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise ConfigError(f"{where}: layers_pattern is {str(patterns)[:80]!r}, expected names.")
+        _compile(pattern, f"{where}: layers_pattern")
     for pattern in ranks:
         _compile(pattern, f"{where}: rank_pattern")
 

@@ -79,6 +79,8 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise ScoresError(
             f"{path} is not whole JSON: {error.msg} at line {error.lineno} column {error.colno}; {remedy}."
         ) from error
+    except RecursionError:
+        raise ScoresError(f"{path} is nested too deeply to be {what}; {remedy}.") from None
     except (OSError, ValueError) as error:  # not UTF-8, or a path with a null byte
         raise ScoresError(f"{path} cannot be read: {error}; {remedy}.") from error
 

@@ -51,7 +51,7 @@ def directions(seed: int, fqn: str, num_directions: int, in_features: int) -> Te
     """
     key = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-    u_KI = torch.randn(num_directions, in_features, generator=generator)
+    u_KI = torch.randn(num_directions, in_features, generator=generator, dtype=torch.float32)
     return u_KI / torch.linalg.vector_norm(u_KI, dim=1, keepdim=True)
 
 

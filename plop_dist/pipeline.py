@@ -62,9 +62,15 @@ def score(config: Config, command: str) -> None:
 def launch(config: Config, stages: Sequence[str], command: str, *, force: bool = False) -> None:
     """Run stages on all ranks of the layout: in this process, in those a launcher started, or as Ray workers."""
     run_dir = RunDir(config.run_dir)
-    if ranks.rank() == 0:
-        run_dir.prepare()
-        run_dir.keep_config(config, command)
+    if ranks.rank() != 0:
+        _run_stages(config, run_dir, stages, force)
+        return
+    run_dir.prepare()
+    with run_dir.kept_config(config, command):
+        _run_stages(config, run_dir, stages, force)
+
+
+def _run_stages(config: Config, run_dir: RunDir, stages: Sequence[str], force: bool) -> None:
     if ranks.launched_ranks() is not None or config.parallel.world_size == 1:
         with both(EventWriter(run_dir.events)) as notify:
             worker.run_rank(config, stages, notify, force=force)

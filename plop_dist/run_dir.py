@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from plop_dist.checkpoint_folder import digest_of_files
 from plop_dist.config import Config
 from plop_dist.errors import RunDirError
-from plop_dist.files import write_json, write_text
+from plop_dist.files import write_json, write_text, write_together
 
 STAGES_FILE = "stages.json"
 
@@ -45,12 +46,26 @@ class RunDir:
                 "or choose another run_dir."
             ) from error
 
-    def keep_config(self, config: Config, command: str) -> None:
-        """Write the resolved configuration and the command that reproduces the run."""
+    @contextmanager
+    def kept_config(self, config: Config, command: str) -> Iterator[None]:
+        """Write the resolved configuration and the command that reproduces the run.
+
+        A block that raises before any stage is done leaves those that belong to the results that are there.
+        """
         from omegaconf import OmegaConf
 
+        files = (self.config, self.command)
+        before = {path: path.read_bytes() for path in files if path.is_file()}
+        results = (self._stages(), content_hash(self.scores))
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
         write_text(self.command, command + "\n")
+        try:
+            yield
+        except BaseException:
+            if results[0] and results == (self._stages(), content_hash(self.scores)):
+                with suppress(RunDirError):  # what is being raised says more
+                    write_together(before)
+            raise
 
     def reason_to_run(self, stage: str, inputs: Mapping[str, Any]) -> str | None:
         """Return why a stage must run, or None if it is done with these inputs and its result is still there."""
@@ -112,7 +127,7 @@ def content_hash(path: Path) -> str | None:
 def input_files(config: Config) -> dict[str, Any]:
     """Return size and time of local inputs: an edited data file or an overwritten checkpoint counts as a change."""
     found = {}
-    for name in (config.data.path, config.train.data_path, config.model.name_or_path):
+    for name in (config.data.path, config.train.data_path, config.train.eval_path, config.model.name_or_path):
         path = Path(name) if name else None
         if path is not None and path.exists():
             parts = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -253,3 +253,17 @@ def test_double_precision_models_are_scored() -> None:
     model = tiny("llama")
     single, double = (plop_dist.score(one, batches("right")) for one in (model, copy.deepcopy(model).double()))
     assert [module.gain for module in double.modules] == pytest.approx([m.gain for m in single.modules], rel=1e-5)
+
+
+def test_a_hosts_autocast_and_default_dtype_change_no_baseline() -> None:
+    model = tiny("llama")
+    expected = {module.fqn: module.baseline for module in plop_dist.score(model, batches("right")).modules}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = plop_dist.score(model, batches("right"))
+    assert {module.fqn: module.baseline for module in found.modules} == expected
+    try:
+        torch.set_default_dtype(torch.float64)
+        found = plop_dist.score(model, batches("right"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {module.fqn: module.baseline for module in found.modules} == pytest.approx(expected, rel=1e-6)

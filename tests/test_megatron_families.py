@@ -48,6 +48,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"pp": 2}),
 ]
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "unread_biases": ("qwen3", {"attention_bias": True}, "leaves out .* biases of the checkpoint, e.g. .*k_proj.bias"),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, "no weights for 8 .*linear_fc1.bias.*be random"),
     "a dense layer": ("qwen3_moe", {"mlp_only_layers": [0]}, "no weights for 9 .*; they would be random"),
     "windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},

@@ -176,3 +176,24 @@ def test_training_does_not_go_on_from_a_checkpoint_of_other_weights(model: Path,
     assert fingerprint(config, placement) == before
     save_tiny("llama", tmp_path / "model", seed=1)
     assert fingerprint(config, placement) != before
+
+
+def test_a_refused_command_leaves_the_configuration_of_the_results(model: Path, tmp_path: Path) -> None:
+    config, run = write_case(tmp_path, model), tmp_path / "run"
+    assert plop_dist("score", config).status == 0
+    before = {name: (run / name).read_bytes() for name in ("config.yaml", "command.txt", "scores.json")}
+    refused = plop_dist("score", config, "data.path=/nowhere.jsonl", "placement.k=5")
+    assert_one_message(refused, "/nowhere.jsonl")
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert plop_dist("score", config, "placement.k=5").status == 0
+    assert (run / "config.yaml").read_bytes() != before["config.yaml"]
+
+
+def test_edited_held_out_rows_count_as_a_change(tmp_path: Path) -> None:
+    rows = tmp_path / "held-out.jsonl"
+    rows.write_text("{}")
+    config = make_config(tmp_path, train={"eval_path": str(rows)})
+    placement = make_placement(tiny("llama"))
+    before = fingerprint(config, placement)
+    rows.write_text("{ }")
+    assert fingerprint(config, placement) != before

@@ -68,6 +68,9 @@ def test_lm_head_is_out_by_default_and_experts_on_request() -> None:
     assert plop_dist.place(moe, k=1).module_types == ("o_proj",)
     assert plop_dist.place(moe, k=1, experts=True).module_types == ("experts.up_proj",)
     router = expert.model_copy(update={"fqn": "model.layers.0.mlp.gate", "type": "gate", "nfn": 0.1, "gain": 0.1})
+    for inner in ("model.layers.0.moe.router.layer", "model.layers.0.mlp.gate.wg"):  # GraniteMoE, Hunyuan
+        inside = router.model_copy(update={"fqn": inner, "type": inner.rpartition(".")[2]})
+        assert inner not in plop_dist.place(scores_of([*moe.modules, inside]), policy="all").modules
     routed = scores_of([*moe.modules, router])
     assert "gate" not in plop_dist.place(routed, policy="all", experts=True).module_types
     assert plop_dist.place(routed, k=1, include=["gate", "o_proj"]).module_types == ("gate",)

@@ -63,6 +63,23 @@ def check_weights(bridge: Any, chunks: Sequence[nn.Module], config: Config) -> N
             f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge finds no weights for {len(missing)} of "
             f"Megatron's parameters, e.g. '{missing[0]}'; they would be random. {_ELSEWHERE.capitalize()}."
         )
+    _check_biases(bridge, tasks, config)
+
+
+def _check_biases(bridge: Any, tasks: Sequence[Any], config: Config) -> None:
+    """Raise ModelError if the checkpoint holds biases that no task reads: Megatron's model would go without them."""
+    read: set[str] = set()
+    for task in tasks:
+        if task is not None:
+            names = task.mapping.hf_param
+            read |= set(names.values()) if isinstance(names, dict) else {names}
+    read = gather_set(read)
+    unread = sorted(name for name in bridge.hf_pretrained.state if name.endswith(".bias") and name not in read)
+    if unread:
+        raise ModelError(
+            f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge leaves out {len(unread)} biases of the "
+            f"checkpoint, e.g. '{unread[0]}'. {_ELSEWHERE.capitalize()}."
+        )
 
 
 def check_projections(found: Iterable[str], expected: Iterable[str], config: Config) -> None:

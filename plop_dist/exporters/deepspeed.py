@@ -11,7 +11,14 @@ from typing import Any
 
 from plop_dist.errors import ExportError
 from plop_dist.exporters.peft import count_note
-from plop_dist.exporters.targets import Targets, check_engine, hugging_face_targets, number, uniform_rank
+from plop_dist.exporters.targets import (
+    Targets,
+    check_engine,
+    hugging_face_targets,
+    known_projections,
+    number,
+    uniform_rank,
+)
 from plop_dist.names import natural_key
 from plop_dist.placement import Export, Placement
 
@@ -51,9 +58,12 @@ def to_config(placement: Placement, *, widen: bool = False, **options: Any) -> A
 
 
 def _fields(placement: Placement, targets: Targets, widen: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    # Where a family has Conv1D at all (GPT-2), its fused c_attn is one too.
+    has_conv1d = any(part.storage == "conv1d" for part in known_projections(placement))
+    unfit = {"conv1d", "expert_parameter"} | ({"fused"} if has_conv1d else set())
     for holder in targets.holders:
         first = holder.projections[0]
-        if first.storage in ("conv1d", "expert_parameter"):
+        if first.storage in unfit:
             raise ExportError(
                 f"deepspeed's OptimizedLinear replaces nn.Linear only, and {holder.path} is none ({first.storage}). "
                 f"Nearest choice: leave {first.type} out (placement.exclude=[{first.type}]), or export to peft."

@@ -86,7 +86,10 @@ def build_context(directory: Path) -> dict[str, Any]:
 
 
 def _read_log(path: Path) -> tuple[list[Mapping[str, Any]], int]:
-    """Return the log's entries and how many lines are unreadable, as the last one is after a crash."""
+    """Return the log's entries and how many lines are unreadable, as the last one is after a crash.
+
+    A resumed run repeats the steps since its last checkpoint: what it logs last of a step counts.
+    """
     entries: list[Mapping[str, Any]] = []
     num_unreadable = 0
     for line in (_read_text(path) or "").splitlines():
@@ -98,7 +101,8 @@ def _read_log(path: Path) -> tuple[list[Mapping[str, Any]], int]:
             entries.append(entry)
         else:
             num_unreadable += 1
-    return entries, num_unreadable
+    last = {(entry.get("step"), frozenset(entry)): entry for entry in entries}
+    return list(last.values()), num_unreadable
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
