@@ -192,7 +192,7 @@ def test_a_refused_command_leaves_the_configuration_of_the_results(model: Path, 
 def test_edited_held_out_rows_count_as_a_change(tmp_path: Path) -> None:
     rows = tmp_path / "held-out.jsonl"
     rows.write_text("{}")
-    config = make_config(tmp_path, train={"eval_path": str(rows)})
+    config = make_config(tmp_path, tmp_path / "run", train={"eval_path": str(rows)})
     placement = make_placement(tiny("llama"))
     before = fingerprint(config, placement)
     rows.write_text("{ }")
