@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plop_dist.errors import ConfigError
+from plop_dist.exporters.peft_match import adapted_ranks
 from plop_dist.exporters.targets import known_projections, matcher
 from plop_dist.files import read_json
 from plop_dist.names import natural_key
@@ -80,20 +81,19 @@ def read_adapter_config(path: str | Path) -> dict[str, Any]:
 def diff(placement: Placement, adapter_config: Mapping[str, Any]) -> Difference:
     """Return how a PEFT LoRA configuration differs from the placement.
 
-    It is read as PEFT reads it: names, regex, "all-linear", exclude_modules, layers_to_transform, target_parameters,
-    rank_pattern. Raises ConfigError if it is not one.
+    PEFT itself reads it: names, regex, "all-linear", exclude_modules, layers_to_transform, target_parameters,
+    rank_pattern, and what it renames beside experts. Raises ConfigError if it is not one, or one that PEFT refuses for
+    this model.
     """
     _check(adapter_config, "adapter_config")
     known = known_projections(placement)
     ours = set(placement.modules)
-    theirs = [item for item in known if _is_adapted(adapter_config, item)]
+    ranks = adapted_ranks(adapter_config, known, (placement.source.model.model_extra or {}).get("model_type"))
+    theirs = [item for item in known if item.holder in ranks]
     their_paths = {item.fqn for item in theirs}
 
     def rank_in_config(item: Projection) -> int:
-        for pattern, rank in (adapter_config.get("rank_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", item.holder):
-                return int(rank)
-        return int(adapter_config.get("r", 8))
+        return ranks[item.holder]
 
     def count(items: Iterable[Projection], rank_of: Callable[[Projection], int]) -> int:
         return num_trainable_parameters(items, rank_of)
@@ -119,37 +119,6 @@ def diff(placement: Placement, adapter_config: Mapping[str, Any]) -> Difference:
         types=tuple(types),
         unmatched=_unmatched(adapter_config, known),
     )
-
-
-def _is_adapted(config: Mapping[str, Any], item: Projection) -> bool:
-    names = {item.holder, f"{item.holder}.weight"}
-    if any(map(matcher(config.get("target_parameters") or ()), names)):
-        return True
-    # Configurations from transformers 4 name the experts' linears, which were modules then.
-    path = item.fqn if item.storage == "expert_parameter" else item.holder
-    return _targets_module(config, path, item)
-
-
-def _targets_module(config: Mapping[str, Any], path: str, item: Projection) -> bool:
-    excluded = config.get("exclude_modules") or ()
-    if (re.fullmatch(excluded, path) is not None) if isinstance(excluded, str) else matcher(excluded)(path):
-        return False
-    targets = config.get("target_modules") or ()
-    if isinstance(targets, str):
-        if targets.lower() == "all-linear":
-            return item.type != "lm_head"
-        return re.fullmatch(targets, path) is not None
-    if not matcher(targets)(path):
-        return False
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == [] or path in targets:
-        return True
-    patterns = config.get("layers_pattern") or ()
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-    found = next((match for match in (re.match(expression, path) for expression in expressions) if match), None)
-    wanted = [layers] if isinstance(layers, int) else layers
-    return found is not None and int(found.group(1)) in wanted
 
 
 def _unmatched(config: Mapping[str, Any], known: Iterable[Projection]) -> tuple[str, ...]:

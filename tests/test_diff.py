@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from plop_dist.diff import diff, read_adapter_config
 from plop_dist.errors import ConfigError, ScoresError
 from plop_dist.exporters.peft import lora_config_fields
 from plop_dist.exporters.targets import hugging_face_targets
-from tests.export_cases import llama_projections, model_of, place, projections_of, scores_of
+from tests.export_cases import adapted_paths, llama_projections, model_of, place, projections_of, scores_of
 
 LLAMA = scores_of(llama_projections(12))
 
@@ -47,6 +49,40 @@ def test_names_match_as_in_peft(config):
     matched = {fqn for fqn, result in results.items() if result and type(result).__name__ != "_ExcludedModule"}
     assert set(found.only_config) | set(found.both) == matched
     assert matched
+
+
+CONFIGS = [
+    {"target_modules": "all-linear"},
+    {"target_modules": r".*(q_proj|down_proj|up_proj|gate_proj)"},
+    {"target_modules": ["gate_proj", "up_proj", "down_proj"], "r": 3},
+    {"target_modules": ["gate"]},
+    {"target_modules": ["w1", "w2", "w3", "query_key_value"], "rank_pattern": {"down_proj": 3}},
+    {"target_modules": ["q_proj", "c_attn"], "target_parameters": ["experts.gate_up_proj"]},
+    {"target_modules": ["qkv_proj", "c_fc", "dense", "o_proj"], "exclude_modules": ".*layers[.]0[.].*"},
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config["target_modules"])[:20])
+def test_adapts_what_peft_adapts_in_the_model(family, config):
+    model = copy.deepcopy(model_of(family))
+    scores = scores_of(projections_of(model))
+    info = scores.model.model_copy(update={"model_type": model.config.model_type})
+    placement = place(scores.model_copy(update={"model": info}), where=lambda item: item.layer == 0)
+    try:
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
+    except ValueError as error:
+        if "not found in the base model" in str(error):
+            assert not diff(placement, config).num_parameters_config
+        else:
+            with pytest.raises(ConfigError, match="PEFT refuses this configuration for"):
+                diff(placement, config)
+        return
+    found = diff(placement, config)
+    paths = {*found.only_config, *found.both}
+    holders = {item.holder.removesuffix(".weight") for item in scores.modules if item.fqn in paths}
+    assert holders == adapted_paths(adapted)
+    assert found.num_parameters_config == adapted.get_nb_trainable_parameters()[0]
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "mixtral", "qwen3_next"])

@@ -67,7 +67,7 @@ HOMES = {
     "ray": ("cluster.py",),
     "deepspeed": ("backends/", "training/", "exporters/deepspeed.py"),
     "megatron": ("backends/megatron", "training/megatron.py", "exporters/megatron_bridge.py", "canonical_lora.py"),
-    "peft": ("training/", "exporters/peft.py"),
+    "peft": ("training/", "exporters/peft.py", "exporters/peft_match.py"),
     "trl": ("training/",),
 }
 ALWAYS_LAZY = {"deepspeed", "megatron", "peft", "trl"}  # canonical_lora.py is itself imported only on use

@@ -37,5 +37,14 @@ def test_layers_in_a_row_are_the_model(family: str, fields: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("family", ["granite", "cohere", "gemma2", "gpt2"])
 def test_models_that_do_more_are_refused(family: str) -> None:
-    with pytest.raises(ModelError, match=r"not known to be a plain stack .* known: arcee, .* use parallel.tp instead"):
+    with pytest.raises(ModelError, match=r"not known to be one \(known: arcee, .* use parallel.tp instead"):
         pipeline_layers(tiny(family, **(FIELDS if family != "gpt2" else {})))
+
+
+def test_known_families_built_otherwise_are_refused() -> None:
+    model = tiny("qwen2", **FIELDS)
+    with pytest.raises(ModelError, match="Qwen2Model has no lm_head"):
+        pipeline_layers(model.model)
+    model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ModelError, match="Qwen2ForCausalLM has layers of type linear_attention"):
+        pipeline_layers(model)

@@ -167,9 +167,10 @@ class PipelineModel:
         """Give back nothing: a stage without an engine holds its weights alone."""
 
     def describe(self) -> dict[str, Any]:
-        """Return architecture, number of parameters of the whole model, and dtype."""
+        """Return architecture, model_type, number of parameters of the whole model, and dtype."""
         return {
             "architecture": self._architecture,
+            "model_type": self._config.model_type,
             "num_parameters": self._num_parameters,
             "dtype": str(self._dtype).removeprefix("torch."),
         }
@@ -243,11 +244,18 @@ class Head(_StageLayer):
 def pipeline_layers(model: Any) -> list[nn.Module]:
     """Return the model as a list of layers to cut into stages. Raises ModelError unless it is built like Llama."""
     body, config = model.base_model, model.config
+    why = None
     if config.model_type not in PLAIN_STACKS:
+        why = f"is of model_type {config.model_type!r}, which is not known to be one"
+    elif kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        why = f"has layers of type {', '.join(sorted(kinds))}"
+    elif not hasattr(model, "lm_head"):
+        why = "has no lm_head"
+    if why:
         raise ModelError(
-            f"{type(model).__name__} is not known to be a plain stack of decoder layers, which DeepSpeed's pipeline "
-            f"takes (model_type {config.model_type!r}; known: {', '.join(sorted(PLAIN_STACKS))}); use parallel.tp "
-            "instead of parallel.pp, or parallel.backend=megatron."
+            f"DeepSpeed's pipeline takes causal language models that are a plain stack of decoder layers, but "
+            f"{type(model).__name__} {why} (known: {', '.join(sorted(PLAIN_STACKS))}); use parallel.tp instead of "
+            "parallel.pp, or parallel.backend=megatron."
         )
     decoder = [DecoderLayer(layer, body.rotary_emb, config, index) for index, layer in enumerate(body.layers)]
     return [Embedding(body.embed_tokens, config), *decoder, Head(body.norm, model.lm_head, config)]

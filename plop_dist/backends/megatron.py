@@ -67,6 +67,7 @@ def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, wi
         known=known,
         vocab_size=hf_config.vocab_size,
         architecture=type(whole).__name__,
+        model_type=hf_config.model_type,
         num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
     )
     check_projections((item.fqn for site in model.sites for item in site.projections), known, config)

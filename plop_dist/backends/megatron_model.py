@@ -45,6 +45,7 @@ class MegatronModel:
         known: Mapping[str, Projection] | None = None,
         vocab_size: int | None = None,
         architecture: str | None = None,
+        model_type: str | None = None,
         num_parameters: int | None = None,
     ) -> None:
         from megatron.core import parallel_state
@@ -64,7 +65,7 @@ class MegatronModel:
         self.groups = read_groups(self._config)
         self._needs_mask = any(type(module).__name__ == "DotProductAttention" for module in self._bare[0].modules())
         self.sites = self._find_sites(hf_names, known, vocab_size, parallel_state.get_expert_model_parallel_rank())
-        self._architecture = architecture or type(self._bare[0]).__name__
+        self._architecture, self._model_type = architecture or type(self._bare[0]).__name__, model_type
         self._num_parameters = num_parameters or _count_parameters(self._bare, self._config)
 
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
@@ -109,10 +110,11 @@ class MegatronModel:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return architecture, number of parameters of the whole model, and dtype."""
+        """Return architecture, model_type (None without Bridge), number of parameters of the whole model, and dtype."""
         dtype = next(self._bare[0].parameters()).dtype
         return {
             "architecture": self._architecture,
+            "model_type": self._model_type,
             "num_parameters": self._num_parameters,
             "dtype": str(dtype).removeprefix("torch."),
         }
