@@ -20,6 +20,8 @@ from plop_dist.types import LeftOut, ModuleScore, Projection
 _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "embed_out", "wte", "wpe", "word_embeddings", "tok_embeddings"})
 # What steers tokens to experts. Frameworks leave it without an adapter, and so does a policy unless `include` names it.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+# DeepSeek V3.2's selection of tokens: its output is a top-k.
+_INDEXER = "indexer"
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|experts?\b|moe|dense_?relu_?dense|intermediate", re.IGNORECASE)
 _ATTENTION_TYPES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -108,6 +110,8 @@ def _reason_out(module: ModuleScore, config: PlacementConfig, has_experts: bool)
     is_router = module.storage == "router" or (has_experts and is_named)
     if is_router and not is_included:
         return "router of experts; only placement.include chooses it"
+    if _INDEXER in module.fqn.split(".") and not is_included:
+        return "picks tokens for sparse attention, where no gradient reaches it; only placement.include chooses it"
     if config.policy == "attention" and not is_attention(module):
         return "not an attention projection"
     if config.policy == "mlp" and not is_mlp(module):

@@ -24,7 +24,7 @@ from plop_dist.backends.hf_modules import Block
 from plop_dist.backends.transformers import whole_sites
 from plop_dist.candidates import find_candidates
 from plop_dist.config import PlacementConfig
-from plop_dist.errors import ExportError, ModelError
+from plop_dist.errors import DataError, ExportError, ModelError
 from plop_dist.exporters.targets import hugging_face_targets
 from plop_dist.names import expert_index
 from plop_dist.placement import Placement
@@ -247,6 +247,14 @@ def test_an_encoder_decoder_model_is_refused() -> None:
     config = BartConfig(**BART, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48, vocab_size=128)
     with pytest.raises(ModelError, match="BartForConditionalGeneration is an encoder-decoder model"):
         plop_dist.score(BartForConditionalGeneration(config), batches("right"))
+
+
+def test_padding_is_refused_where_tokens_see_it() -> None:
+    model = tiny("doge", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                 num_key_value_heads=2)  # fmt: skip
+    with pytest.raises(DataError, match=r"other activations for doge; .* \(data.batch_size=1\)"):
+        plop_dist.score(model, batches("right"))
+    assert plop_dist.score(model, [{"input_ids": random_tokens(2, 7)}]).modules
 
 
 def test_double_precision_models_are_scored() -> None:

@@ -71,6 +71,10 @@ def test_lm_head_is_out_by_default_and_experts_on_request() -> None:
     for inner in ("model.layers.0.moe.router.layer", "model.layers.0.mlp.gate.wg"):  # GraniteMoE, Hunyuan
         inside = router.model_copy(update={"fqn": inner, "type": inner.rpartition(".")[2]})
         assert inner not in plop_dist.place(scores_of([*moe.modules, inside]), policy="all").modules
+    indexer = router.model_copy(update={"fqn": "model.layers.0.self_attn.indexer.wk", "type": "wk"})  # DeepSeek V3.2
+    sparse = scores_of([*scores.modules, indexer])
+    assert "wk" not in plop_dist.place(sparse, policy="all").module_types
+    assert plop_dist.place(sparse, k=1, include=["wk", "o_proj"]).module_types == ("wk",)
     routed = scores_of([*moe.modules, router])
     assert "gate" not in plop_dist.place(routed, policy="all", experts=True).module_types
     assert plop_dist.place(routed, k=1, include=["gate", "o_proj"]).module_types == ("gate",)

@@ -14,6 +14,10 @@ from plop_dist.errors import DataError, ModelError
 from plop_dist.protocols import Groups, MicroBatch, Site
 
 
+# Families whose forward pass gives a row's tokens other activations when padding stands behind them (transformers 5.12).
+_SEE_PADDING = frozenset({"doge", "nemotron_h", "zamba2"})
+
+
 class HFModel:
     """ScorableModel over a transformers model (or an engine that is called like one).
 
@@ -86,9 +90,15 @@ class HFModel:
         """Return the attention mask, or None for packed rows: transformers then keeps samples apart by position_ids.
 
         Raises DataError for packed rows with padding, or in a model without position_ids: the samples would see each
-        other.
+        other; and for rows with padding in a model whose tokens see it.
         """
         mask, positions = micro_batch.attention_mask, micro_batch.position_ids
+        kind = getattr(getattr(self.module, "config", None), "model_type", None)
+        if kind in _SEE_PADDING and (mask.any(-1) & ~mask.bool().all(-1)).any():
+            raise DataError(
+                f"a micro-batch has padding, beside which transformers computes other activations for {kind}; pass one "
+                "sample per micro-batch (data.batch_size=1)."
+            )
         if positions is None or not is_packed(positions, mask):
             return mask
         packed = "a micro-batch has packed rows (position_ids that start again within a row)"
