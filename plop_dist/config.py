@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from plop_dist.config_checks import check_consistency
 from plop_dist.config_errors import explain
-from plop_dist.errors import ConfigError, suggest
+from plop_dist.errors import ConfigError
 from plop_dist.mesh import Layout
-from plop_dist.registry import EXPORTERS
-
-_REWARDS = ("number", "format")
 
 
 class _Section(BaseModel):
@@ -40,6 +38,7 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the checkpoint.")
     checkpoint: str | None = Field(
         default=None,
+        min_length=1,
         description="Checkpoint directory of a training job, of any layout, whose weights are taken: DeepSpeed's (ZeRO "
         "or universal; backends transformers and deepspeed) or Megatron's torch_dist (backend megatron).",
     )
@@ -52,10 +51,12 @@ class DataConfig(_Section):
         min_length=1,
         description="jsonl, json, csv, parquet or txt file, builtin:arithmetic, builtin:python, or a datasets id.",
     )
-    text_field: str | None = Field(default=None, description="Column that holds the text.")
-    template: str | None = Field(default=None, description='Text built from columns: "{question}\\n{answer}".')
+    text_field: str | None = Field(default=None, min_length=1, description="Column that holds the text.")
+    template: str | None = Field(
+        default=None, min_length=1, description='Text built from columns: "{question}\\n{answer}".'
+    )
     messages_field: str | None = Field(
-        default=None, description="Column of chat messages, put through the chat template."
+        default=None, min_length=1, description="Column of chat messages, put through the chat template."
     )
     split: str = Field(default="train", description="Split of a datasets id.")
     num_samples: int = Field(default=200, ge=1, description="Calibration samples (rows).")
@@ -183,6 +184,16 @@ class ExportConfig(_Section):
     )
 
 
+def _number_or_auto(value: Any) -> Any:
+    # pydantic has an error of its own for each of the two, under names that are no keys.
+    try:
+        if value == "auto" or float(value) >= 0:
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise ValueError("Input should be a number, 0 or more, or 'auto'")
+
+
 class ClusterConfig(_Section):
     """Where the ranks run."""
 
@@ -192,7 +203,9 @@ class ClusterConfig(_Section):
     num_workers: int | None = Field(
         default=None, ge=1, description="Ranks; default and expectation: tp * pp * dp * cp."
     )
-    gpus_per_worker: float | Literal["auto"] = Field(default="auto", description="auto: 1 where the cluster has GPUs.")
+    gpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)] = Field(
+        default="auto", description="auto: 1 where the cluster has GPUs."
+    )
     cpus_per_worker: float = Field(default=1, gt=0, description="CPU cores per rank.")
     max_failures: int = Field(default=1, ge=0, description="Restarts of the workers before the run fails.")
     timeout_s: float = Field(default=600, gt=0, description="Longest wait in one collective, in seconds.")
@@ -251,7 +264,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
         config = Config.model_validate({**tree, **{name: {} for name in sections if name in Config.model_fields}})
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {explain(item, Config)}" for item in error.errors())) from error
-    _check_consistency(config, source)
+    check_consistency(config, source)
     return config
 
 
@@ -282,70 +295,3 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _check_consistency(config: Config, source: str) -> None:
-    parallel, placement, data = config.parallel, config.placement, config.data
-    parallel.layout.validate()
-    workers = config.cluster.num_workers
-    if workers is not None and workers != parallel.world_size:
-        raise ConfigError(
-            f"{source}: {parallel.layout.product_text} = {parallel.world_size}, but cluster.num_workers is {workers}; "
-            f"set parallel.dp or use {parallel.world_size} workers."
-        )
-    if parallel.backend != "deepspeed" and parallel.zero_stage:
-        raise ConfigError(
-            f"{source}: parallel.zero_stage is {parallel.zero_stage}, but parallel.backend is '{parallel.backend}'; "
-            "ZeRO is DeepSpeed's: set parallel.backend=deepspeed or parallel.zero_stage=0."
-        )
-    if parallel.sequence_parallel and (parallel.backend != "megatron" or parallel.tp == 1):
-        raise ConfigError(
-            f"{source}: parallel.sequence_parallel is true with parallel.backend '{parallel.backend}' and parallel.tp "
-            f"{parallel.tp}; it needs parallel.backend=megatron and parallel.tp of 2 or more."
-        )
-    if parallel.backend != "megatron" and (parallel.cp > 1 or parallel.ep > 1):
-        raise ConfigError(
-            f"{source}: parallel.cp is {parallel.cp} and parallel.ep is {parallel.ep}, but only parallel.backend="
-            f"megatron shards context or experts, not '{parallel.backend}'."
-        )
-    if parallel.backend == "transformers" and parallel.pp > 1:
-        raise ConfigError(
-            f"{source}: parallel.pp is {parallel.pp}, but parallel.backend 'transformers' has no pipeline; use "
-            "parallel.backend=deepspeed or megatron."
-        )
-    if parallel.backend == "deepspeed" and (
-        (parallel.zero_stage > 1 and (parallel.tp > 1 or parallel.pp > 1)) or (parallel.tp > 1 and parallel.pp > 1)
-    ):
-        raise ConfigError(
-            f"{source}: parallel.backend deepspeed cannot combine tp {parallel.tp}, pp {parallel.pp} and zero_stage "
-            f"{parallel.zero_stage}; use one of tp and pp, with zero_stage 0 or 1."
-        )
-    for target in config.export.targets:
-        if target not in EXPORTERS:
-            raise ConfigError(f"{source}: export.targets: unknown target '{target}'. {suggest(target, EXPORTERS)}")
-    _check_rewards(config.train.rewards, source)
-    given = [name for name in ("text_field", "template", "messages_field") if getattr(data, name) is not None]
-    if len(given) > 1:
-        raise ConfigError(f"{source}: data.{' and data.'.join(given)} are given together; keep one of them.")
-    if placement.policy == "threshold" and placement.threshold is None:
-        raise ConfigError(f"{source}: placement.policy=threshold needs placement.threshold, e.g. 1.0.")
-    if placement.policy == "budget" and placement.max_trainable_parameters is None:
-        raise ConfigError(f"{source}: placement.policy=budget needs placement.max_trainable_parameters.")
-
-
-def _check_rewards(names: Sequence[str], source: str) -> None:
-    # Whether module:function can be imported is a question to the nodes that train.
-    seen = set()
-    if not names:
-        raise ConfigError(f"{source}: train.rewards is empty; name at least one, e.g. [builtin:number].")
-    for name in names:
-        module, _, attribute = name.partition(":")
-        if not module or not attribute:
-            raise ConfigError(
-                f"{source}: train.rewards: '{name}' is neither builtin:number, builtin:format nor module:function."
-            )
-        if module == "builtin" and attribute not in _REWARDS:
-            raise ConfigError(f"{source}: train.rewards: unknown reward '{name}'. {suggest(attribute, _REWARDS)}")
-        if attribute in seen:
-            raise ConfigError(f"{source}: train.rewards: '{name}': a reward '{attribute}' is in the list already.")
-        seen.add(attribute)

@@ -49,6 +49,7 @@ LAYERS = (
         "names",
         "mesh",
         "config",
+        "config_checks",
         "config_errors",
         "types",
         "placement",
