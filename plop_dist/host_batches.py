@@ -35,13 +35,22 @@ class _Local:
     num_samples: list[int]  # without ids: rows with tokens, per micro-batch
 
 
-def read_local(batches: Iterable[Mapping[str, Any]]) -> _Local:
-    """Return this rank's batches, checked, on the CPU. Raises DataError naming the batch and the key."""
+def read_local(batches: Iterable[Mapping[str, Any]], vocab_size: int | None = None) -> _Local:
+    """Return this rank's batches, checked, on the CPU. Raises DataError naming the batch and the key.
+
+    vocab_size: of the model's embedding, where it is known.
+    """
     if not isinstance(batches, Iterable):
         raise DataError(f"batches is a {type(batches).__name__}, expected an iterable of dictionaries with input_ids.")
     micro_batches, counts, has_ids = [], [], set()
     for number, batch in enumerate(batches):
         micro_batch, given = _micro_batch(batch, f"batches[{number}]")
+        largest = int(micro_batch.input_ids.max())
+        if vocab_size is not None and largest >= vocab_size:
+            raise DataError(
+                f"batches[{number}]['input_ids'] holds {largest}, but the model has {vocab_size} tokens; check that "
+                "the tokenizer is the model's."
+            )
         micro_batches.append(micro_batch)
         has_ids.add(given)
         counts.append(0 if given else int(micro_batch.sample_ids.max()) + 1)
@@ -64,8 +73,8 @@ def share(read: Callable[[], _Local], groups: Groups, per_step: int, reducer: Re
     """
     local, error = _attempt(read)
     facts = None if local is None else (len(local.micro_batches), local.ids, local.num_samples, _digest(local))
-    everyone = reducer.gather_objects((groups.replica, error, facts), "exchange of batch counts")
-    _raise_first([other for _, other, _ in everyone], error)
+    everyone = reducer.gather_objects((groups.replica, _told(error), facts), "exchange of batch counts")
+    _raise_first([told for _, told, _ in everyone], error)
     assert local is not None
     replicas = _by_replica(everyone)
     kinds = {ids is not None for count, ids, _, _ in replicas.values() if count}
@@ -126,7 +135,7 @@ def _integers(batch: Mapping[str, Any], name: str, where: str) -> Tensor:
         raise DataError(f"{where}['{name}'] is not a tensor of integers ({error}).") from None
     # A mask of floats that are neither 0 nor 1 is one to be added to logits, where 0 means a real token.
     is_mask = name == "attention_mask" and bool(((tensor == 0) | (tensor == 1)).all())
-    if tensor.is_floating_point() and not is_mask:
+    if not is_mask and (tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex()):
         raise DataError(f"{where}['{name}'] is {tensor.dtype}, expected integers.")
     return tensor.long()
 
@@ -138,14 +147,19 @@ def _attempt(read: Callable[[], _Local]) -> tuple[_Local | None, BaseException |
         return None, error
 
 
-def _raise_first(errors: Sequence[Any], own: BaseException | None) -> None:
+def _told(error: BaseException | None) -> tuple[type[PlopError], str] | None:
+    """Return what peers raise for an error. The host's own exceptions need not survive pickling."""
+    if isinstance(error, PlopError):
+        return type(error), str(error)
+    return None if error is None else (WorkerError, f"reading batches failed: {type(error).__name__}: {error}")
+
+
+def _raise_first(errors: Sequence[tuple[type[PlopError], str] | None], own: BaseException | None) -> None:
     if isinstance(own, PlopError):
         raise own
-    for rank, error in enumerate(errors):
-        if isinstance(error, PlopError):
-            raise type(error)(f"rank {rank}: {error}") from error
-        if error is not None:
-            raise WorkerError(f"rank {rank}: reading batches failed: {type(error).__name__}: {error}") from error
+    for rank, told in enumerate(errors):
+        if told is not None:
+            raise told[0](f"rank {rank}: {told[1]}") from own
 
 
 def _by_replica(everyone: Sequence[Any]) -> dict[int, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ def undisturbed(roots: Sequence[nn.Module]) -> Iterator[None]:
     """Run the block in eval mode without gradients, and leave modes, buffers and random states as they were.
 
     roots: everything below them is switched to eval, each submodule back to its own mode. Random states: python,
-    numpy, torch (CPU and the modules' GPUs), and the trackers of Megatron and DeepSpeed. Local.
+    numpy, torch (CPU and the modules' GPUs), and the trackers of Megatron and DeepSpeed. What torch.compile has
+    compiled is passed by: it runs without hooks that came later. Local.
     """
     modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
     undo = [*_random_states(modules), *(_buffers(module) for module in modules)]
@@ -29,13 +30,18 @@ def undisturbed(roots: Sequence[nn.Module]) -> Iterator[None]:
         # The attribute and not eval(): an engine's or an adapter's own eval() may do more than that.
         for module in modules:
             module.training = False
-        with torch.no_grad():
+        with torch.no_grad(), _uncompiled():
             yield
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
         for restore in undo:
             restore()
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    # Only where something is compiled: importing the compiler takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _random_states(modules: Sequence[nn.Module]) -> list[_Undo]:

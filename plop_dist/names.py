@@ -13,6 +13,18 @@ from collections.abc import Iterable
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 
 
+_WRAPPER = re.compile(r"(?:^|\.)(?:_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
+
+
+def unwrapped(path: str) -> str:
+    """Return a path without what torch.compile and checkpoint_wrapper put between a module and its parent.
+
+    >>> unwrapped("model.layers.0._orig_mod.mlp.up_proj")
+    'model.layers.0.mlp.up_proj'
+    """
+    return _WRAPPER.sub("", path).removeprefix(".")
+
+
 def module_type(fqn: str) -> str:
     """Return the module type of a path.
 

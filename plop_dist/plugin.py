@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 from pydantic import ValidationError
+from torch import nn
 
 from plop_dist.aggregate import check_weights
 from plop_dist.backends import detect
@@ -52,7 +53,9 @@ def score(
         scorable = found.wrap(exclude)
         scorable.sites = _not_excluded(scorable.sites, exclude)
         reducer = Reducer(scorable.groups)
-        host = share(lambda: read_local(batches), scorable.groups, scorable.micro_batches_per_step, reducer)
+        vocab_size = _vocab_size(found.roots)
+        per_step = scorable.micro_batches_per_step
+        host = share(lambda: read_local(batches, vocab_size), scorable.groups, per_step, reducer)
         _check_sites(scorable, reducer)
         scores = score_model(
             scorable,
@@ -72,6 +75,17 @@ def score(
         )
     check_weights(scores)
     return scores.with_samples(_renamed(scores.samples, host.sample_ids))
+
+
+def _vocab_size(roots: Sequence[nn.Module]) -> int | None:
+    """Return how many token ids the model takes: transformers' configuration says it, or Megatron's model."""
+    for module in (module for root in roots for module in root.modules()):
+        config = getattr(module, "config", None)
+        if hasattr(config, "get_text_config"):
+            return getattr(config.get_text_config(), "vocab_size", None)
+        if isinstance(size := getattr(module, "vocab_size", None), int):
+            return size
+    return None
 
 
 def _estimator(num_directions: int, baseline: str, seed: int) -> EstimatorConfig:

@@ -44,6 +44,33 @@ def train_fsdp2(directory: Path, call: Call) -> list[Tensor]:
     return _train(model, torch.optim.SGD(model.parameters(), lr=0.05), call)
 
 
+def train_fsdp2_whole(directory: Path, call: Call) -> list[Tensor]:
+    """The same with two micro-batches a step, between which every unit stays whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = load(directory)
+    for part in (*model.model.layers, model):
+        fully_shard(part)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    _seed(dist.get_rank())
+    call(model)
+    losses = []
+    for step in range(NUM_STEPS):
+        for is_last in (False, True):
+            model.set_requires_gradient_sync(is_last)
+            model.set_reshard_after_backward(is_last)
+            tokens = random_tokens(2, 9, seed=10 * step + 2 * dist.get_rank() + is_last)
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            losses.append(loss.detach())
+            if step == 1 and not is_last:
+                with _watched(model):
+                    call(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*losses, *(_whole(parameter).clone() for parameter in model.parameters())]
+
+
 def train_hf_tp(directory: Path, call: Call) -> list[Tensor]:
     """The same under transformers' own tensor parallelism: both ranks read the same tokens."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import plop_dist
 from plop_dist import worker
@@ -151,6 +153,23 @@ def test_exclude_names_types_and_paths() -> None:
     assert fqns == {"lm_head", *paths} - {"model.layers.1.self_attn.q_proj"}
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compiled_and_wrapped_blocks_are_scored_under_their_names(family: str) -> None:
+    batches = [{"input_ids": random_tokens(2, length)} for length in (6, 9)]
+    expected = plop_dist.score(tiny(family), batches, num_directions=4)
+    warm, replaced, wrapped = tiny(family), tiny(family), tiny(family)
+    for layer in warm.model.layers:
+        layer.compile(backend="eager")
+    with torch.no_grad():  # a compiled graph runs without the hooks that are attached after it
+        warm(input_ids=batches[0]["input_ids"], attention_mask=torch.ones(2, 6, dtype=torch.int64), use_cache=False)
+    for index in range(2):
+        replaced.model.layers[index] = torch.compile(replaced.model.layers[index], backend="eager")
+        wrapped.model.layers[index].mlp = checkpoint_wrapper(wrapped.model.layers[index].mlp)
+    for model in (warm, replaced, wrapped):
+        assert_same(plop_dist.score(model, batches, num_directions=4), expected)
+
+
 def test_an_error_in_the_forward_pass_leaves_no_hook(directory: Path) -> None:
     model: Any = plugin_hosts.load(directory)
     broken = model.model.layers[1].mlp
@@ -186,6 +205,9 @@ TOKENS = torch.ones(2, 4, dtype=torch.int64)
         ([{"tokens": TOKENS}], r"batches\[0\] has no input_ids \(its keys: tokens\)"),
         ([{"input_ids": TOKENS}, {"input_ids": TOKENS[0]}], r"batches\[1\]\['input_ids'\] has shape \(4,\)"),
         ([{"input_ids": TOKENS.float()}], r"is torch.float32, expected integers"),
+        ([{"input_ids": TOKENS.bool()}], r"is torch.bool, expected integers"),
+        ([{"input_ids": TOKENS.to(torch.complex64)}], r"is torch.complex64, expected integers"),
+        ([{"input_ids": TOKENS}, {"input_ids": 128 * TOKENS}], r"batches\[1\]\['input_ids'\] holds 128, .* 128 tokens"),
         ([TOKENS], r"batches\[0\] is a Tensor"),
         (None, "batches is a NoneType, expected an iterable"),
         ([{"input_ids": -100 * TOKENS}], r"\['input_ids'\] holds -100, which is no token"),
@@ -223,7 +245,7 @@ def _job(rank: int, hosts: list[str], directory: Path, samples: list[list[int]])
     for host in hosts:
         train = getattr(plugin_hosts, f"train_{host}")
         every = [padded(samples[:1]), padded(samples[1:3], "left"), padded(samples[3:4]), padded(samples[4:])]
-        is_data_parallel = host in ("ddp", "fsdp2", "zero3")
+        is_data_parallel = host in ("ddp", "fsdp2", "fsdp2_whole", "zero3")
         shares = [[every[:3], every[3:]][rank], [every, []][rank]] if is_data_parallel else [every, every]
         found: list[Scores] = []
 
@@ -240,11 +262,32 @@ def _job(rank: int, hosts: list[str], directory: Path, samples: list[list[int]])
 
 
 def _fail_once(model: Any) -> None:
-    """Score a token that is not in the vocabulary, on every rank: the forward pass fails, and nothing may be left."""
-    # Megatron's sharded embedding reads such a token as zeros.
-    bad, error = ([[1, 9999]], WorkerError) if not isinstance(model, list) else ([1, 2], DataError)
-    with pytest.raises(error):
-        plop_dist.score(model, [{"input_ids": bad}])
+    """Score what cannot be scored on every rank, and on one alone, and in a pass that fails: nothing may be left."""
+    modules = [module for chunk in (model if isinstance(model, list) else [model]) for module in chunk.modules()]
+    for bad in ([1, 2], [[1, 9999]]):
+        with pytest.raises(DataError):
+            plop_dist.score(model, [{"input_ids": bad}])
+    batches = ({"input_ids": random_tokens(1, 4 + _raise_if(number and not dist.get_rank()))} for number in range(2))
+    with pytest.raises(WorkerError, match="rank 0: reading batches failed: _Unpicklable: why"):
+        plop_dist.score(model, batches)
+    if not isinstance(model, list):
+        norm = [module for module in modules if type(module).__name__.endswith("RMSNorm")][-2]
+        handle = norm.register_forward_pre_hook(lambda *_: _raise_if(True))
+        with pytest.raises(WorkerError, match="scoring step 1 .* _Unpicklable: why"):
+            plop_dist.score(model, [{"input_ids": random_tokens(1, 4)}])
+        handle.remove()
+
+
+class _Unpicklable(Exception):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.state = lambda: text
+
+
+def _raise_if(condition: Any) -> int:
+    if condition:
+        raise _Unpicklable("why")
+    return 0
 
 
 def _check(ranks: list[dict[str, list[Scores]]], expected: Scores, parallel: dict[str, dict[str, Any]]) -> None:
@@ -263,6 +306,7 @@ def test_two_ranks_equal_one_process(directory: Path, reference: tuple[Scores, l
     parallel = {
         "ddp": {"backend": "transformers", "dp": 2},
         "fsdp2": {"wrapper": "fsdp2", "dp": 2},
+        "fsdp2_whole": {"wrapper": "fsdp2", "dp": 2},
         "hf_tp": {"wrapper": "tp_plan", "tp": 2, "dp": 1},
         "zero3": {"backend": "deepspeed", "dp": 2, "zero_stage": 3},
         "autotp": {"backend": "deepspeed", "wrapper": "autotp", "tp": 2, "dp": 1, "zero_stage": 1},

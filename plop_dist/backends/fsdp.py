@@ -50,7 +50,9 @@ def wrap(module: nn.Module, exclude: Sequence[str]) -> FSDPModel:
 
     Raises LayoutError if its parameters are not sharded over all ranks, or also over features.
     """
-    mesh = next(parameter.device_mesh for parameter in module.parameters() if isinstance(parameter, DTensor))
+    # Between two backward passes of one step a host may keep every unit whole: no parameter is a DTensor then.
+    states: list[Any] = [unit._get_fsdp_state() for unit in module.modules() if isinstance(unit, FSDPModule)]
+    mesh = next(group.mesh_info.mesh for state in states for group in state._fsdp_param_groups)
     if mesh.size() != dist.get_world_size():
         raise LayoutError(
             f"the FSDP2 model lives on {mesh.size()} of {dist.get_world_size()} ranks (mesh {mesh}); shard it over all "
@@ -68,15 +70,17 @@ def wrap(module: nn.Module, exclude: Sequence[str]) -> FSDPModel:
 
 @contextmanager
 def as_sharded(module: nn.Module) -> Iterator[None]:
-    """Shard again, on leaving, what was sharded before: the root stays whole after a forward without backward."""
+    """Shard again, on leaving, what was sharded before, and gather what was whole.
+
+    The root stays whole after a forward without backward; all units do where a host accumulates gradients unsharded.
+    """
     units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
     was_sharded = [any(isinstance(parameter, DTensor) for parameter in _own(unit)) for unit in units]
     try:
         yield
     finally:
         for unit, sharded in zip(units, was_sharded, strict=True):
-            if sharded:
-                unit.reshard()
+            unit.reshard() if sharded else unit.unshard()
 
 
 def _own(unit: nn.Module) -> Iterator[nn.Parameter]:

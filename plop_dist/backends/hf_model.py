@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from plop_dist.errors import DataError, ModelError
 from plop_dist.protocols import Groups, MicroBatch, Site
 
-# Families whose forward pass gives a row's tokens other activations when padding stands behind them (transformers 5.12).
+# Families whose forward pass gives a row's tokens other activations when padding stands beside them (transformers 5).
 _SEE_PADDING = frozenset({"doge", "nemotron_h", "zamba2"})
 
 

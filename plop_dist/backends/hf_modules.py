@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from plop_dist.errors import ModelError
-from plop_dist.names import layer_index, module_type
+from plop_dist.names import layer_index, module_type, unwrapped
 from plop_dist.types import Projection, Storage
 
 
@@ -88,7 +88,7 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
     Routers too, which transformers keeps as a bare parameter. Experts kept as 3-D parameters: see hf_experts.
     Raises ModelError if weights are quantised or the model already carries PEFT adapters.
     """
-    modules = dict(model.named_modules())
+    modules = {unwrapped(path): module for path, module in model.named_modules()}
     head = _output_head(model)
     found = []
     for path, module in modules.items():
