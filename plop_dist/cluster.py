@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from plop_dist import errors
@@ -64,6 +64,7 @@ def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -
                 storage_path=str(records.parent),
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
                 worker_runtime_env={"env_vars": _environment(config)},
+                callbacks=[_TellRestarts(run_dir.events, config.cluster.max_failures)],
             ),
         )
         try:
@@ -76,6 +77,39 @@ def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -
     if failure is not None:
         raise failure
     shutil.rmtree(records, ignore_errors=True)
+
+
+class _TellRestarts(UserCallback):
+    """Says which rank's death the workers are restarted after; Ray calls it in its controller's process."""
+
+    def __init__(self, events: Path, max_failures: int) -> None:
+        self._events, self._max_failures, self._num_failures = events, max_failures, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Note the restart; a worker that raised has left its own record."""
+        self._num_failures += 1
+        dead = sorted(rank for rank, error in worker_exceptions.items() if isinstance(error, RayError))
+        if dead and self._num_failures <= self._max_failures:
+            text = (
+                f"rank {dead[0]}: its process died (killed, out of memory, or a lost node); the workers are restarted, "
+                f"{self._num_failures} of {self._max_failures} times (cluster.max_failures), and go on from what is on "
+                "disk"
+            )
+            with suppress(PlopError):
+                EventWriter(self._events)("status", text=text)
+
+
+class _ToEvents(logging.Handler):
+    """Shows the driver what a worker logs."""
+
+    def __init__(self, notify: EventWriter) -> None:
+        super().__init__()
+        self._notify = notify
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record as an event."""
+        with suppress(PlopError):
+            self._notify("status", text=record.getMessage())
 
 
 def _fit(trainer: TorchTrainer) -> None:
@@ -190,6 +224,9 @@ def _work(launch: dict[str, Any]) -> None:
     if attempt == 0:
         return  # bad input stays bad: the restart that Ray grants is not used
     notify = EventWriter(run_dir.events)
+    if ranks.rank() == 0:
+        logging.getLogger("plop_dist").setLevel(logging.INFO)
+        logging.getLogger("plop_dist").addHandler(_ToEvents(notify))
     notify("worker", rank=ranks.rank(), pid=os.getpid(), attempt=attempt)
     try:
         worker.run_rank(config, launch["stages"], notify, force=launch["force"] and attempt == 1)

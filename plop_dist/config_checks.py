@@ -74,8 +74,8 @@ def _check_secrets(section: Mapping[str, Any], source: str, prefix: str = "") ->
             _check_secrets(value, source, f"{prefix}{key}.")
         elif isinstance(value, str) and _PASSWORD.search(value):
             raise ConfigError(
-                f"{source}: {prefix}{key} holds a password ({_PASSWORD.sub('...', value)}), which would stay in the run "
-                "directory; give credentials through the environment (HF_TOKEN, ~/.netrc) and leave them out of the URL."
+                f"{source}: {prefix}{key} holds a password ({_PASSWORD.sub('...', value)}), which would stay in the "
+                "run directory; give it through the environment (HF_TOKEN, ~/.netrc) and leave it out of the URL."
             )
 
 

@@ -81,7 +81,7 @@ def _vocab_size(roots: Sequence[nn.Module]) -> int | None:
     """Return how many token ids the model takes: transformers' configuration says it, or Megatron's model."""
     for module in (module for root in roots for module in root.modules()):
         config = getattr(module, "config", None)
-        if hasattr(config, "get_text_config"):
+        if config is not None and hasattr(config, "get_text_config"):
             return getattr(config.get_text_config(), "vocab_size", None)
         if isinstance(size := getattr(module, "vocab_size", None), int):
             return size

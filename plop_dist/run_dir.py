@@ -114,6 +114,7 @@ def stage_inputs(stage: str, config: Config) -> dict[str, Any]:
     return {
         **{name: tree[name] for name in ("model", "parallel", "train")},
         "data": {name: tree["data"][name] for name in ("path", "split", "text_field", "template", "messages_field")},
+        "export.widen": tree["export"]["widen"],
         "placement.json": content_hash(run.placement),
         "files": input_files(config),
     }

@@ -268,17 +268,17 @@ def _fail_once(model: Any) -> None:
         with pytest.raises(DataError):
             plop_dist.score(model, [{"input_ids": bad}])
     batches = ({"input_ids": random_tokens(1, 4 + _raise_if(number and not dist.get_rank()))} for number in range(2))
-    with pytest.raises(WorkerError, match="rank 0: reading batches failed: _Unpicklable: why"):
+    with pytest.raises(WorkerError, match="rank 0: reading batches failed: _UnpicklableError: why"):
         plop_dist.score(model, batches)
     if not isinstance(model, list):
         norm = [module for module in modules if type(module).__name__.endswith("RMSNorm")][-2]
         handle = norm.register_forward_pre_hook(lambda *_: _raise_if(True))
-        with pytest.raises(WorkerError, match="scoring step 1 .* _Unpicklable: why"):
+        with pytest.raises(WorkerError, match=r"scoring step 1 .* _UnpicklableError: why"):
             plop_dist.score(model, [{"input_ids": random_tokens(1, 4)}])
         handle.remove()
 
 
-class _Unpicklable(Exception):
+class _UnpicklableError(Exception):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.state = lambda: text
@@ -286,7 +286,7 @@ class _Unpicklable(Exception):
 
 def _raise_if(condition: Any) -> int:
     if condition:
-        raise _Unpicklable("why")
+        raise _UnpicklableError("why")
     return 0
 
 

@@ -121,9 +121,9 @@ def write_peft_adapter(
     peft_config.save_pretrained(str(directory))
 
 
-def lora_config(placement: Placement, config: Config) -> Any:
+def lora_config(placement: Placement, config: Config, *, widen: bool = False) -> Any:
     """Return the peft.LoraConfig that stands for the placement in training. Raises ExportError."""
-    return placement.to_peft(lora_dropout=config.train.lora_dropout)
+    return placement.to_peft(lora_dropout=config.train.lora_dropout, widen=widen)
 
 
 def scaling_of(placement: Placement) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from plop_dist import ranks
 from plop_dist.config import Config
 from plop_dist.files import write_bytes, write_json
 from plop_dist.placement import Placement
 from plop_dist.run_dir import input_files
 
 _KEPT = 2
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,20 +52,27 @@ class Checkpoints:
     def load_last(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """Return (step, this rank's state, progress) of the last complete checkpoint, or None. Collective.
 
-        Rank 0 looks and the others follow, so that all ranks continue from the same step.
+        Rank 0 looks and the others follow, so that all ranks continue from the same step: one that every rank can read.
         """
-        found: list[Any] = [self._complete()[-1:] if _rank() == 0 else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found, src=0)
-        if not found[0]:
-            return None
-        target, mark = found[0][0]
-        state = torch.load(Path(target) / f"rank-{_rank():05d}.pt", map_location="cpu", weights_only=True)
-        return mark["step"], state, mark["progress"]
+        for target, mark in reversed(ranks.agree(self._complete)):
+            state = _read(Path(target) / f"rank-{_rank():05d}.pt")
+            damaged = [rank for rank, is_read in enumerate(_on_all_ranks(state is not None)) if not is_read]
+            if not damaged and state is not None:
+                return mark["step"], state, mark["progress"]
+            if _rank() == 0:
+                logger.warning(
+                    "%s: the part of rank %d is damaged: training goes on from the checkpoint before it.",
+                    target, damaged[0],
+                )  # fmt: skip
+        return None
 
     def _complete(self) -> list[tuple[str, dict[str, Any]]]:
-        marks = [(path.parent, json.loads(path.read_text())) for path in self.directory.glob("step-*/complete.json")]
-        own = [(str(target), mark) for target, mark in marks if mark["fingerprint"] == self.fingerprint]
+        own = []
+        for path in self.directory.glob("step-*/complete.json"):
+            with suppress(ValueError, KeyError, TypeError):  # a mark that was cut off marks nothing
+                mark = json.loads(path.read_text())
+                if mark["fingerprint"] == self.fingerprint:
+                    own.append((str(path.parent), {"step": int(mark["step"]), "progress": dict(mark["progress"])}))
         return sorted(own, key=lambda item: item[1]["step"])
 
     def _remove_old(self) -> None:
@@ -78,9 +90,25 @@ def fingerprint(config: Config, placement: Placement) -> str:
         "files": input_files(config),
         "parallel": config.parallel.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json", exclude={"save_steps", "loggers", "track_nfn_every"}),
+        "widen": config.export.widen,
         "placement": [placement.modules, placement.rank, placement.alpha, placement.rank_pattern],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises whatever the damaged bytes lead it to
+        return None
+
+
+def _on_all_ranks(value: bool) -> list[bool]:
+    if not dist.is_initialized():
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
 
 
 def _rank() -> int:

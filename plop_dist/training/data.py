@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plop_dist import ranks
 from plop_dist.config import Config
 from plop_dist.data import Row, fill, render
 from plop_dist.errors import DataError
 from plop_dist.rows import load_rows
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100  # the label that the loss skips
 
@@ -26,6 +30,11 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+
+    @property
+    def has_target(self) -> bool:
+        """Whether any token is in the loss; the first one never is."""
+        return any(label != IGNORED for label in self.labels[1:])
 
 
 def split_rows(config: Config) -> tuple[list[Row], list[Row]]:
@@ -71,7 +80,7 @@ def encode(rows: Sequence[Row], config: Config, tokenizer: Any) -> list[Example]
             num_prompt = len(tokenizer(prompt, **special)["input_ids"])
         ids = ids[: train.max_length]
         examples.append(Example(ids, [IGNORED] * min(num_prompt, len(ids)) + ids[num_prompt:]))
-    if not any(label != IGNORED for example in examples for label in example.labels[1:]):
+    if not any(example.has_target for example in examples):
         raise DataError(
             f"{data.path}: no token of {len(rows)} rows is in the loss; train.max_length is {train.max_length}, which "
             "cuts everything after the prompts: raise it, or change train.prompt_template."
@@ -126,12 +135,16 @@ class TrainingData:
         train = config.train
         self._train = train
         self._pad_id = tokenizer.pad_token_id
-        examples = [example for example in encode(train_rows, config, tokenizer) if len(example.input_ids) > 1]
-        if not examples:
-            raise DataError("no training row yields two tokens or more; check data.text_field and train.max_length.")
+        every = encode(train_rows, config, tokenizer)
+        examples = [example for example in every if example.has_target]
+        if len(examples) < len(every) and ranks.rank() == 0:
+            logger.warning(
+                "%d of %d training rows are left out: none of their tokens is in the loss at train.max_length=%d.",
+                len(every) - len(examples), len(every), train.max_length,
+            )  # fmt: skip
         self.sequences = pack(examples, train.max_length) if train.packing else [[example] for example in examples]
         self._epoch, self._order = -1, list[int]()
-        held_out = [[example] for example in encode(held_out_rows, config, tokenizer) if len(example.input_ids) > 1]
+        held_out = [[example] for example in encode(held_out_rows, config, tokenizer) if example.has_target]
         size = train.micro_batch_size
         self.held_out = [
             collate(held_out[start : start + size], self._pad_id) for start in range(0, len(held_out), size)

@@ -20,6 +20,7 @@ from plop_dist.training.trl_common import (
     adapted_model,
     last_checkpoint,
     save_adapter,
+    saving_to,
     trainer_arguments,
 )
 
@@ -60,6 +61,8 @@ def check(config: Config) -> None:
             f"train.method is 'grpo' with parallel.tp {parallel.tp} and parallel.pp {parallel.pp}; TRL trains replicas "
             "only: use parallel.backend=deepspeed with dp and zero_stage, or parallel.backend=megatron with verl."
         )
+    if train.packing:
+        raise ConfigError("train.packing is true with train.method grpo, which has nothing to pack; set it to false.")
     per_step = train.micro_batch_size * train.gradient_accumulation_steps * parallel.dp
     if per_step % train.num_generations:
         raise ConfigError(
@@ -142,7 +145,8 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
     history: list[float] = []
 
     def note(entry: dict[str, Any]) -> None:
-        history.append(entry["reward"])
+        if "reward" in entry:  # not where no completion of the step was rated
+            history.append(entry["reward"])
         log(entry)
 
     trainer = GRPOTrainer(
@@ -155,10 +159,13 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
     )
     add_tracker(trainer, config, placement, tokenizer, log)
     trainer.remove_callback(PrinterCallback)  # it prints the dictionaries that our log already holds
-    trainer.train(resume_from_checkpoint=resume)
+    with saving_to(directory):
+        trainer.train(resume_from_checkpoint=resume)
     adapter = config.run_path / "train" / "adapter"
     save_adapter(trainer, adapter)
+    unrated = {"note": "train.rewards rated no completion: nothing was learned."} if not history else {}
     return {
+        **unrated,
         "reward_first": history[0] if history else None,
         "reward_last": history[-1] if history else None,
         "num_steps": trainer.state.global_step,

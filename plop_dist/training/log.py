@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -11,7 +12,14 @@ from typing import Any
 
 from plop_dist.config import Config
 from plop_dist.errors import ConfigError, MissingExtraError
-from plop_dist.files import write_json
+from plop_dist.files import write_json, write_text
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # cut off by a kill
+        return math.inf
 
 
 class TrainingLog:
@@ -23,6 +31,7 @@ class TrainingLog:
         self._config = config
         self._sinks: list[Callable[[int, dict[str, float]], None]] = []
         self._close: list[Callable[[], None]] = []
+        self._has_begun = False
 
     def __enter__(self) -> TrainingLog:
         if self._notify is not None:
@@ -40,6 +49,9 @@ class TrainingLog:
         if self._notify is None:
             return
         step = entry["step"]
+        if not self._has_begun:
+            self._has_begun = True
+            self._forget_from(step)
         with (self._directory / "log.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
         numbers = {key: value for key, value in entry.items() if isinstance(value, float | int) and key != "step"}
@@ -56,6 +68,14 @@ class TrainingLog:
             if "note" in summary:
                 self._notify("status", text=summary["note"])
             write_json(self._directory / "summary.json", {"method": self._config.train.method, **summary})
+
+    def _forget_from(self, step: int) -> None:
+        """Take out what an earlier run wrote of this step and later ones, which are now trained (again)."""
+        path = self._directory / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step_of(line) < step]
+        if len(kept) < len(lines):
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def _open(self, name: str) -> None:
         try:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -69,12 +69,18 @@ def checked(name: str, reward: Reward) -> Callable[..., list[float | None]]:
 
     def call(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         try:
-            values = list(reward(prompts=prompts, completions=completions, **columns))
-        except Exception as error:  # a user's code raises whatever it likes
+            returned = reward(prompts=prompts, completions=completions, **columns)
+        except (Exception, SystemExit) as error:  # a user's code raises whatever it likes
             raise ConfigError(
                 f"train.rewards: '{name}' raised {type(error).__name__}: {error}; it is called with prompts, "
                 f"completions and {', '.join(columns)}, each a list: end its parameters with **columns."
             ) from error
+        if isinstance(returned, str) or not isinstance(returned, Iterable):
+            raise ConfigError(
+                f"train.rewards: '{name}' returned a {type(returned).__name__}, expected a list: one number, or None, "
+                "for each completion."
+            )
+        values = list(returned)
         if len(values) != len(completions):
             raise ConfigError(
                 f"train.rewards: '{name}' returned {len(values)} values for {len(completions)} completions; return "

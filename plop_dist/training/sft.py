@@ -18,6 +18,7 @@ from plop_dist.training.trl_common import (
     adapted_model,
     last_checkpoint,
     save_adapter,
+    saving_to,
     trainer_arguments,
 )
 
@@ -107,7 +108,8 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
     )
     add_tracker(trainer, config, placement, tokenizer, log)
     trainer.remove_callback(PrinterCallback)  # it prints the dictionaries that our log already holds
-    trainer.train(resume_from_checkpoint=resume)
+    with saving_to(directory):
+        trainer.train(resume_from_checkpoint=resume)
     adapter = config.run_path / "train" / "adapter"
     save_adapter(trainer, adapter)
     return {

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
 import re
 import shutil
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainerCallback
 
 from plop_dist import ranks
 from plop_dist.backends.hf_load import load_model
 from plop_dist.config import Config
+from plop_dist.errors import ConfigError, RunDirError
 from plop_dist.files import write_text
 from plop_dist.placement import Placement
 from plop_dist.training.adapters import check_complete, lora_config
@@ -25,6 +32,9 @@ from plop_dist.training.initial import reset_peft_adapter
 
 Log = Callable[[dict[str, Any]], None]
 _MARK = "depends_on.txt"
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+logger = logging.getLogger(__name__)
 
 
 def trainer_arguments(config: Config, directory: Path) -> dict[str, Any]:
@@ -71,17 +81,25 @@ def trainer_arguments(config: Config, directory: Path) -> dict[str, Any]:
 
 
 def adapted_model(config: Config, placement: Placement) -> nn.Module:
-    """Return the loaded model with exactly the placement's adapters, frozen elsewhere. Raises PlacementError.
+    """Return the loaded model with the placement's adapters, widened where export.widen says so, frozen elsewhere.
 
-    At ZeRO-3 it comes partitioned, because the trainer's arguments, which exist by now, say so.
+    At ZeRO-3 it comes partitioned, because the trainer's arguments, which exist by now, say so. Raises PlacementError,
+    ExportError for what PEFT cannot adapt, and ConfigError for dropout beside adapted parameters.
     """
     from peft import get_peft_model
 
-    model = get_peft_model(load_model(config.model), lora_config(placement, config))
+    adapters = lora_config(placement, config, widen=config.export.widen)
+    if adapters.target_parameters and adapters.lora_dropout:
+        names = ", ".join(sorted(adapters.target_parameters))
+        raise ConfigError(
+            f"train.lora_dropout is {adapters.lora_dropout:g}, but {names} can only be adapted as parameters, which "
+            "PEFT gives no dropout; set train.lora_dropout=0, or leave these types out (placement.exclude)."
+        )
+    model = get_peft_model(load_model(config.model), adapters)
     if all(module.storage == "linear" for module in placement.chosen):
         names = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and len(module.lora_A)]
         check_complete([name.removeprefix("base_model.model.") for name in names], placement)
-        reset_peft_adapter(model, config.train.seed)
+    reset_peft_adapter(model, config.train.seed)
     return model
 
 
@@ -95,11 +113,44 @@ def last_checkpoint(directory: Path, config: Config, placement: Placement) -> st
             shutil.rmtree(directory, ignore_errors=True)
             write_text(mark, key)
             return None
-        # trainer_state.json is what the Trainer writes last: without it a checkpoint was cut off.
-        whole = [path for path in directory.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+        whole = [path for path in directory.glob("checkpoint-*") if _is_whole(path)]
         return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
     return ranks.agree(find)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    # trainer_state.json is what the Trainer writes last: without it a checkpoint was cut off.
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file():
+        return False
+    try:
+        json.loads(state.read_text())
+        for path in checkpoint.rglob("*.safetensors"):
+            with safe_open(path, "pt"):
+                pass
+        damaged = [path for path in checkpoint.rglob("*.pt") if not zipfile.is_zipfile(path)]
+    except (ValueError, OSError, SafetensorError):
+        damaged = [state]
+    if damaged:
+        logger.warning("%s is damaged: training goes on from the checkpoint before it.", checkpoint)
+    return not damaged
+
+
+@contextmanager
+def saving_to(directory: Path) -> Iterator[None]:
+    """Raise RunDirError naming the directory when a checkpoint or an adapter cannot be written in the block."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        is_saving = {
+            OSError: getattr(error, "errno", None) in _UNWRITABLE,
+            RuntimeError: "PytorchStreamWriter" in text,
+        }
+        if not all(is_it for kind, is_it in is_saving.items() if isinstance(error, kind)):
+            raise
+        raise RunDirError(f"{directory} cannot be written: {text}; free space there, and run again.") from error
 
 
 class LogCallback(TrainerCallback):
@@ -130,5 +181,6 @@ class LogCallback(TrainerCallback):
 
 def save_adapter(trainer: Any, directory: Path) -> None:
     """Write the whole adapter in PEFT's format. Collective over the world: shards are gathered at ZeRO-3."""
-    trainer.save_model(str(directory))
+    with saving_to(directory):
+        trainer.save_model(str(directory))
     ranks.wait_for_rank_0()
