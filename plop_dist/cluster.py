@@ -88,7 +88,7 @@ class _TellRestarts(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Note the restart; a worker that raised has left its own record."""
         self._num_failures += 1
-        dead = sorted(rank for rank, error in worker_exceptions.items() if isinstance(error, RayError))
+        dead = sorted(rank for rank, error in worker_exceptions.items() if _is_of_dead_process(error))
         if dead and self._num_failures <= self._max_failures:
             text = (
                 f"rank {dead[0]}: its process died (killed, out of memory, or a lost node); the workers are restarted, "
@@ -246,7 +246,7 @@ def _cause(records: Path, raised: dict[int, Exception]) -> PlopError | None:
     found = read_records(records)
     if found and found[0]["user"]:
         return getattr(errors, found[0]["kind"], UserError)(found[0]["message"])
-    dead = sorted(rank for rank, error in raised.items() if isinstance(error, RayError))
+    dead = sorted(rank for rank, error in raised.items() if _is_of_dead_process(error))
     if dead:
         return WorkerError(
             f"rank {dead[0]}: its process died without an error of its own: killed, out of memory, or a lost node. "
@@ -258,6 +258,11 @@ def _cause(records: Path, raised: dict[int, Exception]) -> PlopError | None:
     for rank, error in sorted(raised.items()):
         return error if isinstance(error, PlopError) else WorkerError(f"rank {rank}: {_last_line(error)}")
     return None
+
+
+def _is_of_dead_process(error: Exception) -> bool:
+    # Ray Train 2.60 wraps what its health check has met into a class that it does not export.
+    return isinstance(getattr(error, "health_check_failure", error), RayError)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 import uuid
@@ -76,6 +77,8 @@ def test_workers_killed_in_scoring_and_in_training_change_nothing(case: Case, he
     assert got["held_out_after"] == pytest.approx(expected["held_out_after"], abs=1e-4)
     assert got["held_out_before"] == pytest.approx(expected["held_out_before"], abs=1e-4)
     assert (run_dir / "train" / "adapter" / "adapter_model.safetensors").is_file()
+    for count in (1, 2):
+        assert re.search(rf"rank 1: its process died \(.*\); the workers are restarted, {count} of 2 times", err)
     assert f"resumed: {resumed['done']} of 96 samples" in err
     assert "Traceback" not in err
 

@@ -44,6 +44,18 @@ def narrow(completions: list[str]) -> list[float]:
     return [0.0] * len(completions)
 
 
+def leave(completions: list[str], **columns: Any) -> list[float]:
+    raise SystemExit(3)
+
+
+def nothing(completions: list[str], **columns: Any) -> None:
+    return None
+
+
+def unrated(completions: list[str], **columns: Any) -> list[None]:
+    return [None] * len(completions)
+
+
 async def later(completions: list[str], **columns: Any) -> list[float]:
     return [0.0] * len(completions)
 
@@ -123,6 +135,8 @@ def test_a_reward_that_cannot_be_had_is_named(names: list[str], message: str) ->
         ("too_few", "'too_few' returned 1 values for 2 completions"),
         ("text_for_numbers", "'text_for_numbers' returned something that is not a number"),
         ("narrow", "'narrow' raised TypeError"),
+        ("leave", "'leave' raised SystemExit: 3"),
+        ("nothing", "'nothing' returned a NoneType, expected a list"),
     ],
 )
 def test_a_reward_that_misbehaves_is_named(name: str, message: str) -> None:
@@ -177,6 +191,16 @@ def _zero2(rank: int, directory: str) -> dict[str, Any]:
     result = grpo.train(config, load_placement(path), log.append)
     parameters = {name: parameter.detach().clone() for name, parameter in models[0].named_parameters()}
     return {"log": log, "result": result, "parameters": parameters}
+
+
+def test_completions_that_no_reward_rates_are_no_error(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    config = make_config(tmp_path, train={"rewards": ["tests.test_grpo:unrated"], "max_steps": 2})
+    log: list[dict[str, Any]] = []
+    summary = grpo.train(config, make_placement(tiny("llama")), log.append)
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+    assert (summary["reward_first"], summary["num_steps"]) == (None, 2)
+    assert "rated no completion" in summary["note"]
 
 
 @pytest.mark.slow

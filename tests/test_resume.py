@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from plop_dist import worker
 from plop_dist.config import load_config
 from plop_dist.run_dir import RunDir
-from plop_dist.training.checkpoint import fingerprint
+from plop_dist.training.checkpoint import Checkpoints, fingerprint
 from plop_dist.types import Scores
 from tests.cli_cases import assert_one_message, events, modules_of, plop_dist, results, write_case
 from tests.models import save_tiny, tiny
@@ -176,6 +177,20 @@ def test_training_does_not_go_on_from_a_checkpoint_of_other_weights(model: Path,
     assert fingerprint(config, placement) == before
     save_tiny("llama", tmp_path / "model", seed=1)
     assert fingerprint(config, placement) != before
+
+
+@pytest.mark.parametrize(("name", "length"), [("rank-00000.pt", 100), ("complete.json", 10), ("rank-00000.pt", None)])
+def test_training_goes_on_from_the_last_checkpoint_that_can_be_read(
+    tmp_path: Path, name: str, length: int | None
+) -> None:
+    checkpoints = Checkpoints(tmp_path, "key")
+    for step in (2, 4):
+        checkpoints.save(step, {"weight": torch.full((3,), float(step))}, {"held_out_before": 1.5})
+    path = tmp_path / "step-00000004" / name
+    path.write_bytes(path.read_bytes()[:length]) if length else path.unlink()
+    found = checkpoints.load_last()
+    assert found is not None
+    assert (found[0], found[1]["weight"].tolist(), found[2]) == (2, [2.0] * 3, {"held_out_before": 1.5})
 
 
 def test_a_refused_command_leaves_the_configuration_of_the_results(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,14 @@ import torch
 from plop_dist import ranks, worker
 from plop_dist.backends.hf_load import load_tokenizer
 from plop_dist.config import Config, parse_config
+from plop_dist.errors import ConfigError, ExportError, RunDirError
 from plop_dist.placement import Placement
 from plop_dist.training import sft
 from plop_dist.training.data import TrainingData, collate
 from plop_dist.training.loop import learning_rate_at
+from plop_dist.training.trl_common import adapted_model
 from plop_dist.types import Scores
+from tests.export_cases import place, projections_of, scores_of
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
 from tests.training_cases import (
@@ -203,6 +207,69 @@ def test_two_ranks_at_zero_3_equal_plain_peft_and_resume(tmp_path: Path) -> None
     placement = Placement.from_file(tmp_path / "run" / "placement.json")
     sft.train(make_config(tmp_path, "one", rows=13), placement, one_process.append)
     assert_equal("loss", [entry["loss"] for entry in whole], [entry["loss"] for entry in one_process])
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    save_tiny("llama", tmp_path / "model")
+    placement = make_placement(tiny("llama"))
+    config = make_config(tmp_path, "run", rows=4, train={"max_steps": 4, "save_steps": 2})
+    sft.train(config, placement, lambda entry: None)
+    path = config.run_path / "train" / "checkpoints" / "checkpoint-4" / name
+    path.write_bytes(path.read_bytes()[:100])
+    log: list[dict[str, Any]] = []
+    sft.train(config, placement, log.append)
+    assert [entry["step"] for entry in log] == [3, 4]
+    assert "checkpoint-4 is damaged: training goes on from the checkpoint before it" in caplog.text
+
+
+def test_a_full_disk_names_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_tiny("llama", tmp_path / "model")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunDirError, match=r"train/checkpoints cannot be written: .*No space left on device"):
+        sft.train(make_config(tmp_path, "run", rows=4), make_placement(tiny("llama")), lambda entry: None)
+
+
+def test_adapters_of_every_kind_begin_as_the_seed_says(tmp_path: Path) -> None:
+    for family, types in (("gpt2", ("c_attn", "c_fc")), ("phi3", ("q_proj", "k_proj", "v_proj"))):
+        save_tiny(family, tmp_path / "model")
+        placement = make_placement(tiny(family), types=types)
+        first, again, other = (
+            adapted_model(make_config(tmp_path, "run", rows=4, train={"seed": seed}), placement) for seed in (5, 5, 6)
+        )
+        pairs = [(n, p, q, r) for (n, p), (_, q), (_, r) in zip(*map(_adapters, (first, again, other)), strict=True)]
+        assert pairs
+        for name, weight, same, different in pairs:
+            assert torch.equal(weight, same), name
+            assert "lora_B" in name or not torch.equal(weight, different), name
+
+
+def _adapters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+def test_a_part_of_a_fused_linear_trains_where_widening_is_accepted(tmp_path: Path) -> None:
+    save_tiny("phi3", tmp_path / "model")
+    placement = make_placement(tiny("phi3"), types=("v_proj", "down_proj"))
+    config = make_config(tmp_path, "run", rows=4)
+    with pytest.raises(ExportError, match=r"cannot adapt model\.layers\.0\.self_attn\.v_proj alone"):
+        adapted_model(config, placement)
+    widened = config.model_copy(update={"export": config.export.model_copy(update={"widen": True})})
+    adapted = {name.split(".")[-4] for name, _ in _adapters(adapted_model(widened, placement))}
+    assert adapted == {"qkv_proj", "down_proj"}
+
+
+def test_dropout_beside_adapted_parameters_is_refused(tmp_path: Path) -> None:
+    save_tiny("qwen3_moe", tmp_path / "model")
+    config = make_config(tmp_path, "run", rows=4, train={"lora_dropout": 0.1})
+    placement = place(scores_of(projections_of(tiny("qwen3_moe"))), ["experts.down_proj"])
+    with pytest.raises(
+        ConfigError, match=r"train\.lora_dropout is 0\.1, but .*down_proj can only be adapted as parameters"
+    ):
+        adapted_model(config, placement)
 
 
 class Unpacked:

@@ -64,6 +64,16 @@ def test_prompts_that_leave_no_room_are_no_training(tmp_path: Path, tokenizer: A
         encode([{"question": "1+2=", "answer": "3"}], config, tokenizer)
 
 
+def test_rows_without_a_token_in_the_loss_are_left_out_and_counted(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = TrainingData(make_config(tmp_path, prompt_template="{question}", max_length=6), tokenizer)
+    assert 0 < len(data.sequences) < NUM_ROWS - HELD_OUT
+    assert all(example.has_target for (example,) in data.sequences)
+    left_out = NUM_ROWS - HELD_OUT - len(data.sequences)
+    assert f"{left_out} of {NUM_ROWS - HELD_OUT} training rows are left out" in caplog.text
+
+
 def test_packing_keeps_samples_whole_in_order_and_apart() -> None:
     examples = [Example(list(range(10 * n, 10 * n + size)), [7] * size) for n, size in enumerate((3, 2, 4, 5, 1))]
     groups = pack(examples, 6)

@@ -34,6 +34,18 @@ def test_json_lines_are_always_written(tmp_path: Path) -> None:
     assert [{key: line[key] for key in line if key != "time"} for line in lines] == ENTRIES
 
 
+def test_a_run_that_goes_on_or_begins_again_replaces_what_it_repeats(tmp_path: Path) -> None:
+    write(tmp_path)
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 3, "lo')  # a kill in the middle of a line
+    with TrainingLog(make_config("unused", tmp_path), tmp_path, quiet) as resumed:
+        resumed({"step": 2, "loss": 1.25})
+        resumed({"step": 3, "loss": 1.0})
+    assert [json.loads(line).get("loss") for line in log.read_text().splitlines()] == [2.5, 1.25, 1.0]
+    write(tmp_path)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
+
+
 def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     write(tmp_path, "tensorboard")
