@@ -148,8 +148,8 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping by global norm.")
     micro_batch_size: int = Field(default=4, ge=1, description="Samples per forward pass and data-parallel rank.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
-    max_length: int = Field(default=512, ge=1, description="Longest training sample, in tokens.")
-    packing: bool = Field(default=False, description="Pack several samples into one sequence.")
+    max_length: int = Field(default=512, ge=1, description="Longest training sample, in tokens (sft).")
+    packing: bool = Field(default=False, description="Pack several samples into one sequence (sft).")
     prompt_template: str | None = Field(
         default=None, description='Prompt part of a row, "{question}"; its tokens are left out of the loss (sft).'
     )

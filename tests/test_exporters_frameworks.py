@@ -138,6 +138,9 @@ def test_a_weight_that_is_no_linear_is_refused_where_only_linears_are_adapted(ex
     placement = place(scores_of(projections_of(model_of("gpt2"))), ["c_fc"])
     with pytest.raises(ExportError, match=r"c_fc is none \(conv1d\)\. Nearest .*placement\.exclude=\[c_fc\]"):
         exporter.export(placement)
+    fused = place(scores_of(projections_of(model_of("gpt2"))), ["q_proj", "k_proj", "v_proj"])  # c_attn is one too
+    with pytest.raises(ExportError, match=r"c_attn is none \(conv1d\)\. Nearest .*exclude=\[k_proj,q_proj,v_proj\]"):
+        exporter.export(fused)
 
 
 def test_ranks_are_kept_by_axolotl_and_refused_elsewhere():

@@ -133,6 +133,7 @@ def test_scores_without_samples_still_place() -> None:
         ({"exclude": ["qproj"]}, PlacementError, r"exclude 'qproj' matches no module .*Did you mean 'q_proj'\?"),
         ({"include": ["up"]}, PlacementError, "include 'up' matches no module"),
         ({"rank_pattern": {"vproj": 4}}, PlacementError, r"rank_pattern 'vproj' .*Did you mean 'v_proj'\?"),
+        ({"rank": 10**30}, ConfigError, r"rank: .*less than or equal to 1048576"),
         ({"rank_pattern": {"v_proj": 0}}, ConfigError, r"rank_pattern\.v_proj: .*greater than or equal to 1"),
         ({"policy": "threshold"}, ConfigError, r"needs placement\.threshold"),
         ({"policy": "threshold", "threshold": 0.1}, PlacementError, "lowest NFN is 0.9"),

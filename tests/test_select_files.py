@@ -130,6 +130,7 @@ def test_edited_placements_are_refused(tmp_path: Path, edit: Callable[[dict[str,
         (b"", "is not whole JSON"),
         (b'{"schema": "plop-dist/scores/1", "mod', "is not whole JSON: .* line 1 column"),
         (b"[1, 2]", "holds a list"),
+        (b"[" * 100_000, "is not whole JSON|nested"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )

@@ -15,8 +15,8 @@ from plop_dist.exporters.targets import (
     Targets,
     check_engine,
     hugging_face_targets,
-    known_projections,
     number,
+    refuse_other_than_linears,
     uniform_rank,
 )
 from plop_dist.names import natural_key
@@ -58,16 +58,7 @@ def to_config(placement: Placement, *, widen: bool = False, **options: Any) -> A
 
 
 def _fields(placement: Placement, targets: Targets, widen: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    # Where a family has Conv1D at all (GPT-2), its fused c_attn is one too.
-    has_conv1d = any(part.storage == "conv1d" for part in known_projections(placement))
-    unfit = {"conv1d", "expert_parameter"} | ({"fused"} if has_conv1d else set())
-    for holder in targets.holders:
-        first = holder.projections[0]
-        if first.storage in unfit:
-            raise ExportError(
-                f"deepspeed's OptimizedLinear replaces nn.Linear only, and {holder.path} is none ({first.storage}). "
-                f"Nearest choice: leave {first.type} out (placement.exclude=[{first.type}]), or export to peft."
-            )
+    refuse_other_than_linears(targets, placement, "deepspeed's OptimizedLinear replaces")
     rank, alpha, widened = uniform_rank(targets, placement, "deepspeed", widen)
     return {"lora_r": rank, "lora_alpha": number(alpha), "target_mods": _target_mods(targets)}, widened
 

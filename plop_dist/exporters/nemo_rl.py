@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from plop_dist.errors import ExportError
 from plop_dist.exporters.megatron_names import megatron_targets
 from plop_dist.exporters.peft import count_note
 from plop_dist.exporters.targets import (
     Targets,
     check_engine,
     hugging_face_targets,
+    refuse_other_than_linears,
     shortest_names,
     uniform_rank,
     whole_number,
@@ -33,6 +33,7 @@ def export(placement: Placement, *, engine: str | None = None, widen: bool = Fal
     if engine == "megatron":
         return _export_megatron(placement, widen)
     targets = hugging_face_targets(placement, "nemo-rl", widen)
+    refuse_other_than_linears(targets, placement, "nemo-rl's Automodel adapts")
     rank, alpha, widened = uniform_rank(targets, placement, "nemo-rl", widen)
     section = f"policy.{engine}_cfg.lora_cfg"
     fields: dict[str, Any] = {
@@ -77,13 +78,6 @@ def _export_megatron(placement: Placement, widen: bool) -> Export:
 
 
 def _patterns(targets: Targets) -> list[str]:
-    for holder in targets.holders:
-        first = holder.projections[0]
-        if first.storage in ("conv1d", "expert_parameter"):
-            raise ExportError(
-                f"nemo-rl's Automodel adapts nn.Linear only, and {holder.path} is none ({first.storage}). Nearest "
-                f"choice: leave {first.type} out (placement.exclude=[{first.type}]), or export to peft."
-            )
     wanted = [holder.path for holder in targets.holders]
     others = [path for path in targets.known_paths if path not in set(wanted)]
     patterns = []

@@ -195,6 +195,22 @@ def refuse_parameters(targets: Targets, target: str) -> None:
         )
 
 
+def refuse_other_than_linears(targets: Targets, placement: Placement, adapter: str) -> None:
+    """Raise ExportError for what is no nn.Linear; `adapter` says of what adapts linears only."""
+    # Where a family has Conv1D at all (GPT-2), its fused c_attn is one too.
+    has_conv1d = any(part.storage == "conv1d" for part in known_projections(placement))
+    unfit = {"conv1d", "expert_parameter"} | ({"fused"} if has_conv1d else set())
+    for holder in targets.holders:
+        first = holder.projections[0]
+        if first.storage in unfit:
+            kind = "conv1d" if first.storage == "fused" else first.storage
+            types = ",".join(sorted({part.type for part in holder.projections}, key=natural_key))
+            raise ExportError(
+                f"{adapter} nn.Linear only, and {holder.path} is none ({kind}). Nearest choice: leave it out "
+                f"(placement.exclude=[{types}]), or export to peft."
+            )
+
+
 def fused_count_note(
     placement: Placement, items: Iterable[Projection], fused: Callable[[Projection], str | None], rank: int
 ) -> tuple[str, ...]:
