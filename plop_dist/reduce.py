@@ -164,7 +164,8 @@ class Reducer:
             ranks = dist.get_process_group_ranks(group) if group is not None else "all"
             raise CollectiveError(
                 f"rank {dist.get_rank()}: {what} over ranks {ranks} failed: {str(error).splitlines()[0]}; another rank "
-                "died, raised or did not answer within cluster.timeout_s."
+                "died, raised or did not answer within the group's timeout (cluster.timeout_s; in a job of your own, "
+                "that of init_process_group)."
             ) from error
         self.traffic.num_collectives += 1
         self.traffic.num_bytes += 0 if payload is None else payload.numel() * payload.element_size()
