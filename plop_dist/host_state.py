@@ -30,7 +30,8 @@ def undisturbed(roots: Sequence[nn.Module]) -> Iterator[None]:
         # The attribute and not eval(): an engine's or an adapter's own eval() may do more than that.
         for module in modules:
             module.training = False
-        with torch.no_grad(), _uncompiled():
+        # Weights that FSDP gathers in inference mode would be unfit for the host's next step.
+        with torch.inference_mode(False), torch.no_grad(), _uncompiled():
             yield
     finally:
         for module, mode in zip(modules, training, strict=True):

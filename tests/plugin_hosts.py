@@ -45,7 +45,7 @@ def train_fsdp2(directory: Path, call: Call) -> list[Tensor]:
 
 
 def train_fsdp2_whole(directory: Path, call: Call) -> list[Tensor]:
-    """The same with two micro-batches a step, between which every unit stays whole."""
+    """The same with two micro-batches a step, between which every unit stays whole; one call in inference mode."""
     from torch.distributed.fsdp import fully_shard
 
     model: Any = load(directory)
@@ -53,7 +53,8 @@ def train_fsdp2_whole(directory: Path, call: Call) -> list[Tensor]:
         fully_shard(part)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     _seed(dist.get_rank())
-    call(model)
+    with torch.inference_mode():
+        call(model)
     losses = []
     for step in range(NUM_STEPS):
         for is_last in (False, True):
