@@ -93,13 +93,14 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """Score, place, export, train and report; stages that are done are kept."""
     from plop_dist import pipeline, tables
     from plop_dist.placement import Placement
+    from plop_dist.run_dir import RunDir
 
     loaded = _config(config, overrides)
     page = pipeline.run(loaded, pipeline.command_line())
     if _speaks():
         placement = Placement.from_file(loaded.run_path / "placement.json")
         tables.print_types(placement.source, placement)
-        tables.print_training(loaded.run_path / "train" / "summary.json")
+        tables.print_training(RunDir(loaded.run_dir))
         print(page)
 
 

@@ -17,14 +17,17 @@ from plop_dist.parameters import num_trainable_parameters
 from plop_dist.placement import Placement
 from plop_dist.types import Projection
 
+# Fields by which PEFT trains more than A and B: whole modules, DoRA's magnitudes, biases, rows of embeddings.
+_TRAIN_MORE = ("modules_to_save", "use_dora", "bias", "lora_bias", "trainable_token_indices", "layer_replication")
+
 
 @dataclass(frozen=True)
 class Difference:
     """Logical projections that only the placement, only the configuration, or both adapt, each in natural order.
 
     Parameters are trainable ones: the placement's and the configuration's in all, each at its own ranks, and those of
-    the three parts (`both` at the placement's ranks). unmatched: names in the configuration that match no projection
-    of the scored model.
+    the three parts (`both` at the placement's ranks). unmatched: names in the configuration that match no module of the
+    scored model; uncounted: its fields that train more than A and B.
     """
 
     only_placement: tuple[str, ...]
@@ -39,11 +42,12 @@ class Difference:
     rank_config: int
     types: tuple[tuple[str, int, int, int], ...]
     unmatched: tuple[str, ...] = ()
+    uncounted: tuple[str, ...] = ()
 
     @property
     def is_same(self) -> bool:
-        """Whether both adapt the same projections with the same number of parameters."""
-        same_modules = not self.only_placement and not self.only_config
+        """Whether both train the same projections with the same number of parameters, and nothing else."""
+        same_modules = not self.only_placement and not self.only_config and not self.uncounted
         return same_modules and self.num_parameters_placement == self.num_parameters_config
 
     def rows(self) -> list[tuple[str, int, int, int]]:
@@ -65,6 +69,10 @@ class Difference:
         )
         if self.unmatched:
             text.append(f"names in the config that match no scored module: {', '.join(self.unmatched)}")
+        if not self.both and not self.only_config:
+            text.append("the config adapts no scored module: PEFT refuses it unless it names others (embeddings)")
+        if self.uncounted:
+            text.append(f"trained beside A and B under the config, and not counted: {', '.join(self.uncounted)}")
         if self.is_same:
             text.append("no difference")
         return text
@@ -118,6 +126,7 @@ def diff(placement: Placement, adapter_config: Mapping[str, Any]) -> Difference:
         rank_config=int(adapter_config.get("r", 8)),
         types=tuple(types),
         unmatched=_unmatched(adapter_config, known),
+        uncounted=tuple(name for name in _TRAIN_MORE if adapter_config.get(name) not in (None, False, "none", [], {})),
     )
 
 
@@ -125,7 +134,9 @@ def _unmatched(config: Mapping[str, Any], known: Iterable[Projection]) -> tuple[
     targets = config.get("target_modules") or ()
     names = [] if isinstance(targets, str) else list(targets)
     names += config.get("target_parameters") or ()
-    paths = [path for item in known for path in (item.holder, f"{item.holder}.weight", item.fqn)]
+    paths = [path for item in known for path in (item.holder, f"{item.holder}.weight")]
+    # Configurations from transformers 4 name the experts' linears, which were modules then.
+    paths += [item.fqn for item in known if item.storage == "expert_parameter"]
     return tuple(name for name in sorted(set(names)) if not any(map(matcher([name]), paths)))
 
 

@@ -120,6 +120,12 @@ def stage_inputs(stage: str, config: Config) -> dict[str, Any]:
     }
 
 
+def is_of_placement(summary: Any, run: RunDir) -> bool:
+    """Tell whether a training's summary belongs to the placement that is there now, not to an earlier one."""
+    trained = summary.get("placement") if isinstance(summary, dict) else None
+    return trained is None or trained == content_hash(run.placement)
+
+
 def content_hash(path: Path) -> str | None:
     """Return a short hash of a file's content, None if it is absent."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None

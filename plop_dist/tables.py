@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +14,7 @@ from plop_dist.explain import Explanation
 from plop_dist.files import read_json
 from plop_dist.parameters import num_trainable_parameters
 from plop_dist.placement import Placement
+from plop_dist.run_dir import RunDir, is_of_placement
 from plop_dist.sweep import Sweep
 from plop_dist.types import Scores, TypeScore
 
@@ -110,11 +110,15 @@ def print_diagnostics(diagnostics: Iterable[Diagnostic], console: Console | None
             show_line(f"{finding.severity}: {finding.text}", console)
 
 
-def print_training(summary_path: Path, console: Console | None = None) -> None:
+def print_training(run: RunDir, console: Console | None = None) -> None:
     """Print what a training's summary.json says: steps, held-out loss before and after, adapter. Nothing if absent."""
-    if not summary_path.is_file():
+    path = run.train / "summary.json"
+    if not path.is_file():
         return
-    summary = read_json(summary_path, what="training summary", remedy="run plop-dist run again")
+    summary = read_json(path, what="training summary", remedy="run plop-dist run again")
+    if not is_of_placement(summary, run):
+        show_line(f"Not trained: {run.train} holds the training of an earlier placement.", console)
+        return
     parts = [f"Trained: {summary.get('method', 'adapter')}"]
     if summary.get("num_steps") is not None:
         parts.append(f"{summary['num_steps']} steps")

@@ -51,6 +51,20 @@ def test_names_match_as_in_peft(config):
     assert matched
 
 
+def test_says_what_it_does_not_count_and_what_matches_nothing():
+    found = diff(place(LLAMA, ["v_proj"]), {"r": 4, "target_modules": ["v_proj"], "use_dora": True, "bias": "all",
+                                            "modules_to_save": ["lm_head"]})  # fmt: skip
+    assert not found.is_same
+    assert found.lines()[-1] == (
+        "trained beside A and B under the config, and not counted: modules_to_save, use_dora, bias"
+    )
+    fused = place(scores_of(projections_of(model_of("phi3"))))
+    for targets in (".*[.]q_proj", ["q_proj"]):
+        found = diff(fused, {"target_modules": targets})
+        assert "the config adapts no scored module: PEFT refuses it" in found.lines()[-1]
+    assert found.unmatched == ("q_proj",)
+
+
 CONFIGS = [
     {"target_modules": "all-linear"},
     {"target_modules": r".*(q_proj|down_proj|up_proj|gate_proj)"},

@@ -14,6 +14,9 @@ import plop_dist
 from plop_dist.errors import MissingExtraError, ScoresError
 from plop_dist.report import write_report
 from plop_dist.report.redact import redact
+from plop_dist.run_dir import RunDir, content_hash
+from plop_dist.tables import print_training
+from plop_dist.types import Scores
 from tests.select_cases import make_scores
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>/*plotly*/"
@@ -101,6 +104,21 @@ def test_names_are_inert_and_secrets_absent(tmp_path: Path) -> None:
     assert page.handlers == []
     for text in [page.text, *page.scripts[1:]]:
         assert "verysecret" not in text
+
+
+def test_a_training_of_an_earlier_placement_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(make_run(tmp_path))
+    path = run.train / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "placement": content_hash(run.placement)}))
+    print_training(run)
+    assert "held-out loss 2.0000 -> 1.4000" in capsys.readouterr().out
+    assert "held-out loss" in write_report(tmp_path).read_text()
+    plop_dist.place(Scores.from_file(run.scores), k=1).to_file(run.placement)
+    print_training(run)
+    assert "holds the training of an earlier placement" in capsys.readouterr().out
+    page = write_report(tmp_path).read_text()
+    assert "Not shown: train/ holds the training of an earlier placement" in page
+    assert "held-out loss" not in page
 
 
 def test_scores_alone_make_a_page(tmp_path: Path) -> None:

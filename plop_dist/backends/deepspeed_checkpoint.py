@@ -191,9 +191,11 @@ def _checked(weights: Weights, model: nn.Module, directory: str | Path) -> Weigh
     if missing or foreign:
         what = f"lacks '{missing[0]}'" if missing else f"holds '{foreign[0]}', which the model does not have"
         count = f" ({len(missing)} of its {len(expected)} parameters are missing, {len(foreign)} are foreign)"
+        remedy = "Point model.name_or_path at the configuration that the checkpoint was trained with"
+        if not foreign:
+            remedy += "; if it was saved with exclude_frozen_parameters, save it again without"
         raise ModelError(
-            f"model.checkpoint '{directory}' is not of this {type(model).__name__}: it {what}{count}. Point "
-            "model.name_or_path at the configuration that the checkpoint was trained with."
+            f"model.checkpoint '{directory}' is not of this {type(model).__name__}: it {what}{count}. {remedy}."
         )
     for name, unread in weights.items():
         if unread.shape != expected[name].shape:

@@ -47,10 +47,13 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
         for key, chunk in zip(keys, chunks, strict=True):
             chunk.load_state_dict(loaded[key], strict=True)
     except (Exception, CheckpointException) as error:  # torch's own kind is a BaseException
-        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        # torch's own message only says that there are some, by rank: (error, stack).
+        failures = getattr(error, "failures", {})
+        cause = next(iter(failures.values()))[0] if failures else error
+        line = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
         raise ModelError(
             f"model.checkpoint '{directory}' cannot be loaded into model.name_or_path's architecture "
-            f"({type(error).__name__}: {line}); check that both are the same model and the files are complete."
+            f"({type(cause).__name__}: {line}); check that both are the same model and the files are complete."
         ) from error
 
 

@@ -15,6 +15,7 @@ from plop_dist.placement import Placement
 from plop_dist.registry import missing_extra
 from plop_dist.report import figures
 from plop_dist.report.redact import redact
+from plop_dist.run_dir import RunDir, is_of_placement
 from plop_dist.sweep import sweep
 from plop_dist.tables import interval_text, percent, short_list
 from plop_dist.types import Scores
@@ -57,6 +58,9 @@ def build_context(directory: Path) -> dict[str, Any]:
         scores = placement.source
     log, num_unreadable = _read_log(directory / "train" / "log.jsonl")
     summary = _read_summary(directory / "train" / "summary.json")
+    is_earlier = not is_of_placement(summary, RunDir(directory))
+    if is_earlier:
+        log, summary = [], None
     policy = placement.policy if placement is not None else {}
     swept = sweep(scores, **policy)
     charts = {
@@ -79,6 +83,7 @@ def build_context(directory: Path) -> dict[str, Any]:
         "sweep": swept,
         "charts": redact({name: chart for name, chart in charts.items() if chart is not None}),
         "training": redact(summary),
+        "is_of_earlier_placement": is_earlier,
         "num_unreadable": num_unreadable,
         "config": redact(config),
         "command": redact(command),

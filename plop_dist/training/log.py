@@ -13,6 +13,7 @@ from typing import Any
 from plop_dist.config import Config
 from plop_dist.errors import ConfigError, MissingExtraError
 from plop_dist.files import write_json, write_text
+from plop_dist.run_dir import RunDir, content_hash
 
 
 def _step_of(line: str) -> float:
@@ -67,7 +68,9 @@ class TrainingLog:
         if self._notify is not None:
             if "note" in summary:
                 self._notify("status", text=summary["note"])
-            write_json(self._directory / "summary.json", {"method": self._config.train.method, **summary})
+            placement = content_hash(RunDir(self._config.run_dir).placement)
+            about = {"method": self._config.train.method, "placement": placement}
+            write_json(self._directory / "summary.json", {**about, **summary})
 
     def _forget_from(self, step: int) -> None:
         """Take out what an earlier run wrote of this step and later ones, which are now trained (again)."""
