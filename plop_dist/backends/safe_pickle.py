@@ -49,7 +49,7 @@ def load_mapped(file: Path) -> Any:
     except ModelError:
         raise
     except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        first_sentence = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise ModelError(
-            f"'{file}' cannot be read ({first_sentence[:200]}); it is cut off or not a file of torch.save: copy it again."
+            f"'{file}' cannot be read ({said[:200]}); it is cut off or not a file of torch.save: copy it again."
         ) from error
