@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
 
 import plop_dist
 from plop_dist import worker
+from plop_dist.backends.fsdp import as_sharded
 from plop_dist.backends.hf_load import load_tokenizer
 from plop_dist.config import parse_config
 from plop_dist.data import tokenize
@@ -288,6 +290,28 @@ def _raise_if(condition: Any) -> int:
     if condition:
         raise _UnpicklableError("why")
     return 0
+
+
+def _fail_alone(rank: int) -> str | None:
+    """Leave as_sharded by an error on rank 1 only, with units that were whole and no longer are."""
+    model: Any = tiny("llama")
+    for part in (*model.model.layers, model):
+        fully_shard(part)
+    model.set_reshard_after_backward(False)
+    model(input_ids=random_tokens(1, 5), labels=random_tokens(1, 5)).loss.backward()
+    try:
+        with as_sharded(model):
+            if rank == 1:
+                model.reshard()
+                _raise_if(True)
+    except _UnpicklableError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_gathers_nothing_on_its_way_out() -> None:
+    assert run_ranks(2, _fail_alone) == [None, "why"]
 
 
 def _check(ranks: list[dict[str, list[Scores]]], expected: Scores, parallel: dict[str, dict[str, Any]]) -> None:

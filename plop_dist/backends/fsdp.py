@@ -73,14 +73,21 @@ def as_sharded(module: nn.Module) -> Iterator[None]:
     """Shard again, on leaving, what was sharded before, and gather what was whole.
 
     The root stays whole after a forward without backward; all units do where a host accumulates gradients unsharded.
+    After an error nothing is gathered: that is collective, and the other ranks may be elsewhere. FSDP gathers such
+    units itself in the next forward.
     """
     units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
     was_sharded = [any(isinstance(parameter, DTensor) for parameter in _own(unit)) for unit in units]
+    has_ended = False
     try:
         yield
+        has_ended = True
     finally:
         for unit, sharded in zip(units, was_sharded, strict=True):
-            unit.reshard() if sharded else unit.unshard()
+            if sharded:
+                unit.reshard()
+            elif has_ended:
+                unit.unshard()
 
 
 def _own(unit: nn.Module) -> Iterator[nn.Parameter]:
