@@ -115,7 +115,7 @@ def submit(
 
     loaded = _config(config, overrides)
     try:
-        from plop_dist.cluster import submit_job
+        from plop_dist.jobs import submit_job
     except ModuleNotFoundError as error:
         raise missing_extra(error, "plop-dist submit") from error
     raise typer.Exit(submit_job(loaded, address))
@@ -137,19 +137,26 @@ def diff(
     """Show how an existing PEFT configuration differs from the placement."""
     from plop_dist.diff import diff as compare
     from plop_dist.diff import read_adapter_config
+    from plop_dist.events import spinner
     from plop_dist.placement import Placement
 
     placement = Placement.from_file(run_dir / "placement.json")
-    for line in compare(placement, read_adapter_config(adapter_config)).lines():
+    with spinner("asking PEFT what the configuration adapts"):
+        difference = compare(placement, read_adapter_config(adapter_config))
+    for line in difference.lines():
         print(line)
 
 
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Validate the configuration and show the plan: ranks, modules, bytes, communication. Loads no weights."""
-    from plop_dist import plan
+    from plop_dist.events import spinner
 
-    plan.print_plan(plan.build_plan(_config(config, overrides)))
+    with spinner("building the model without weights"):
+        from plop_dist import plan
+
+        built = plan.build_plan(_config(config, overrides))
+    plan.print_plan(built)
 
 
 @app.command()

@@ -1,17 +1,14 @@
-"""Runs the ranks as Ray Train workers, restarts them when one dies, and submits Ray jobs: the only file with Ray."""
+"""Joins or starts Ray, and runs the ranks as its Train workers, which are restarted when one dies."""
 
 from __future__ import annotations
 
 import logging
 import os
-import shlex
 import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +25,7 @@ from plop_dist import errors
 from plop_dist.attempts import all_found_it, begin_attempt, read_records, records_of
 from plop_dist.config import Config, parse_config
 from plop_dist.errors import ConfigError, LayoutError, PlopError, UserError, WorkerError
-from plop_dist.events import EventWriter, shown
+from plop_dist.events import EventHandler, EventWriter, shown
 from plop_dist.files import write_json
 from plop_dist.run_dir import RunDir
 
@@ -41,12 +38,12 @@ def run_workers(config: Config, stages: Sequence[str], *, force: bool = False) -
     A worker that dies takes its group down; all are restarted, cluster.max_failures times at most, and go on from
     what is on disk. Raises the workers' UserError as it is, and WorkerError naming rank and cause.
     """
-    config = _absolute(config)
+    config = with_absolute_paths(config)
     run_dir = RunDir(config.run_dir)
     launch = {"config": config.model_dump(mode="json"), "stages": list(stages), "force": force, "id": uuid.uuid4().hex}
     launch["directory"] = os.getcwd()
     records = records_of(run_dir, launch["id"])
-    with _ray(config), shown(run_dir.events):
+    with connected(config), shown(run_dir.events):
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         per_worker = _resources_per_worker(config, has_gpu)
         _check_resources(config, per_worker)
@@ -99,19 +96,6 @@ class _TellRestarts(UserCallback):
                 EventWriter(self._events)("status", text=text)
 
 
-class _ToEvents(logging.Handler):
-    """Shows the driver what a worker logs."""
-
-    def __init__(self, notify: EventWriter) -> None:
-        super().__init__()
-        self._notify = notify
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record as an event."""
-        with suppress(PlopError):
-            self._notify("status", text=record.getMessage())
-
-
 def _fit(trainer: TorchTrainer) -> None:
     """Run the workers to their end, so that an interrupt (SIGINT, SIGTERM) raises here and ends them.
 
@@ -139,79 +123,6 @@ def _fit(trainer: TorchTrainer) -> None:
         raise raised[0]
 
 
-def submit_job(config: Config, address: str) -> int:
-    """Run `plop-dist run` with this configuration as a Ray job and follow its log; returns the job's exit status.
-
-    Paths in the configuration are those of the cluster's nodes. The job uses the `python` on the head node's PATH:
-    start Ray there in the environment that has plop-dist. Raises ConfigError when the address does not take jobs.
-    """
-    from omegaconf import OmegaConf
-    from ray.job_submission import JobSubmissionClient
-
-    tree = _absolute(config).model_dump(mode="json")
-    tree["cluster"]["address"] = "auto"
-    try:
-        client = JobSubmissionClient(address)
-        with tempfile.TemporaryDirectory() as directory:
-            Path(directory, "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
-            job = client.submit_job(
-                entrypoint="python -m plop_dist.cli run config.yaml", runtime_env={"working_dir": directory}
-            )
-    except (RayError, OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"--address {address} does not take this job: {_first_line(error)}; give the URL of the Ray dashboard, and "
-            "RAY_AUTH_TOKEN where the cluster asks for one."
-        ) from error
-    return _follow_job(client, job)
-
-
-def run_script(config: Config, script: Path, directory: Path) -> int:
-    """Run a shell script as a Ray job, from `directory`, and follow its log; returns its exit status.
-
-    On the configured cluster, else on a local Ray that ends with it. Raises ConfigError, WorkerError.
-    """
-    from ray.job_submission import JobSubmissionClient
-
-    with _ray(config, takes_jobs=True):
-        address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-        variables = {}
-        if address is None:
-            # The script's python is this one, and finds what lies in the current directory, as this one does.
-            path = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-            packages = [os.getcwd(), os.environ.get("PYTHONPATH", "")]
-            variables = {"PATH": os.pathsep.join(path), "PYTHONPATH": os.pathsep.join(filter(None, packages))}
-        try:
-            client = JobSubmissionClient(address or ray.get_runtime_context().gcs_address)
-            job = client.submit_job(
-                entrypoint=f"cd {shlex.quote(str(directory))} && exec sh {shlex.quote(str(script))}",
-                runtime_env={"env_vars": variables},
-            )
-        except (RayError, OSError, RuntimeError, ValueError) as error:
-            raise WorkerError(
-                f"{script} could not be submitted as a Ray job: {_first_line(error)}; cluster.address must be of a Ray "
-                "with its dashboard, or run the script yourself."
-            ) from error
-        return _follow_job(client, job)
-
-
-def _follow_job(client: Any, job: str) -> int:
-    """Print a job's log until it ends; returns its exit status, at least 1 if it failed."""
-    import asyncio
-
-    from ray.job_submission import JobStatus
-
-    async def follow() -> None:
-        async for lines in client.tail_job_logs(job):
-            print(lines, end="", flush=True)
-
-    asyncio.run(follow())
-    while not (status := client.get_job_status(job)).is_terminal():
-        time.sleep(0.5)
-    if status is JobStatus.SUCCEEDED:
-        return 0
-    return client.get_job_info(job).driver_exit_code or 1
-
-
 def _work(launch: dict[str, Any]) -> None:
     """One attempt of one rank, inside a Ray Train worker."""
     from plop_dist import ranks, worker
@@ -226,7 +137,7 @@ def _work(launch: dict[str, Any]) -> None:
     notify = EventWriter(run_dir.events)
     if ranks.rank() == 0:
         logging.getLogger("plop_dist").setLevel(logging.INFO)
-        logging.getLogger("plop_dist").addHandler(_ToEvents(notify))
+        logging.getLogger("plop_dist").addHandler(EventHandler(notify))
     notify("worker", rank=ranks.rank(), pid=os.getpid(), attempt=attempt)
     try:
         worker.run_rank(config, launch["stages"], notify, force=launch["force"] and attempt == 1)
@@ -266,7 +177,7 @@ def _is_of_dead_process(error: Exception) -> bool:
 
 
 @contextmanager
-def _ray(config: Config, *, takes_jobs: bool = False) -> Iterator[None]:
+def connected(config: Config, *, takes_jobs: bool = False) -> Iterator[None]:
     """Connect to the configured cluster, or start a local one and end it afterwards. takes_jobs: with its dashboard.
 
     A Ray that this process has joined already is used and left as it is.
@@ -348,7 +259,7 @@ def _check_resources(config: Config, per_worker: dict[str, float]) -> None:
             )
 
 
-def _absolute(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """Return the configuration with local paths made absolute: workers run in other directories."""
 
     def absolute(value: str | None) -> str | None:
@@ -364,10 +275,6 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(
         update={"run_dir": str(Path(config.run_dir).resolve()), "train": train, "model": model, "data": data}
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _last_line(error: BaseException) -> str:

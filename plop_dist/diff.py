@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,13 +99,6 @@ def diff(placement: Placement, adapter_config: Mapping[str, Any]) -> Difference:
     ranks = adapted_ranks(adapter_config, known, (placement.source.model.model_extra or {}).get("model_type"))
     theirs = [item for item in known if item.holder in ranks]
     their_paths = {item.fqn for item in theirs}
-
-    def rank_in_config(item: Projection) -> int:
-        return ranks[item.holder]
-
-    def count(items: Iterable[Projection], rank_of: Callable[[Projection], int]) -> int:
-        return num_trainable_parameters(items, rank_of)
-
     our_items = [item for item in known if item.fqn in ours]
     types = []
     for name in dict.fromkeys(item.type for item in known):
@@ -118,16 +111,22 @@ def diff(placement: Placement, adapter_config: Mapping[str, Any]) -> Difference:
         only_config=_ordered(their_paths - ours),
         both=_ordered(ours & their_paths),
         num_parameters_placement=placement.num_trainable_parameters,
-        num_parameters_config=count(theirs, rank_in_config),
-        num_parameters_only_placement=count((i for i in our_items if i.fqn not in their_paths), placement.rank_of),
-        num_parameters_only_config=count((i for i in theirs if i.fqn not in ours), rank_in_config),
-        num_parameters_both=count((i for i in our_items if i.fqn in their_paths), placement.rank_of),
+        num_parameters_config=_count(theirs, ranks),
+        num_parameters_only_placement=num_trainable_parameters(
+            (i for i in our_items if i.fqn not in their_paths), placement.rank_of
+        ),
+        num_parameters_only_config=_count((i for i in theirs if i.fqn not in ours), ranks),
+        num_parameters_both=num_trainable_parameters((i for i in our_items if i.fqn in their_paths), placement.rank_of),
         rank_placement=placement.rank,
         rank_config=int(adapter_config.get("r", 8)),
         types=tuple(types),
         unmatched=_unmatched(adapter_config, known),
         uncounted=tuple(name for name in _TRAIN_MORE if adapter_config.get(name) not in (None, False, "none", [], {})),
     )
+
+
+def _count(items: Iterable[Projection], ranks: Mapping[str, int]) -> int:
+    return num_trainable_parameters(items, lambda item: ranks[item.holder])
 
 
 def _unmatched(config: Mapping[str, Any], known: Iterable[Projection]) -> tuple[str, ...]:

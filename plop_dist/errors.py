@@ -70,6 +70,17 @@ class WorkerError(PlopError):
     """A worker died or raised; the message names its rank."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says, without its full stop, or its class where it says nothing.
+
+    >>> first_line(ValueError("no such column.\\nStack: ..."))
+    'no such column'
+    >>> first_line(EOFError())
+    'EOFError'
+    """
+    return str(error).strip().partition("\n")[0].strip().rstrip(".") or type(error).__name__
+
+
 def suggest(name: str, available: Iterable[str]) -> str:
     """Return a sentence with the near matches of `name` and everything that is available.
 

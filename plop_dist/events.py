@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from plop_dist.errors import PlopError
 from plop_dist.files import append_line
 
 _LABEL = {"baseline": "baselines of modules", "scoring": "samples scored", "training": "training steps"}
@@ -35,6 +37,19 @@ class EventWriter:
             return
         self._last[kind] = now
         append_line(self._path, json.dumps({"event": kind, "time": round(time.time(), 3), **fields}))
+
+
+class EventHandler(logging.Handler):
+    """A logging handler whose records become events: what a worker logs is shown by the driver."""
+
+    def __init__(self, notify: EventWriter) -> None:
+        super().__init__()
+        self._notify = notify
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record as an event."""
+        with suppress(PlopError):
+            self._notify("status", text=record.getMessage())
 
 
 class EventDisplay:
@@ -97,6 +112,15 @@ def both(writer: EventWriter) -> Iterator[Any]:
             display(kind, **fields)
 
         yield notify
+
+
+@contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """Show on a terminal that something is under way that has no count; nothing in a pipe."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
 
 
 def _sentence(kind: str, fields: dict[str, Any]) -> str:

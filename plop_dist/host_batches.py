@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plop_dist.errors import DataError, PlopError, WorkerError
+from plop_dist.errors import DataError
 from plop_dist.protocols import Groups, MicroBatch
-from plop_dist.reduce import Reducer
+from plop_dist.reduce import Reducer, attempt
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,7 @@ def read_local(batches: Iterable[Mapping[str, Any]], vocab_size: int | None = No
         raise DataError(f"batches is a {type(batches).__name__}, expected an iterable of dictionaries with input_ids.")
     micro_batches, counts, has_ids = [], [], set()
     for number, batch in enumerate(batches):
-        micro_batch, given = _micro_batch(batch, f"batches[{number}]")
-        largest = int(micro_batch.input_ids.max())
-        if vocab_size is not None and largest >= vocab_size:
-            raise DataError(
-                f"batches[{number}]['input_ids'] holds {largest}, but the model has {vocab_size} tokens; check that "
-                "the tokenizer is the model's."
-            )
+        micro_batch, given = _micro_batch(batch, f"batches[{number}]", vocab_size)
         micro_batches.append(micro_batch)
         has_ids.add(given)
         counts.append(0 if given else int(micro_batch.sample_ids.max()) + 1)
@@ -71,10 +65,9 @@ def share(read: Callable[[], _Local], groups: Groups, per_step: int, reducer: Re
     nothing. Raises on every rank what reading raised on any, and DataError when there is nothing to score or the ranks
     of one replica have different batches.
     """
-    local, error = _attempt(read)
+    local, error = attempt(read)
     facts = None if local is None else (len(local.micro_batches), local.ids, local.num_samples, _digest(local))
-    everyone = reducer.gather_objects((groups.replica, _told(error), facts), "exchange of batch counts")
-    _raise_first([told for _, told, _ in everyone], error)
+    everyone = reducer.gather_or_raise((groups.replica, facts), error, "reading batches")
     assert local is not None
     replicas = _by_replica(everyone)
     kinds = {ids is not None for count, ids, _, _ in replicas.values() if count}
@@ -93,7 +86,7 @@ def share(read: Callable[[], _Local], groups: Groups, per_step: int, reducer: Re
     return HostBatches(steps, sample_ids, done)
 
 
-def _micro_batch(batch: Mapping[str, Any], where: str) -> tuple[MicroBatch, bool]:
+def _micro_batch(batch: Mapping[str, Any], where: str, vocab_size: int | None) -> tuple[MicroBatch, bool]:
     if not isinstance(batch, Mapping):
         raise DataError(f"{where} is a {type(batch).__name__}, expected a dictionary with input_ids.")
     if batch.get("input_ids") is None:
@@ -115,11 +108,15 @@ def _micro_batch(batch: Mapping[str, Any], where: str) -> tuple[MicroBatch, bool
             )
     mask = given.get("attention_mask", torch.ones_like(input_ids))
     is_real = mask != 0
-    if (input_ids[is_real] < 0).any():
+    is_token = (input_ids >= 0) & (input_ids < (vocab_size or input_ids.max() + 1))
+    foreign = input_ids[is_real & ~is_token]
+    if foreign.numel():
+        of_model = f" (the model has {vocab_size})" if vocab_size else ""
         raise DataError(
-            f"{where}['input_ids'] holds {int(input_ids[is_real].min())}, which is no token; leave such places out of "
-            "attention_mask."
+            f"{where}['input_ids'] holds {int(foreign[0])}, which is no token{of_model}; leave such places out of "
+            "attention_mask, or check that the tokenizer is the model's."
         )
+    input_ids = input_ids.where(is_token, 0)  # labels' -100 in padding, which is embedded like the rest
     position_ids = given.get("position_ids", (is_real.long().cumsum(dim=1) - 1).clamp_min(0))
     has_ids = "sample_ids" in given
     # A row of padding is no sample.
@@ -140,32 +137,10 @@ def _integers(batch: Mapping[str, Any], name: str, where: str) -> Tensor:
     return tensor.long()
 
 
-def _attempt(read: Callable[[], _Local]) -> tuple[_Local | None, BaseException | None]:
-    try:
-        return read(), None
-    except Exception as error:  # the host's loader may raise anything; peers must hear of it before they wait
-        return None, error
-
-
-def _told(error: BaseException | None) -> tuple[type[PlopError], str] | None:
-    """Return what peers raise for an error. The host's own exceptions need not survive pickling."""
-    if isinstance(error, PlopError):
-        return type(error), str(error)
-    return None if error is None else (WorkerError, f"reading batches failed: {type(error).__name__}: {error}")
-
-
-def _raise_first(errors: Sequence[tuple[type[PlopError], str] | None], own: BaseException | None) -> None:
-    if isinstance(own, PlopError):
-        raise own
-    for rank, told in enumerate(errors):
-        if told is not None:
-            raise told[0](f"rank {rank}: {told[1]}") from own
-
-
 def _by_replica(everyone: Sequence[Any]) -> dict[int, Any]:
     """Return the facts of each replica. Raises DataError when its ranks disagree."""
     first: dict[int, tuple[int, Any]] = {}
-    for rank, (replica, _, facts) in enumerate(everyone):
+    for rank, (replica, facts) in enumerate(everyone):
         other, known = first.setdefault(replica, (rank, facts))
         if known != facts:
             raise DataError(

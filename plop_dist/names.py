@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterable
 
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
-
-
 _WRAPPER = re.compile(r"(?:^|\.)(?:_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
 
 

@@ -46,7 +46,7 @@ def run_job(config: Config) -> None:
             f"{job['script']} was not started: the ranks that a launcher started keep their devices as long as this "
             "runs; start it yourself, or run plop-dist without the launcher."
         )
-    status = _cluster("a Ray job").run_script(config, Path(job["script"]), Path(job["directory"]))
+    status = _with_ray("jobs", "a Ray job").run_script(config, Path(job["script"]), Path(job["directory"]))
     if status:
         error = WorkerError(f"{job['script']} ended with status {status}; its log is above. Run again to start anew.")
         error.exit_status = status
@@ -75,12 +75,12 @@ def _run_stages(config: Config, run_dir: RunDir, stages: Sequence[str], force: b
         with both(EventWriter(run_dir.events)) as notify:
             worker.run_rank(config, stages, notify, force=force)
         return
-    _cluster(f"a run on {config.parallel.world_size} ranks").run_workers(config, stages, force=force)
+    _with_ray("cluster", f"a run on {config.parallel.world_size} ranks").run_workers(config, stages, force=force)
 
 
-def _cluster(what: str) -> Any:
+def _with_ray(module: str, what: str) -> Any:
     try:
-        return importlib.import_module("plop_dist.cluster")
+        return importlib.import_module(f"plop_dist.{module}")
     except ModuleNotFoundError as error:
         raise missing_extra(error, what) from error
 

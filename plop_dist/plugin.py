@@ -78,11 +78,16 @@ def score(
 
 
 def _vocab_size(roots: Sequence[nn.Module]) -> int | None:
-    """Return how many token ids the model takes: transformers' configuration says it, or Megatron's model."""
+    """Return how many token ids the model takes: transformers' configuration says it, or Megatron's model.
+
+    A host may have given its model an embedding of more rows than the configuration knows of.
+    """
     for module in (module for root in roots for module in root.modules()):
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "get_text_config"):
-            return getattr(config.get_text_config(), "vocab_size", None)
+            embedding = getattr(module, "get_input_embeddings", lambda: None)()
+            known = (getattr(config.get_text_config(), "vocab_size", None), getattr(embedding, "num_embeddings", None))
+            return max(filter(None, known), default=None)
         if isinstance(size := getattr(module, "vocab_size", None), int):
             return size
     return None

@@ -152,6 +152,13 @@ class ScorableModel(Protocol):
     device: torch.device
     micro_batches_per_step: int  # how many micro-batches one forward() takes (pipeline depth), 1 without a pipeline
 
+    def check(self, micro_batch: MicroBatch) -> None:
+        """Raise DataError or ModelError where forward() could not keep this micro-batch's samples apart. Local.
+
+        Asked of every micro-batch before the first pass: in a pass one rank's error would leave the others waiting.
+        """
+        ...
+
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids in the order in which this rank's hidden states hold the tokens: (b, s), or (s, b).
 

@@ -67,8 +67,8 @@ def joined(config: Config) -> Iterator[int]:
             dist.destroy_process_group()
 
 
-def wait_for_rank_0() -> None:
-    """Return once every rank is here, so that what rank 0 has written can be read. Collective over the world."""
+def barrier() -> None:
+    """Return once every rank is here: what rank 0 has written before can then be read. Collective over the world."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

@@ -7,18 +7,20 @@ Each call names itself, so that a timeout or a lost peer becomes a CollectiveErr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plop_dist.errors import CollectiveError, LayoutError
+from plop_dist.errors import CollectiveError, LayoutError, PlopError, WorkerError, first_line
 from plop_dist.names import natural_key
 from plop_dist.protocols import Groups, Part
 from plop_dist.types import Projection, SampleTotals
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -121,6 +123,24 @@ class Reducer:
         self._run(lambda: dist.all_gather_object(gathered, value), None, None, what)
         return gathered
 
+    def gather_or_raise(self, value: Any, error: Exception | None, what: str) -> list[Any]:
+        """Return every rank's picklable value, or raise on every rank what went wrong on any.
+
+        Collective over the world. error: this rank's own, as `attempt` returns it. Others hear of it by class and text,
+        because a host's own exceptions need not survive pickling: as a WorkerError where it is none of ours.
+        """
+        told = (type(error), str(error))
+        if not isinstance(error, PlopError):
+            told = (WorkerError, f"{what} failed: {type(error).__name__}: {error}")
+        gathered = self.gather_objects((None if error is None else told, value), f"agreement after {what}")
+        if isinstance(error, PlopError):
+            raise error
+        for rank, (kind_and_text, _) in enumerate(gathered):
+            if kind_and_text is not None:
+                kind, text = kind_and_text
+                raise kind(f"rank {rank}: {text}") from error
+        return [value for _, value in gathered]
+
     def merge_projections(self, local: Sequence[Projection]) -> tuple[Projection, ...]:
         """Return all ranks' projections in natural order, each once. Collective over the world.
 
@@ -163,12 +183,20 @@ class Reducer:
         except RuntimeError as error:
             ranks = dist.get_process_group_ranks(group) if group is not None else "all"
             raise CollectiveError(
-                f"rank {dist.get_rank()}: {what} over ranks {ranks} failed: {str(error).splitlines()[0]}; another rank "
+                f"rank {dist.get_rank()}: {what} over ranks {ranks} failed: {first_line(error)}; another rank "
                 "died, raised or did not answer within the group's timeout (cluster.timeout_s; in a job of your own, "
                 "that of init_process_group)."
             ) from error
         self.traffic.num_collectives += 1
         self.traffic.num_bytes += 0 if payload is None else payload.numel() * payload.element_size()
+
+
+def attempt(do: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    """Return (result, None), or (None, what it raised): peers must hear of an error before they wait for this rank."""
+    try:
+        return do(), None
+    except Exception as error:
+        return None, error
 
 
 def _has_peers(group: Any) -> bool:

@@ -17,7 +17,7 @@ from plop_dist.config import EstimatorConfig, PlacementConfig
 from plop_dist.errors import PlopError, WorkerError
 from plop_dist.progress import ProgressLog
 from plop_dist.protocols import MicroBatch, ScorableModel
-from plop_dist.reduce import Reducer
+from plop_dist.reduce import Reducer, attempt
 from plop_dist.select import policy_function
 from plop_dist.types import Scores
 from plop_dist.versions import versions
@@ -59,10 +59,13 @@ def score_model(
     """Return the scores, equal on every rank. Collective over the world.
 
     info: the `model`, `data` and `parallel` parts of scores.json. notify(kind, **fields) is told of progress.
-    Raises WorkerError naming rank and module when the model fails in the middle.
+    Raises DataError or ModelError, on every rank, for a micro-batch that the model cannot run exactly, and WorkerError
+    naming rank and module when the model fails in the middle.
     """
     started = time.perf_counter()
     reducer = Reducer(model.groups)
+    _, error = attempt(lambda: _check(model, run))
+    reducer.gather_or_raise(None, error, "checking the batches")
     local = [projection for site in model.sites for projection in site.projections]
     projections = reducer.merge_projections(local)
     fqns = [projection.fqn for projection in projections]
@@ -116,6 +119,12 @@ def score_model(
         versions=versions(),
         timing=timing,
     )
+
+
+def _check(model: ScorableModel, run: Pass) -> None:
+    for step in range(run.num_steps):
+        for micro_batch in run.micro_batches(step):
+            model.check(micro_batch)
 
 
 def _agreed_start(log: ProgressLog, reducer: Reducer) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from plop_dist import progress, ranks
 from plop_dist.aggregate import check_weights
 from plop_dist.config import Config
 from plop_dist.data import plan_steps, select_rows, step_micro_batches, tokenize
-from plop_dist.errors import PlopError, WorkerError
+from plop_dist.errors import PlopError, ScoresError, WorkerError
 from plop_dist.placement import Placement
 from plop_dist.protocols import ScorableModel
 from plop_dist.registry import BACKENDS, TRAINERS, load
@@ -33,7 +34,8 @@ def run_rank(config: Config, stages: Sequence[str], notify: Notify, *, force: bo
             try:
                 reason = ranks.agree(lambda stage=stage: reason_to_run(config, stage))
                 if reason is None and not force:
-                    tell("status", text=f"{stage}: done before, kept")
+                    if rank == 0:
+                        tell("status", text=f"{stage}: done before, kept{_by_hand(config) if stage == 'place' else ''}")
                     continue
                 tell("stage", stage=stage, text=f"{stage}: runs because {reason or 'it was asked for'}")
                 _STAGES[stage](config, rank, tell)
@@ -109,7 +111,7 @@ def place(config: Config, rank: int, notify: Notify) -> Placement:
     from plop_dist import select
 
     run_dir = RunDir(config.run_dir)
-    ranks.wait_for_rank_0()
+    ranks.barrier()
     placement = select.place(Scores.from_file(run_dir.scores), config.placement)
     if rank == 0:
         placement.to_file(run_dir.placement)
@@ -139,7 +141,7 @@ def train(config: Config, rank: int, notify: Notify) -> None:
     from plop_dist.training.log import TrainingLog
 
     run_dir = RunDir(config.run_dir)
-    ranks.wait_for_rank_0()
+    ranks.barrier()
     placement = Placement.from_file(run_dir.placement)
     trainer = load("train.method", TRAINERS, config.train.method)
     with TrainingLog(config, run_dir.train, notify if rank == 0 else None) as log:
@@ -167,6 +169,21 @@ def _be_quiet() -> None:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _by_hand(config: Config) -> str:
+    """Return how the placement that is kept differs from the configuration, if `plop-dist place` has chosen it."""
+    run_dir = RunDir(config.run_dir)
+    with suppress(ScoresError):  # export and train, which need it, say what is wrong with it
+        policy, wanted = Placement.from_file(run_dir.placement).policy, config.placement.model_dump(mode="json")
+        changed = [name for name in wanted if policy.get(name) != wanted[name]]
+        if changed:
+            chosen = ", ".join(f"{name} {policy.get(name)} (here {wanted[name]})" for name in changed)
+            return (
+                f" as plop-dist place has chosen it, with {chosen}; to place as configured here, delete "
+                f"{run_dir.placement}"
+            )
+    return ""
 
 
 def _samples_text(samples: Sequence[Sequence[int]], num_wanted: int) -> str:

@@ -179,7 +179,7 @@ def test_an_address_where_no_ray_listens_fails_at_once(address: str, reason: str
     started = time.monotonic()
     with (
         pytest.raises(ConfigError, match=f"cluster.address '{address}' cannot be joined: .*{reason}"),
-        cluster._ray(parse_config(tree)),
+        cluster.connected(parse_config(tree)),
     ):
         pass
     assert time.monotonic() - started < 30

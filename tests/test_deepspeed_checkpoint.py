@@ -258,7 +258,7 @@ def _config(root: Path, run: str, layout: str, checkpoint: str | None) -> Config
 def _run(config: Config, rank: int, stages: tuple[str, ...]) -> dict[str, Any]:
     """Return the scores, and the losses where it trains."""
     worker.run_rank(config, stages, lambda kind, **fields: None)
-    ranks.wait_for_rank_0()
+    ranks.barrier()
     scores = json.loads((config.run_path / "scores.json").read_text())
     log = config.run_path / "train" / "log.jsonl"
     entries = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []

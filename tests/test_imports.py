@@ -19,7 +19,7 @@ ROOT = Path(plop_dist.__file__).parent
 LAYERS = (
     ("cli",),
     ("pipeline", "bench", "scaling"),
-    ("cluster",),
+    ("cluster", "jobs"),
     ("worker", "plugin"),
     ("training",),
     ("plan",),
@@ -65,7 +65,7 @@ LEVEL = {name: -depth for depth, names in enumerate(LAYERS) for name in names}
 
 # Where a framework may be imported: files, or folders with a closing slash.
 HOMES = {
-    "ray": ("cluster.py",),
+    "ray": ("cluster.py", "jobs.py"),
     "deepspeed": ("backends/", "training/", "exporters/deepspeed.py"),
     "megatron": ("backends/megatron", "training/megatron.py", "exporters/megatron_bridge.py", "canonical_lora.py"),
     "peft": ("training/", "exporters/peft.py", "exporters/peft_match.py"),

@@ -139,6 +139,43 @@ def test_packed_rows_are_scored_like_rows_of_their_own() -> None:
         plop_dist.score(model, [{**packed, "attention_mask": torch.tensor([[1] * 11 + [0]])}])
 
 
+def _score_with_one_that_sees_too_much(rank: int) -> str:
+    """Give rank 1 alone packed rows with padding, between which transformers makes no difference."""
+    batches = [{"input_ids": random_tokens(1, 4)}] * 2
+    if rank == 1:
+        places = {"position_ids": torch.tensor([[0, 1, 0, 1]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+        batches[1] = {**batches[1], **places}
+    with pytest.raises(DataError) as caught:
+        plop_dist.score(tiny("llama"), batches)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_what_one_rank_cannot_run_ends_all_of_them_before_the_first_pass() -> None:
+    first, second = run_ranks(2, _score_with_one_that_sees_too_much)
+    assert first == f"rank 1: {second}"
+    assert second.startswith("a micro-batch has packed rows")
+
+
+def test_padding_may_hold_what_is_no_token() -> None:
+    model, tokens = tiny("llama"), random_tokens(2, 6)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    expected = plop_dist.score(model, [{"input_ids": tokens, "attention_mask": mask}], num_directions=4)
+    for filler in (-100, 10**6):
+        filled = tokens.where(mask != 0, filler)
+        assert_same(plop_dist.score(model, [{"input_ids": filled, "attention_mask": mask}], num_directions=4), expected)
+
+
+def test_a_host_may_have_given_its_model_more_tokens_than_the_configuration_knows() -> None:
+    model: Any = tiny("llama")
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    model.config.vocab_size -= 3
+    largest = torch.full((1, 4), model.config.vocab_size + 2)
+    assert plop_dist.score(model, [{"input_ids": largest}], num_directions=4).modules
+    with pytest.raises(DataError, match="which is no token"):
+        plop_dist.score(model, [{"input_ids": largest + 1}])
+
+
 def test_masks_of_floats_and_one_row_of_positions_are_taken_as_models_take_them() -> None:
     tokens, mask = random_tokens(2, 6), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
     plain = plop_dist.score(tiny("llama"), [{"input_ids": tokens, "attention_mask": mask}], num_directions=4)
@@ -209,7 +246,7 @@ TOKENS = torch.ones(2, 4, dtype=torch.int64)
         ([{"input_ids": TOKENS.float()}], r"is torch.float32, expected integers"),
         ([{"input_ids": TOKENS.bool()}], r"is torch.bool, expected integers"),
         ([{"input_ids": TOKENS.to(torch.complex64)}], r"is torch.complex64, expected integers"),
-        ([{"input_ids": TOKENS}, {"input_ids": 128 * TOKENS}], r"batches\[1\]\['input_ids'\] holds 128, .* 128 tokens"),
+        ([{"input_ids": TOKENS}, {"input_ids": 128 * TOKENS}], r"batches\[1\].* holds 128, .*\(the model has 128\)"),
         ([TOKENS], r"batches\[0\] is a Tensor"),
         (None, "batches is a NoneType, expected an iterable"),
         ([{"input_ids": -100 * TOKENS}], r"\['input_ids'\] holds -100, which is no token"),

@@ -148,6 +148,23 @@ def test_finished_stages_are_kept_and_a_changed_key_reruns_with_the_reason(model
     assert Scores.from_file(run_dir / "scores.json").data.num_samples == 6
 
 
+def test_a_placement_chosen_by_hand_is_kept_and_the_run_says_how_it_differs(model: Path, tmp_path: Path) -> None:
+    config, run_dir = write_case(tmp_path, model), tmp_path / "run"
+    assert plop_dist("run", config).status == 0
+    assert plop_dist("place", run_dir, "k=1").status == 0
+    outcome = plop_dist("run", config)
+    assert f"as plop-dist place has chosen it, with k 1 (here 3); to place as configured here, delete {run_dir}" in (
+        outcome.err
+    )
+    assert "export: runs because placement.json changed" in outcome.err
+    assert len(json.loads((run_dir / "placement.json").read_text())["module_types"]) == 1
+    (run_dir / "placement.json").unlink()
+    outcome = plop_dist("run", config, "export.targets=[trl]")
+    assert "chosen it" not in outcome.err
+    outcome = plop_dist("run", config)
+    assert "place: done before, kept\n" in outcome.err
+
+
 def test_an_edited_data_file_and_a_deleted_result_rerun(model: Path, tmp_path: Path) -> None:
     config = write_case(tmp_path, model)
     assert plop_dist("run", config).status == 0

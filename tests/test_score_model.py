@@ -125,6 +125,9 @@ class ScriptedModel:
     def __init__(self, sites: Sequence[ScriptedSite], groups: Groups, replica: int = 0) -> None:
         self.sites, self.groups, self.replica = sites, groups, replica
 
+    def check(self, micro_batch: MicroBatch) -> None:
+        """Any will do."""
+
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
         return micro_batch.sample_ids
 

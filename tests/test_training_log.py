@@ -38,9 +38,11 @@ def test_a_run_that_goes_on_or_begins_again_replaces_what_it_repeats(tmp_path: P
     write(tmp_path)
     log = tmp_path / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 3, "lo')  # a kill in the middle of a line
+    (tmp_path / "summary.json").write_text("{}")  # how another training ended
     with TrainingLog(make_config("unused", tmp_path), tmp_path, quiet) as resumed:
         resumed({"step": 2, "loss": 1.25})
         resumed({"step": 3, "loss": 1.0})
+    assert not (tmp_path / "summary.json").exists()
     assert [json.loads(line).get("loss") for line in log.read_text().splitlines()] == [2.5, 1.25, 1.0]
     write(tmp_path)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]

@@ -132,6 +132,9 @@ class PipelineModel:
         self._previous = grid.stage_to_global(stage - 1) if stage else None
         self._next = grid.stage_to_global(stage + 1) if stage + 1 < grid.pipe_parallel_size else None
 
+    def check(self, micro_batch: MicroBatch) -> None:
+        """Take every micro-batch: the layers keep packed samples apart, and padding out of sight."""
+
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids as they are, (b, s)."""
         return micro_batch.sample_ids.to(self.device)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from plop_dist.backends.hf_expert_modules import ExpertsModule, Stack, experts_module
-from plop_dist.backends.hf_modules import Block, Rows, is_plain, parameter_shape
+from plop_dist.backends.hf_modules import Block, Rows, is_plain, named_modules, parameter_shape
 from plop_dist.errors import LayoutError, ModelError
-from plop_dist.names import layer_index, module_type, unwrapped
+from plop_dist.names import layer_index, module_type
 from plop_dist.norms import local_sq_norm
 from plop_dist.protocols import LocalWeight, Recorder
 from plop_dist.types import Projection
@@ -65,7 +65,7 @@ def find_expert_sites(model: nn.Module, gather: Gather | None = None) -> list[Ex
     down_proj is reduced over the ranks only after all experts are mixed, so no expert's own output is ever whole).
     """
     sites: list[ExpertSite] = []
-    modules = {unwrapped(path): module for path, module in model.named_modules()}
+    modules = named_modules(model)
     for path, module in modules.items():
         experts = experts_module(path, module, modules)
         if experts is None:

@@ -13,7 +13,7 @@ import torch
 
 from plop_dist.builtin_model import resolve
 from plop_dist.config import ModelConfig
-from plop_dist.errors import ModelError, PlopError
+from plop_dist.errors import ModelError, PlopError, first_line
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -180,13 +180,13 @@ def _explained(model: ModelConfig, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated kinds
-        first_line = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else ""
+        said = first_line(error)
         if isinstance(error, UnpicklingError):
             # torch's own advice is weights_only=False, which runs the code in the file.
-            first_line = "the .bin file is damaged, or holds objects other than tensors, which are never unpickled"
-        elif "Couldn't instantiate the backend tokenizer" in first_line:
-            first_line = "there are no tokenizer files, e.g. tokenizer.json"
+            said = "the .bin file is damaged, or holds objects other than tensors, which are never unpickled"
+        elif "Couldn't instantiate the backend tokenizer" in said:
+            said = "there are no tokenizer files, e.g. tokenizer.json"
         raise ModelError(
-            f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {first_line}); check "
+            f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {said}); check "
             "that the directory or id exists and its files are complete."
         ) from error

@@ -59,6 +59,30 @@ class HFModel:
             self._options["logits_to_keep"] = 1  # an engine has to run the head: on one token only
         self._num_parameters = num_parameters or sum(parameter.numel() for parameter in module.parameters())
 
+    def check(self, micro_batch: MicroBatch) -> None:
+        """Raise DataError for a micro-batch in which transformers would let a sample see more than itself.
+
+        Packed rows with padding, or in a model without position_ids; rows with padding in a model whose tokens see it.
+        """
+        justified = _right_padded(micro_batch)
+        mask, positions = justified.attention_mask, justified.position_ids
+        kind = getattr(getattr(self.module, "config", None), "model_type", None)
+        if kind in _SEE_PADDING and (mask.any(-1) & ~mask.bool().all(-1)).any():
+            raise DataError(
+                f"a micro-batch has padding, beside which transformers computes other activations for {kind}; pass one "
+                "sample per micro-batch (data.batch_size=1)."
+            )
+        if positions is None or not is_packed(positions, mask):
+            return
+        packed = "a micro-batch has packed rows (position_ids that start again within a row)"
+        if not self._takes_positions:
+            raise DataError(f"{packed}, but {type(self.module).__name__} takes no position_ids; pass one sample a row.")
+        if not mask.all():
+            raise DataError(
+                f"{packed} and padding; transformers keeps packed samples apart only without padding: fill the rows, "
+                "or pass one sample per row."
+            )
+
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids, (b, s), in the order in which forward() passes the tokens."""
         return _right_padded(micro_batch).sample_ids.to(self.device)
@@ -68,13 +92,14 @@ class HFModel:
         return self.token_layout(micro_batch).reshape(-1)
 
     def forward(self, micro_batches: Sequence[MicroBatch], begin: Callable[[int], None]) -> None:
-        """Run the micro-batches one after the other, each row's padding behind its tokens."""
+        """Run the micro-batches one after the other, each row's padding behind its tokens. Raises as check() does."""
         for index, given in enumerate(micro_batches):
+            self.check(given)
             begin(index)
             micro_batch = _right_padded(given)
             inputs = {
                 "input_ids": micro_batch.input_ids,
-                "attention_mask": self._mask(micro_batch),
+                "attention_mask": _mask(micro_batch),
                 # Only where they say more than the places do, which every family counts in its own way (RoBERTa's
                 # begin at 2).
                 **({"position_ids": micro_batch.position_ids} if self._needs_positions(micro_batch) else {}),
@@ -84,31 +109,6 @@ class HFModel:
                 **{key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in inputs.items()},
                 **self._options,
             )
-
-    def _mask(self, micro_batch: MicroBatch) -> Tensor | None:
-        """Return the attention mask, or None for packed rows: transformers then keeps samples apart by position_ids.
-
-        Raises DataError for packed rows with padding, or in a model without position_ids: the samples would see each
-        other; and for rows with padding in a model whose tokens see it.
-        """
-        mask, positions = micro_batch.attention_mask, micro_batch.position_ids
-        kind = getattr(getattr(self.module, "config", None), "model_type", None)
-        if kind in _SEE_PADDING and (mask.any(-1) & ~mask.bool().all(-1)).any():
-            raise DataError(
-                f"a micro-batch has padding, beside which transformers computes other activations for {kind}; pass one "
-                "sample per micro-batch (data.batch_size=1)."
-            )
-        if positions is None or not is_packed(positions, mask):
-            return mask
-        packed = "a micro-batch has packed rows (position_ids that start again within a row)"
-        if not self._takes_positions:
-            raise DataError(f"{packed}, but {type(self.module).__name__} takes no position_ids; pass one sample a row.")
-        if not mask.all():
-            raise DataError(
-                f"{packed} and padding; transformers keeps packed samples apart only without padding: fill the rows, "
-                "or pass one sample per row."
-            )
-        return None
 
     def _needs_positions(self, micro_batch: MicroBatch) -> bool:
         """Tell whether position_ids, in right-padded rows, are others than 0, 1, 2, ..."""
@@ -127,6 +127,12 @@ class HFModel:
             "num_parameters": self._num_parameters,
             "dtype": str(dtype).removeprefix("torch."),
         }
+
+
+def _mask(micro_batch: MicroBatch) -> Tensor | None:
+    """Return the attention mask, or None for packed rows: transformers then keeps samples apart by position_ids."""
+    mask, positions = micro_batch.attention_mask, micro_batch.position_ids
+    return None if positions is not None and is_packed(positions, mask) else mask
 
 
 def _right_padded(micro_batch: MicroBatch) -> MicroBatch:

@@ -88,7 +88,7 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
     Routers too, which transformers keeps as a bare parameter. Experts kept as 3-D parameters: see hf_experts.
     Raises ModelError if weights are quantised or the model already carries PEFT adapters.
     """
-    modules = {unwrapped(path): module for path, module in model.named_modules()}
+    modules = named_modules(model)
     head = _output_head(model)
     found = []
     for path, module in modules.items():
@@ -259,6 +259,11 @@ def _router(path: str, module: Any) -> LinearModule:
     else:
         projection = _projection(path, (hidden_size, num_experts), "router", None)
     return LinearModule(path, module, (Block(projection),))
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module by its path in the model as it was before it was compiled or checkpointed."""
+    return {unwrapped(path): module for path, module in model.named_modules()}
 
 
 def parameter_shape(parameter: Any) -> tuple[int, ...]:

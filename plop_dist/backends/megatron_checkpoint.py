@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from plop_dist.errors import ModelError
+from plop_dist.errors import ModelError, first_line
 
 # Where the classes of a checkpoint's index come from; none of them runs anything when it is unpickled. torch's one
 # function among them looks a layout up by its name.
@@ -50,10 +50,10 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
         # torch's own message only says that there are some, by rank: (error, stack).
         failures = getattr(error, "failures", {})
         cause = next(iter(failures.values()))[0] if failures else error
-        line = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
         raise ModelError(
             f"model.checkpoint '{directory}' cannot be loaded into model.name_or_path's architecture "
-            f"({type(cause).__name__}: {line}); check that both are the same model and the files are complete."
+            f"({type(cause).__name__}: {first_line(cause)}); check that both are the same model and the files are "
+            "complete."
         ) from error
 
 

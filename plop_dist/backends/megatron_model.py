@@ -68,6 +68,10 @@ class MegatronModel:
         self._architecture, self._model_type = architecture or type(self._bare[0]).__name__, model_type
         self._num_parameters = num_parameters or _count_parameters(self._bare, self._config)
 
+    def check(self, micro_batch: MicroBatch) -> None:
+        """Raise ModelError for packed rows in a model without local attention."""
+        self._prepare(micro_batch)
+
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample ids (s, b) in the order of this rank's hidden states: padding last, -1 where nothing counts."""
         return self._prepare(micro_batch).sample_ids.T.contiguous()

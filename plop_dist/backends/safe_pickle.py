@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from plop_dist.errors import ModelError
+from plop_dist.errors import ModelError, first_line
 
 # What training jobs pickle beside tensors. None of it is needed: a stand-in takes its place, so that nothing of it is
 # imported or called. Anything else is refused.
@@ -49,7 +49,7 @@ def load_mapped(file: Path) -> Any:
     except ModelError:
         raise
     except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+        said = first_line(error).partition(". ")[0]
         raise ModelError(
             f"'{file}' cannot be read ({said[:200]}); it is cut off or not a file of torch.save: copy it again."
         ) from error

@@ -21,6 +21,7 @@ from plop_dist.files import write_bytes, write_json
 from plop_dist.placement import Placement
 from plop_dist.run_dir import input_files
 
+WITHOUT_IT = "training goes on from an earlier checkpoint, or begins anew where there is none."
 _KEPT = 2
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,12 @@ class Checkpoints:
         target = self.directory / f"step-{step:08d}"
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_bytes(target / f"rank-{_rank():05d}.pt", buffer.getvalue())
-        _barrier()
-        if _rank() == 0:
+        write_bytes(target / _file_name(), buffer.getvalue())
+        ranks.barrier()
+        if ranks.rank() == 0:
             write_json(target / "complete.json", {"step": step, "fingerprint": self.fingerprint, "progress": progress})
             self._remove_old()
-        _barrier()
+        ranks.barrier()
 
     def load_last(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """Return (step, this rank's state, progress) of the last complete checkpoint, or None. Collective.
@@ -55,15 +56,12 @@ class Checkpoints:
         Rank 0 looks and the others follow, so that all ranks continue from the same step: one that every rank can read.
         """
         for target, mark in reversed(ranks.agree(self._complete)):
-            state = _read(Path(target) / f"rank-{_rank():05d}.pt")
+            state = _read(Path(target) / _file_name())
             damaged = [rank for rank, is_read in enumerate(_on_all_ranks(state is not None)) if not is_read]
             if not damaged and state is not None:
                 return mark["step"], state, mark["progress"]
-            if _rank() == 0:
-                logger.warning(
-                    "%s: the part of rank %d is damaged: training goes on from the checkpoint before it.",
-                    target, damaged[0],
-                )  # fmt: skip
+            if ranks.rank() == 0:
+                logger.warning("%s: the part of rank %d is damaged; %s", target, damaged[0], WITHOUT_IT)
         return None
 
     def _complete(self) -> list[tuple[str, dict[str, Any]]]:
@@ -96,6 +94,10 @@ def fingerprint(config: Config, placement: Placement) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def _file_name() -> str:
+    return f"rank-{ranks.rank():05d}.pt"
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -109,12 +111,3 @@ def _on_all_ranks(value: bool) -> list[bool]:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, value)
     return every
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -58,7 +58,7 @@ def prepare(config: Config, placement: Placement, engine: str) -> dict[str, Any]
         command, fields = describe(config, directory.resolve(), is_megatron)
         lines = [shlex.join(command), *export.flags, *hydra_overrides(fields)]
         write_text(script, "#!/bin/sh\nexec " + " \\\n    ".join(lines) + ' "$@"\n')
-    ranks.wait_for_rank_0()
+    ranks.barrier()
     place = _place_to_run(engine)
     summary: dict[str, Any] = {"engine": engine, "num_steps": 0, "launch": str(script)}
     if place is None:

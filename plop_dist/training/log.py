@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plop_dist.config import Config
-from plop_dist.errors import ConfigError, MissingExtraError
+from plop_dist.errors import ConfigError, MissingExtraError, first_line
 from plop_dist.files import write_json, write_text
 from plop_dist.run_dir import RunDir, content_hash
 
@@ -52,7 +52,7 @@ class TrainingLog:
         step = entry["step"]
         if not self._has_begun:
             self._has_begun = True
-            self._forget_from(step)
+            self._take_over_from(step)
         with (self._directory / "log.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
         numbers = {key: value for key, value in entry.items() if isinstance(value, float | int) and key != "step"}
@@ -72,8 +72,9 @@ class TrainingLog:
             about = {"method": self._config.train.method, "placement": placement}
             write_json(self._directory / "summary.json", {**about, **summary})
 
-    def _forget_from(self, step: int) -> None:
-        """Take out what an earlier run wrote of this step and later ones, which are now trained (again)."""
+    def _take_over_from(self, step: int) -> None:
+        """Take out what an earlier run wrote of this step, now trained (again), of later ones, and of its end."""
+        (self._directory / "summary.json").unlink(missing_ok=True)
         path = self._directory / "log.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [line for line in lines if _step_of(line) < step]
@@ -109,8 +110,7 @@ class TrainingLog:
                 f"train.loggers names '{name}', which is not installed: pip install 'plop-dist[loggers]'"
             ) from error
         except Exception as error:  # each of them has its own kinds: no account, no server, a full disk
-            said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
             raise ConfigError(
-                f"train.loggers: '{name}' cannot begin a run ({type(error).__name__}: {said}); log in, point it at a "
-                "server that answers (wandb: WANDB_MODE=offline needs neither), or leave it out."
+                f"train.loggers: '{name}' cannot begin a run ({type(error).__name__}: {first_line(error)}); log in, "
+                "point it at a server that answers (wandb: WANDB_MODE=offline needs neither), or leave it out."
             ) from error

@@ -27,7 +27,7 @@ from plop_dist.errors import ConfigError, RunDirError
 from plop_dist.files import write_text
 from plop_dist.placement import Placement
 from plop_dist.training.adapters import check_complete, lora_config
-from plop_dist.training.checkpoint import fingerprint
+from plop_dist.training.checkpoint import WITHOUT_IT, fingerprint
 from plop_dist.training.initial import reset_peft_adapter
 
 Log = Callable[[dict[str, Any]], None]
@@ -129,11 +129,11 @@ def _is_whole(checkpoint: Path) -> bool:
         for path in checkpoint.rglob("*.safetensors"):
             with safe_open(path, "pt"):
                 pass
-        damaged = [path for path in checkpoint.rglob("*.pt") if not zipfile.is_zipfile(path)]
+        damaged = [path for path in checkpoint.rglob("*.pt*") if not zipfile.is_zipfile(path)]  # the rngs are .pth
     except (ValueError, OSError, SafetensorError):
         damaged = [state]
     if damaged:
-        logger.warning("%s is damaged: training goes on from the checkpoint before it.", checkpoint)
+        logger.warning("%s is damaged; %s", checkpoint, WITHOUT_IT)
     return not damaged
 
 
@@ -144,11 +144,8 @@ def saving_to(directory: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        is_saving = {
-            OSError: getattr(error, "errno", None) in _UNWRITABLE,
-            RuntimeError: "PytorchStreamWriter" in text,
-        }
-        if not all(is_it for kind, is_it in is_saving.items() if isinstance(error, kind)):
+        is_other_system_error = isinstance(error, OSError) and error.errno not in _UNWRITABLE
+        if is_other_system_error or (isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text):
             raise
         raise RunDirError(f"{directory} cannot be written: {text}; free space there, and run again.") from error
 
@@ -183,4 +180,4 @@ def save_adapter(trainer: Any, directory: Path) -> None:
     """Write the whole adapter in PEFT's format. Collective over the world: shards are gathered at ZeRO-3."""
     with saving_to(directory):
         trainer.save_model(str(directory))
-    ranks.wait_for_rank_0()
+    ranks.barrier()
