@@ -359,8 +359,15 @@ def test_a_missing_rank_is_named(root: Path, tmp_path: Path, name: str, lost: st
 @pytest.mark.slow
 def test_what_does_not_fit_is_one_message(root: Path, tmp_path: Path) -> None:
     other = save_tiny("llama", tmp_path / "deeper", **SIZES, num_hidden_layers=3)
-    with pytest.raises(ModelError, match=r"not of this LlamaForCausalLM: it lacks 'model.layers.2.*12 of its 39"):
+    lacking = (
+        r"not of this LlamaForCausalLM: it lacks 'model.layers.2.*12 of its 39.*exclude_frozen_parameters, save it"
+    )
+    with pytest.raises(ModelError, match=lacking):
         load(root, "zero2", name_or_path=str(other))
+    other = save_tiny("llama", tmp_path / "shallower", **SIZES, num_hidden_layers=1)
+    with pytest.raises(ModelError, match=r"it holds 'model\.layers\.1") as caught:
+        load(root, "zero2", name_or_path=str(other))
+    assert "exclude_frozen_parameters" not in str(caught.value)
     other = save_tiny("llama", tmp_path / "smaller", **SIZES, vocab_size=64)
     with pytest.raises(ModelError, match=r"embed_tokens.weight' with shape \(128, 48\), but .* makes it \(64, 48\)"):
         load(root, "zero2", name_or_path=str(other))
