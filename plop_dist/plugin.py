@@ -85,12 +85,18 @@ def _vocab_size(roots: Sequence[nn.Module]) -> int | None:
     for module in (module for root in roots for module in root.modules()):
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "get_text_config"):
-            embedding = getattr(module, "get_input_embeddings", lambda: None)()
-            known = (getattr(config.get_text_config(), "vocab_size", None), getattr(embedding, "num_embeddings", None))
+            known = (getattr(config.get_text_config(), "vocab_size", None), _num_embeddings(module))
             return max(filter(None, known), default=None)
         if isinstance(size := getattr(module, "vocab_size", None), int):
             return size
     return None
+
+
+def _num_embeddings(module: Any) -> int | None:
+    try:
+        return getattr(module.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):  # a family of which transformers does not know where they are
+        return None
 
 
 def _estimator(num_directions: int, baseline: str, seed: int) -> EstimatorConfig:

@@ -174,6 +174,13 @@ def test_a_host_may_have_given_its_model_more_tokens_than_the_configuration_know
     assert plop_dist.score(model, [{"input_ids": largest}], num_directions=4).modules
     with pytest.raises(DataError, match="which is no token"):
         plop_dist.score(model, [{"input_ids": largest + 1}])
+    model.get_input_embeddings = _raise_not_implemented
+    with pytest.raises(DataError, match="which is no token"):
+        plop_dist.score(model, [{"input_ids": largest}])
+
+
+def _raise_not_implemented() -> None:
+    raise NotImplementedError
 
 
 def test_masks_of_floats_and_one_row_of_positions_are_taken_as_models_take_them() -> None:
