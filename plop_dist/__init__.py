@@ -9,19 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plop_dist.placement import Placement as Placement
-    from plop_dist.plugin import score as score
-    from plop_dist.select import place as place
-    from plop_dist.types import Scores as Scores
+    from plop_dist.choose.place import place as place
+    from plop_dist.plugin.score import score as score
+    from plop_dist.values.placement import Placement as Placement
+    from plop_dist.values.scores import Scores as Scores
 
 __version__ = "0.1.0"
 __all__ = ["Placement", "Scores", "__version__", "place", "score"]
 
 _HOME = {
-    "score": "plop_dist.plugin",
-    "place": "plop_dist.select",
-    "Placement": "plop_dist.placement",
-    "Scores": "plop_dist.types",
+    "score": "plop_dist.plugin.score",
+    "place": "plop_dist.choose.place",
+    "Placement": "plop_dist.values.placement",
+    "Scores": "plop_dist.values.scores",
 }
 
 

@@ -24,13 +24,14 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory
 @app.command()
 def score(config: ConfigFile, overrides: Overrides = None) -> None:
     """Compute the NFN of every linear module; writes RUN_DIR/scores.json."""
-    from plop_dist import pipeline, tables
-    from plop_dist.types import Scores
+    from plop_dist.launch import pipeline
+    from plop_dist.report import terminal
+    from plop_dist.values.scores import Scores
 
     loaded = _config(config, overrides)
     pipeline.score(loaded, pipeline.command_line())
     if _speaks():
-        tables.print_types(Scores.from_file(loaded.run_path / "scores.json"))
+        terminal.print_types(Scores.from_file(loaded.run_path / "scores.json"))
 
 
 @app.command()
@@ -41,26 +42,26 @@ def place(
     sweep: Annotated[bool, typer.Option(help="The choice for every k and for fewer samples.")] = False,
 ) -> None:
     """Choose the LoRA targets from scores.json; writes RUN_DIR/placement.json. Needs no model."""
-    from plop_dist import tables
-    from plop_dist.diagnostics import diagnose
-    from plop_dist.explain import explain as build_explanation
-    from plop_dist.run_dir import RunDir
-    from plop_dist.select import place as choose
-    from plop_dist.stored_config import placement_config
-    from plop_dist.sweep import sweep as build_sweep
-    from plop_dist.types import Scores
+    from plop_dist.choose.diagnostics import diagnose
+    from plop_dist.choose.explain import explain as build_explanation
+    from plop_dist.choose.place import place as choose
+    from plop_dist.choose.sweep import sweep as build_sweep
+    from plop_dist.report import terminal
+    from plop_dist.rundir.layout import RunDir
+    from plop_dist.rundir.stored_config import placement_config
+    from plop_dist.values.scores import Scores
 
     paths = RunDir(run_dir)
     scores = Scores.from_file(paths.scores)
     policy = placement_config(paths, overrides or [])
     placement = choose(scores, policy)
     placement.to_file(paths.placement)
-    tables.print_types(scores, placement)
+    terminal.print_types(scores, placement)
     if explain:
-        tables.print_explanation(build_explanation(scores, placement))
+        terminal.print_explanation(build_explanation(scores, placement))
     if sweep:
-        tables.print_sweep(build_sweep(scores, policy))
-    tables.print_diagnostics(diagnose(scores, placement))
+        terminal.print_sweep(build_sweep(scores, policy))
+    terminal.print_diagnostics(diagnose(scores, placement))
     print(paths.placement)
 
 
@@ -74,9 +75,9 @@ def export(
     widen: Annotated[bool, typer.Option(help="Accept the nearest choice that the target can express.")] = False,
 ) -> None:
     """Write the placement in another framework's own format; prints the flags or overrides to paste."""
-    from plop_dist.export import write_export
-    from plop_dist.placement import Placement
-    from plop_dist.run_dir import RunDir
+    from plop_dist.exporters.write import write_export
+    from plop_dist.rundir.layout import RunDir
+    from plop_dist.values.placement import Placement
 
     paths = RunDir(run_dir)
     written = write_export(Placement.from_file(paths.placement), to, paths.exports, engine=engine, widen=widen)
@@ -91,16 +92,17 @@ def export(
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """Score, place, export, train and report; stages that are done are kept."""
-    from plop_dist import pipeline, tables
-    from plop_dist.placement import Placement
-    from plop_dist.run_dir import RunDir
+    from plop_dist.launch import pipeline
+    from plop_dist.report import terminal
+    from plop_dist.rundir.layout import RunDir
+    from plop_dist.values.placement import Placement
 
     loaded = _config(config, overrides)
     page = pipeline.run(loaded, pipeline.command_line())
     if _speaks():
         placement = Placement.from_file(loaded.run_path / "placement.json")
-        tables.print_types(placement.source, placement)
-        tables.print_training(RunDir(loaded.run_dir))
+        terminal.print_types(placement.source, placement)
+        terminal.print_training(RunDir(loaded.run_dir))
         print(page)
 
 
@@ -115,7 +117,7 @@ def submit(
 
     loaded = _config(config, overrides)
     try:
-        from plop_dist.jobs import submit_job
+        from plop_dist.launch.jobs import submit_job
     except ModuleNotFoundError as error:
         raise missing_extra(error, "plop-dist submit") from error
     raise typer.Exit(submit_job(loaded, address))
@@ -124,7 +126,7 @@ def submit(
 @app.command()
 def report(run_dir: RunDirectory) -> None:
     """Write RUN_DIR/report.html, one self-contained page."""
-    from plop_dist import pipeline
+    from plop_dist.launch import pipeline
 
     print(pipeline.report(run_dir))
 
@@ -135,10 +137,10 @@ def diff(
     adapter_config: Annotated[Path, typer.Argument(metavar="ADAPTER_CONFIG", help="A PEFT adapter_config.json.")],
 ) -> None:
     """Show how an existing PEFT configuration differs from the placement."""
-    from plop_dist.diff import diff as compare
-    from plop_dist.diff import read_adapter_config
-    from plop_dist.events import spinner
-    from plop_dist.placement import Placement
+    from plop_dist.exporters.diff import diff as compare
+    from plop_dist.exporters.diff import read_adapter_config
+    from plop_dist.rundir.events import spinner
+    from plop_dist.values.placement import Placement
 
     placement = Placement.from_file(run_dir / "placement.json")
     with spinner("asking PEFT what the configuration adapts"):
@@ -150,13 +152,14 @@ def diff(
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Validate the configuration and show the plan: ranks, modules, bytes, communication. Loads no weights."""
-    from plop_dist.events import spinner
+    from plop_dist.rundir.events import spinner
 
     with spinner("building the model without weights"):
-        from plop_dist import plan
+        from plop_dist.costs.plan import build_plan
+        from plop_dist.report.cost_tables import print_plan
 
-        built = plan.build_plan(_config(config, overrides))
-    plan.print_plan(built)
+        plan = build_plan(_config(config, overrides))
+    print_plan(plan)
 
 
 @app.command()
@@ -169,13 +172,14 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions of every variant.", min=1)] = 5,
 ) -> None:
     """Measure the cost of scoring against a plain forward pass and against the algorithm of the paper's own script."""
-    from plop_dist import bench as benchmark
+    from plop_dist.costs.bench import run_bench
+    from plop_dist.report.cost_tables import print_bench
 
-    benchmark.print_bench(benchmark.run_bench(_config(config, overrides), ranks=ranks, repeats=repeats))
+    print_bench(run_bench(_config(config, overrides), ranks=ranks, repeats=repeats))
 
 
 def _config(path: Path, overrides: list[str] | None) -> Any:
-    from plop_dist.config import load_config
+    from plop_dist.config.schema import load_config
 
     return load_config(path, overrides or [])
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from plop_dist.config import Config
+from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError
 
 _T = TypeVar("_T")

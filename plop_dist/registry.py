@@ -1,26 +1,50 @@
-"""Which backends, exporters, policies of training and reward functions exist, by name, imported only when asked for.
+"""Which backends, exporters, policies, training methods and rewards there are, by name, imported only when asked for.
 
-Each entry is `"module:attribute"`, so that naming one framework never imports another.
+Each entry is `"module:attribute"`, so that naming one framework never imports another. What varies can be added from
+outside: a package that is installed beside this one offers its own under an entry point of the kind's group.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from plop_dist.errors import ConfigError, MissingExtraError, suggest
 
-BACKENDS: Mapping[str, str] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of thing that varies.
+
+    word: what errors call it ("backend"); group: the entry points by which other packages add to it (None: closed);
+    own: name -> "module:attribute" of those in this package.
+    """
+
+    word: str
+    group: str | None
+    own: Mapping[str, str]
+
+    def __hash__(self) -> int:
+        return hash((self.word, self.group))
+
+
+BACKENDS = Kind(
+    "backend",
+    "plop_dist.backends",
     {
-        "transformers": "plop_dist.backends.transformers:TransformersBackend",
-        "deepspeed": "plop_dist.backends.deepspeed:DeepSpeedBackend",
-        "megatron": "plop_dist.backends.megatron:MegatronBackend",
-    }
+        "transformers": "plop_dist.backends.hf.backend:TransformersBackend",
+        "deepspeed": "plop_dist.backends.deepspeed.backend:DeepSpeedBackend",
+        "megatron": "plop_dist.backends.megatron.backend:MegatronBackend",
+    },
 )
 
-EXPORTERS: Mapping[str, str] = MappingProxyType(
+EXPORTERS = Kind(
+    "export target",
+    "plop_dist.exporters",
     {
         "peft": "plop_dist.exporters.peft:export",
         "trl": "plop_dist.exporters.trl:export",
@@ -35,14 +59,16 @@ EXPORTERS: Mapping[str, str] = MappingProxyType(
         "torchtune": "plop_dist.exporters.torchtune:export",
         "torchtitan": "plop_dist.exporters.torchtitan:export",
         "deepspeed": "plop_dist.exporters.deepspeed:export",
-    }
+    },
 )
 
-TRAINERS: Mapping[str, str] = MappingProxyType(
+TRAINERS = Kind(
+    "train.method",
+    None,
     {
         "sft": "plop_dist.training.sft:train",
         "grpo": "plop_dist.training.grpo:train",
-    }
+    },
 )
 
 # The package whose absence means that an extra was not installed, and that extra's name.
@@ -62,19 +88,38 @@ _EXTRA_OF = {
 }
 
 
-def load(kind: str, table: Mapping[str, str], name: str) -> Any:
-    """Return the object that `name` stands for in `table`, importing its module now.
+def names(kind: Kind) -> tuple[str, ...]:
+    """Return every name of this kind: this package's own, then those that other installed packages add."""
+    return (*kind.own, *_foreign(kind))
 
-    `kind` is the word for the error message ("backend", "export target"). Raises ConfigError for an unknown name
-    and MissingExtraError, with the pip command, when the module needs a package that is not installed.
+
+def load(kind: Kind, name: str) -> Any:
+    """Return the object that `name` stands for, importing its module now.
+
+    Raises ConfigError for an unknown name, a name that two packages claim, and one whose package cannot be imported;
+    MissingExtraError, with the pip command, when the module needs a package that is not installed.
     """
-    if name not in table:
-        raise ConfigError(f"Unknown {kind} '{name}'. {suggest(name, table)}")
-    module_name, attribute = table[name].split(":")
+    if name in kind.own:
+        return import_attribute(kind.own[name], f"{kind.word} '{name}'")
+    entry = _foreign(kind).get(name)
+    if entry is None:
+        raise ConfigError(f"Unknown {kind.word} '{name}'. {suggest(name, names(kind))}")
+    try:
+        return entry.load()
+    except Exception as error:  # somebody else's code
+        raise ConfigError(
+            f"{kind.word} '{name}' of the package '{_package(entry)}' cannot be imported "
+            f"({type(error).__name__}: {error}); mend or uninstall that package."
+        ) from error
+
+
+def import_attribute(address: str, needed_by: str) -> Any:
+    """Return what `"module:attribute"` names, importing the module. Raises MissingExtraError as `load` does."""
+    module_name, attribute = address.split(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
-        raise missing_extra(error, f"{kind} '{name}'") from error
+        raise missing_extra(error, needed_by) from error
 
 
 def missing_extra(error: ModuleNotFoundError, needed_by: str) -> Exception:
@@ -86,3 +131,22 @@ def missing_extra(error: ModuleNotFoundError, needed_by: str) -> Exception:
     return MissingExtraError(
         f"{needed_by} needs the package '{package}', which is not installed: pip install 'plop-dist[{extra}]'"
     )
+
+
+@cache
+def _foreign(kind: Kind) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=kind.group) if kind.group else ():
+        other = found.get(entry.name)
+        if entry.name in kind.own or (other is not None and other.value != entry.value):
+            claimed = "plop-dist itself" if other is None else f"'{_package(other)}'"
+            raise ConfigError(
+                f"{kind.word} '{entry.name}' comes from the package '{_package(entry)}' and from {claimed}; uninstall "
+                "one, or have its author choose another name."
+            )
+        found[entry.name] = entry
+    return found
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.value

@@ -7,7 +7,7 @@ from typing import Any
 from plop_dist.exporters.peft import count_note, rank_patterns
 from plop_dist.exporters.targets import check_engine, hugging_face_targets, whole_number
 from plop_dist.exporters.text import yaml_text
-from plop_dist.placement import Export, Placement
+from plop_dist.values.placement import Export, Placement
 
 
 def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:

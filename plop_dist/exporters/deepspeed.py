@@ -19,8 +19,8 @@ from plop_dist.exporters.targets import (
     refuse_other_than_linears,
     uniform_rank,
 )
-from plop_dist.names import natural_key
-from plop_dist.placement import Export, Placement
+from plop_dist.values.names import natural_key
+from plop_dist.values.placement import Export, Placement
 
 
 def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:

@@ -11,7 +11,7 @@ from plop_dist.exporters.targets import (
     whole_number,
 )
 from plop_dist.exporters.text import yaml_text
-from plop_dist.placement import Export, Placement
+from plop_dist.values.placement import Export, Placement
 
 
 def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from plop_dist.exporters.megatron_names import MegatronTargets, megatron_targets
+from plop_dist.exporters.megatron_targets import MegatronTargets, megatron_targets
 from plop_dist.exporters.targets import check_engine, number
 from plop_dist.exporters.text import yaml_text
-from plop_dist.placement import Export, Placement
+from plop_dist.values.placement import Export, Placement
 
 _ENGINES = {"megatron": "auto", "canonical": "canonical", "lora": "lora", "fused": "lora"}
 _PEFT_NAMES = {"r": "dim", "lora_alpha": "alpha", "lora_dropout": "dropout"}

@@ -6,10 +6,10 @@ Megatron-SWIFT hands the list to PEFT, which matches the end of a path of the Me
 from __future__ import annotations
 
 from plop_dist.errors import ExportError
-from plop_dist.exporters.megatron_names import megatron_targets
+from plop_dist.exporters.megatron_targets import megatron_targets
 from plop_dist.exporters.targets import check_engine, whole_number
 from plop_dist.exporters.text import shell_flags, yaml_text
-from plop_dist.placement import Export, Placement
+from plop_dist.values.placement import Export, Placement
 
 
 def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from plop_dist.exporters.megatron_names import megatron_targets
+from plop_dist.exporters.megatron_targets import megatron_targets
 from plop_dist.exporters.peft import count_note
 from plop_dist.exporters.targets import (
     Targets,
@@ -20,7 +20,7 @@ from plop_dist.exporters.targets import (
     whole_number,
 )
 from plop_dist.exporters.text import hydra_overrides, nested, yaml_text
-from plop_dist.placement import Export, Placement
+from plop_dist.values.placement import Export, Placement
 
 
 def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:

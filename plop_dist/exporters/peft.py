@@ -17,7 +17,7 @@ from plop_dist.exporters.targets import (
     number,
     shortest_names,
 )
-from plop_dist.placement import Export, Placement
+from plop_dist.values.placement import Export, Placement
 
 FILE = "adapter_config.json"
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from plop_dist.errors import ConfigError
-from plop_dist.names import expert_index
-from plop_dist.types import Projection
+from plop_dist.values.names import expert_index
+from plop_dist.values.scores import Projection
 
 _FIELDS = (
     "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters",

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from plop_dist.errors import ExportError
-from plop_dist.names import expert_index, layer_index, natural_key
-from plop_dist.parameters import num_trainable_parameters
-from plop_dist.placement import Placement
-from plop_dist.types import Projection
+from plop_dist.values.adapter_size import num_trainable_parameters
+from plop_dist.values.names import expert_index, layer_index, natural_key
+from plop_dist.values.placement import Placement
+from plop_dist.values.scores import Projection
 
 # PEFT 0.21 rewrites targets of these names for MoE models whose experts transformers 5 keeps as 3-D parameters: a dense
 # or shared expert's `up_proj` would become the routed experts' gate_up_proj. As a parameter (`up_proj.weight`) the

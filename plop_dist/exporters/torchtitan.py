@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 from plop_dist.errors import ExportError
 from plop_dist.exporters.targets import adapted, check_engine, fused_count_note, known_projections, one_rank
-from plop_dist.names import natural_key
-from plop_dist.placement import Export, Placement
-from plop_dist.types import Projection
+from plop_dist.values.names import natural_key
+from plop_dist.values.placement import Export, Placement
+from plop_dist.values.scores import Projection
 
 _NAMES: Mapping[str, str] = {
     "o_proj": "wo",

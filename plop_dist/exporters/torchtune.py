@@ -11,7 +11,7 @@ from typing import Any
 from plop_dist.errors import ExportError
 from plop_dist.exporters.targets import adapted, check_engine, known_projections, number, one_rank
 from plop_dist.exporters.text import hydra_overrides, nested, yaml_text
-from plop_dist.placement import Export, Placement
+from plop_dist.values.placement import Export, Placement
 
 _ATTENTION: Mapping[str, str] = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"}
 _MLP = ("gate_proj", "up_proj", "down_proj")

@@ -13,7 +13,7 @@ from plop_dist.errors import ExportError
 from plop_dist.exporters.peft import count_note
 from plop_dist.exporters.targets import Targets, check_engine, hugging_face_targets, uniform_rank, whole_number
 from plop_dist.exporters.text import shell_flags, yaml_text
-from plop_dist.placement import Export, Placement
+from plop_dist.values.placement import Export, Placement
 
 
 def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from plop_dist.exporters.megatron_names import megatron_targets
+from plop_dist.exporters.megatron_targets import megatron_targets
 from plop_dist.exporters.peft import count_note
 from plop_dist.exporters.targets import check_engine, hugging_face_targets, number, uniform_rank, whole_number
 from plop_dist.exporters.text import hydra_overrides, nested, yaml_text
-from plop_dist.placement import Export, Placement
+from plop_dist.values.placement import Export, Placement
 
 _MODEL = "actor_rollout_ref.model"
 

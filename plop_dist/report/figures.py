@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from plop_dist.placement import Placement
-from plop_dist.select import ordered_types
-from plop_dist.sweep import Sweep
-from plop_dist.types import ModuleScore, Scores
+from plop_dist.choose.place import ordered_types
+from plop_dist.choose.sweep import Sweep
+from plop_dist.values.placement import Placement
+from plop_dist.values.scores import ModuleScore, Scores
 
 Figure = dict[str, Any]
 

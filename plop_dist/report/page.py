@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plop_dist.diagnostics import diagnose
+from plop_dist.choose.diagnostics import diagnose
+from plop_dist.choose.explain import explain
+from plop_dist.choose.sweep import sweep
 from plop_dist.errors import ScoresError
-from plop_dist.explain import explain
-from plop_dist.files import read_json, write_text
-from plop_dist.placement import Placement
 from plop_dist.registry import missing_extra
 from plop_dist.report import figures
 from plop_dist.report.redact import redact
-from plop_dist.run_dir import RunDir, is_of_placement
-from plop_dist.sweep import sweep
-from plop_dist.tables import interval_text, percent, short_list
-from plop_dist.types import Scores
+from plop_dist.report.terminal import interval_text, percent, short_list
+from plop_dist.rundir.layout import RunDir, is_of_placement
+from plop_dist.values.files import read_json, write_text
+from plop_dist.values.placement import Placement
+from plop_dist.values.scores import Scores
 
 
 def write_report(run_dir: Path | str) -> Path:

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from plop_dist import ranks
-from plop_dist.config import Config
-from plop_dist.files import write_bytes, write_json
-from plop_dist.placement import Placement
-from plop_dist.run_dir import input_files
+from plop_dist.config.schema import Config
+from plop_dist.rundir.layout import input_files
+from plop_dist.values.files import write_bytes, write_json
+from plop_dist.values.placement import Placement
 
 WITHOUT_IT = "training goes on from an earlier checkpoint, or begins anew where there is none."
 _KEPT = 2

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from plop_dist import ranks
-from plop_dist.config import Config
-from plop_dist.data import Row, fill, render
+from plop_dist.config.schema import Config
+from plop_dist.data.rows import load_rows
+from plop_dist.data.samples import Row, fill, render
 from plop_dist.errors import DataError
-from plop_dist.rows import load_rows
 
 logger = logging.getLogger(__name__)
 

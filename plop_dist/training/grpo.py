@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from plop_dist.config import Config
-from plop_dist.data import Row, fill, render
+from plop_dist.config.schema import Config
+from plop_dist.data.samples import Row, fill, render
 from plop_dist.errors import ConfigError, MissingExtraError
-from plop_dist.placement import Placement
 from plop_dist.training import rewards
-from plop_dist.training.trl_common import (
+from plop_dist.training.trl.common import (
     Log,
     LogCallback,
     adapted_model,
@@ -23,6 +22,7 @@ from plop_dist.training.trl_common import (
     saving_to,
     trainer_arguments,
 )
+from plop_dist.values.placement import Placement
 
 _ROW = "row"  # the data set's column that leads from a prompt to its row
 
@@ -35,7 +35,7 @@ def train(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
     """
     engine = engine_of(config)
     if engine != "trl":
-        return importlib.import_module("plop_dist.training.external").prepare(config, placement, engine)
+        return importlib.import_module("plop_dist.training.launch_files").prepare(config, placement, engine)
     check(config)
     return _train_with_trl(config, placement, log)
 
@@ -123,9 +123,9 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
     from transformers import PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from plop_dist.backends.hf_load import load_tokenizer
+    from plop_dist.backends.hf.load import load_tokenizer
     from plop_dist.training.data import split_rows
-    from plop_dist.training.track_trl import add_tracker
+    from plop_dist.training.trl.track import add_tracker
 
     train = config.train
     rows, _ = split_rows(config)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plop_dist.config import Config
+from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, MissingExtraError, first_line
-from plop_dist.files import write_json, write_text
-from plop_dist.run_dir import RunDir, content_hash
+from plop_dist.rundir.layout import RunDir, content_hash
+from plop_dist.values.files import write_json, write_text
 
 
 def _step_of(line: str) -> float:

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from plop_dist.backends.hf_load import load_tokenizer
-from plop_dist.backends.hf_model import is_packed
-from plop_dist.config import Config, TrainConfig
-from plop_dist.placement import Placement
-from plop_dist.protocols import ScorableModel
-from plop_dist.training.adapters import AdapterShard
+from plop_dist.backends.hf.load import load_tokenizer
+from plop_dist.backends.hf.model import is_packed
+from plop_dist.config.schema import Config, TrainConfig
+from plop_dist.measure.protocols import ScorableModel
+from plop_dist.training.adapters.shards import AdapterShard
 from plop_dist.training.checkpoint import Checkpoints, fingerprint
 from plop_dist.training.track import NfnTracker, with_head
+from plop_dist.values.placement import Placement
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, position_ids: (batch, sequence) int64
 IGNORED = -100

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from plop_dist.data import Row
+from plop_dist.data.samples import Row
 from plop_dist.errors import ConfigError, DataError, suggest
 
 # function(prompts, completions, **columns): one number, or None for "not rated", per completion
@@ -102,7 +102,7 @@ def compute_score(
 ) -> float:
     """Return the sum of the rewards of one completion; the signature by which verl calls a reward.
 
-    extra_info: rewards, answer_field and row (JSON), as plop_dist.training.external writes them.
+    extra_info: rewards, answer_field and row (JSON), as plop_dist.training.launch_files writes them.
     """
     row = json.loads(extra_info["row"])
     total = 0.0

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plop_dist.config import Config
-from plop_dist.placement import Placement
-from plop_dist.training.trl_common import (
+from plop_dist.config.schema import Config
+from plop_dist.training.trl.common import (
     Log,
     LogCallback,
     adapted_model,
@@ -21,6 +20,7 @@ from plop_dist.training.trl_common import (
     saving_to,
     trainer_arguments,
 )
+from plop_dist.values.placement import Placement
 
 _NUM_TOKENS = "num_tokens"
 
@@ -32,13 +32,13 @@ def train(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
     """
     parallel = config.parallel
     if parallel.backend == "megatron":
-        return importlib.import_module("plop_dist.training.megatron").train(config, placement, log)
+        return importlib.import_module("plop_dist.training.engines.megatron").train(config, placement, log)
     if parallel.backend == "deepspeed" and parallel.tp > 1:
-        return importlib.import_module("plop_dist.training.autotp").train(config, placement, log)
+        return importlib.import_module("plop_dist.training.engines.autotp").train(config, placement, log)
     if parallel.backend == "deepspeed" and parallel.pp > 1:
-        return importlib.import_module("plop_dist.training.pipeline").train(config, placement, log)
+        return importlib.import_module("plop_dist.training.engines.pipeline").train(config, placement, log)
     if parallel.backend == "transformers" and parallel.tp > 1:
-        return importlib.import_module("plop_dist.training.hf_tp").train(config, placement, log)
+        return importlib.import_module("plop_dist.training.engines.tp_plan").train(config, placement, log)
     return _train_with_trl(config, placement, log)
 
 
@@ -47,10 +47,10 @@ def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str,
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from plop_dist.backends.hf_load import load_tokenizer
+    from plop_dist.backends.hf.load import load_tokenizer
     from plop_dist.training.data import TrainingData
     from plop_dist.training.loop import model_inputs
-    from plop_dist.training.track_trl import add_tracker
+    from plop_dist.training.trl.track import add_tracker
 
     tokenizer = load_tokenizer(config.model)
     data = TrainingData(config, tokenizer)

@@ -13,19 +13,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from plop_dist.aggregate import score_modules
-from plop_dist.baseline import compute_baselines
-from plop_dist.collect import Collector, add_totals
-from plop_dist.config import Config
-from plop_dist.data import plan_steps, select_rows, step_micro_batches, tokenize
+from plop_dist.config.schema import Config
+from plop_dist.data.rows import load_rows
+from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, tokenize
 from plop_dist.errors import ConfigError
-from plop_dist.names import expert_index
-from plop_dist.norms import Baseline
-from plop_dist.placement import Placement
-from plop_dist.protocols import Groups, LocalWeight, Recorder, ScorableModel, Site
-from plop_dist.reduce import Reducer
-from plop_dist.rows import load_rows
-from plop_dist.training.adapters import AdapterShard, scaling_of
+from plop_dist.measure.aggregate import score_modules
+from plop_dist.measure.baseline import compute_baselines
+from plop_dist.measure.collectives import Reducer
+from plop_dist.measure.collector import Collector, add_totals
+from plop_dist.measure.norms import Baseline
+from plop_dist.measure.protocols import Groups, LocalWeight, Recorder, ScorableModel, Site
+from plop_dist.training.adapters.shards import AdapterShard, scaling_of
+from plop_dist.values.names import expert_index
+from plop_dist.values.placement import Placement
 
 Gather = Callable[[list[Parameter]], AbstractContextManager[Any]]
 

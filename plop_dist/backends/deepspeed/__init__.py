@@ -1,0 +1,1 @@
+"""A model sharded by DeepSpeed: ZeRO, AutoTP, PipelineModule."""

@@ -1,0 +1,275 @@
+"""Scores a Llama-like model cut into stages by DeepSpeed's PipelineModule, times data parallelism.
+
+The stages run forward passes only, one micro-batch after the other; DeepSpeed's own schedule cannot evaluate without
+a loss, and would compute logits that nothing needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from plop_dist.backends.hf.backend import whole_sites
+from plop_dist.backends.hf.load import load_model, meta_model, needs_head
+from plop_dist.backends.hf.model import is_packed, pick_device
+from plop_dist.config.schema import Config, ModelConfig
+from plop_dist.errors import LayoutError, ModelError
+from plop_dist.measure.protocols import Groups, MicroBatch
+from plop_dist.values.mesh import nearest
+
+# Families whose model does nothing outside of its layers, norm and head but what the layers below do as well: no factor
+# on embeddings (Granite) or logits (Cohere), no second rotary embedding (Gemma 3). Held by test_pipeline_families.
+_ONE_WINDOW = frozenset({"mistral", "mixtral", "phi3", "phimoe", "qwen2_moe", "qwen3_moe", "starcoder2"})
+PLAIN_STACKS = _ONE_WINDOW | {
+    "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "helium", "llama", "ministral", "nemotron", "olmo", "olmo2",
+    "olmoe", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm",
+}  # fmt: skip
+
+
+def load(config: Config) -> PipelineModel:
+    """Return this rank's stage of the model. Collective over the world.
+
+    Raises ModelError for a model that is not a plain stack of decoder layers, LayoutError where there are more stages
+    than layers.
+    """
+    from deepspeed.pipe import PipelineModule
+
+    pick_device()
+    model, options = load_stage(config)
+    with redirect_stdout(io.StringIO()):  # it prints its partition
+        pipe = PipelineModule(layers=pipeline_layers(model), **options)
+    with_head = needs_head(config.placement.exclude)
+    return PipelineModel(list(pipe.forward_funcs), pipe.mpu(), meta_model(config.model), with_head)
+
+
+def load_stage(config: Config) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model that holds the weights of this rank's stage alone, and how PipelineModule is to cut it.
+
+    Layers of other stages are nn.Identity. Raises ModelError or LayoutError as load does. Collective over the world.
+    """
+    import deepspeed
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+    from deepspeed.runtime.utils import partition_balanced
+
+    parallel = config.parallel
+    twin = meta_model(config.model)
+    num_layers = len(pipeline_layers(twin)) - 2
+    if parallel.pp > num_layers:
+        fitting = nearest(parallel.pp, range(1, num_layers + 1))[0]
+        raise LayoutError(
+            f"parallel.pp is {parallel.pp}, but {type(twin).__name__} has {num_layers} decoder layers; use "
+            f"parallel.pp={fitting}."
+        )
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    topology = PipeDataParallelTopology(num_pp=parallel.pp, num_dp=parallel.dp)
+    # What partition_method "type:DecoderLayer" does: the embedding and the head weigh nothing.
+    bounds = partition_balanced([0, *[1] * num_layers, 0], parallel.pp)
+    stage = topology.get_coord(dist.get_rank()).pipe
+    own = range(bounds[stage], bounds[stage + 1])
+    model = load_model(config.model, drop=lambda model: _keep_only(model, own))
+    return model, {"topology": topology, "partition_method": "type:DecoderLayer"}
+
+
+def _keep_only(model: Any, own: range) -> None:
+    """Replace the modules of pipeline layers outside `own` by nn.Identity."""
+    body, last = model.base_model, len(model.base_model.layers) + 1
+    for index in range(last - 1):
+        if index + 1 not in own:
+            body.layers[index] = nn.Identity()
+    # A tied head has its weight under the embedding's name.
+    if 0 not in own and not (last in own and model.all_tied_weights_keys):
+        body.embed_tokens = nn.Identity()
+    if last not in own:
+        body.norm = model.lm_head = nn.Identity()
+        model.all_tied_weights_keys = {}
+
+
+def wrap(engine: Any, exclude: Sequence[str]) -> PipelineModel:
+    """Return a host's PipelineEngine, whose layers come from pipeline_layers, as the collector sees it.
+
+    Raises ModelError for layers of any other kind: what they hand to each other is not known.
+    """
+    layers = list(engine.module.forward_funcs)
+    foreign = [layer for layer in layers if not isinstance(layer, _StageLayer)]
+    if foreign:
+        raise ModelError(
+            f"the PipelineModule holds a {type(foreign[0]).__name__}, whose input and path in the model are not known; "
+            "build its layers with plop_dist.backends.deepspeed.pipeline.pipeline_layers(model)."
+        )
+    config = layers[0].config
+    name = ModelConfig(name_or_path=getattr(config, "_name_or_path", "") or type(config).__name__)
+    return PipelineModel(layers, engine.grid, meta_model(name, config), needs_head(list(exclude)))
+
+
+class PipelineModel:
+    """ScorableModel over one stage of a pipeline.
+
+    layers: this stage's, in order. grid: DeepSpeed's PipelineParallelGrid. twin: the whole model on the meta device,
+    which gives names and global sizes; it stays as it is. Adapters may wrap linears of the layers.
+    """
+
+    def __init__(self, layers: Sequence[_StageLayer], grid: Any, twin: Any, with_head: bool) -> None:
+        self._layers = [layer for layer in layers if with_head or not isinstance(layer, Head)]
+        self._config = layers[0].config
+        self._architecture = type(twin).__name__
+        self._num_parameters = sum(parameter.numel() for parameter in twin.parameters())
+        parameter = next(parameter for layer in layers for parameter in layer.parameters())
+        self.device, self._dtype = parameter.device, parameter.dtype
+        self.sites = whole_sites(_only_here(copy.deepcopy(twin), layers), with_head, twin=twin)
+        stage, self.micro_batches_per_step = grid.get_stage_id(), grid.pipe_parallel_size
+        replica, num_replicas = grid.get_data_parallel_rank(), grid.data_parallel_size
+        self.groups = Groups(
+            copies={"tp": (replica, num_replicas)}, stage=str(stage), replica=replica, num_replicas=num_replicas
+        )
+        self._pp_group = grid.get_pipe_parallel_group()
+        self._previous = grid.stage_to_global(stage - 1) if stage else None
+        self._next = grid.stage_to_global(stage + 1) if stage + 1 < grid.pipe_parallel_size else None
+
+    def check(self, micro_batch: MicroBatch) -> None:
+        """Take every micro-batch: the layers keep packed samples apart, and padding out of sight."""
+
+    def token_layout(self, micro_batch: MicroBatch) -> Tensor:
+        """Return sample_ids as they are, (b, s)."""
+        return micro_batch.sample_ids.to(self.device)
+
+    def routed_layout(self, micro_batch: MicroBatch) -> Tensor:
+        """Return sample_ids, flat: every token is seen by this stage's routers."""
+        return self.token_layout(micro_batch).reshape(-1)
+
+    def forward(self, micro_batches: Sequence[MicroBatch], begin: Callable[[int], None]) -> None:
+        """Run the micro-batches through this stage, each as soon as the previous stage has sent it."""
+        sent = []
+        for index, micro_batch in enumerate(micro_batches):
+            input_ids = micro_batch.input_ids.to(self.device)
+            positions = micro_batch.position_ids
+            if positions is None:
+                positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+            hidden = input_ids
+            if self._previous is not None:
+                shape = (*input_ids.shape, self._config.hidden_size)
+                hidden = torch.empty(shape, dtype=self._dtype, device=self.device)
+                dist.recv(hidden, src=self._previous, group=self._pp_group)
+            begin(index)
+            state: Any = (hidden, positions.to(self.device), micro_batch.attention_mask.to(self.device))
+            for layer in self._layers:
+                state = layer(state)
+            if self._next is not None:
+                hidden = state[0].contiguous()
+                sent.append((hidden, dist.isend(hidden, dst=self._next, group=self._pp_group)))
+        for _, work in sent:
+            work.wait()
+
+    def release(self) -> None:
+        """Give back nothing: a stage without an engine holds its weights alone."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return architecture, model_type, number of parameters of the whole model, and dtype."""
+        return {
+            "architecture": self._architecture,
+            "model_type": self._config.model_type,
+            "num_parameters": self._num_parameters,
+            "dtype": str(self._dtype).removeprefix("torch."),
+        }
+
+
+class _StageLayer(nn.Module):
+    """A layer of a pipeline; config: the transformers configuration of the model that it is part of."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+
+
+class Embedding(_StageLayer):
+    """First pipeline layer: (input_ids, position_ids, attention_mask) -> (hidden, position_ids, attention_mask)."""
+
+    def __init__(self, embed_tokens: nn.Module, config: Any):
+        super().__init__(config)
+        self.embed_tokens = embed_tokens
+
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hidden states (batch, sequence, hidden) with what the decoder layers need beside them."""
+        input_ids, position_ids, attention_mask = inputs
+        hidden = self.embed_tokens(input_ids)
+        if torch.is_grad_enabled():
+            hidden.requires_grad_()  # the schedule sends a gradient back even where nothing here is trained
+        return hidden, position_ids, attention_mask
+
+
+class DecoderLayer(_StageLayer):
+    """One transformers decoder layer with the mask and rotary embedding that its model would hand to it."""
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module, config: Any, index: int):
+        super().__init__(config)
+        self.layer, self.rotary, self.index = layer, rotary, index
+        types = getattr(config, "layer_types", None)
+        has_window = config.model_type in _ONE_WINDOW and config.sliding_window is not None
+        self.is_sliding = types[index] == "sliding_attention" if types else has_window
+
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next hidden states, and position_ids and attention_mask as they are."""
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+        hidden, position_ids, attention_mask = inputs
+        make_mask = create_sliding_window_causal_mask if self.is_sliding else create_causal_mask
+        # transformers keeps packed samples apart only without a mask; padding behind them is out of their sight anyway.
+        padding = None if is_packed(position_ids, attention_mask) else attention_mask
+        mask = make_mask(
+            config=self.config, inputs_embeds=hidden, attention_mask=padding, past_key_values=None,
+            position_ids=position_ids,
+        )  # fmt: skip
+        output = self.layer(
+            hidden, attention_mask=mask, position_ids=position_ids, use_cache=False,
+            position_embeddings=self.rotary(hidden, position_ids),
+        )  # fmt: skip
+        return output[0] if isinstance(output, tuple) else output, position_ids, attention_mask
+
+
+class Head(_StageLayer):
+    """Last pipeline layer: the final norm and the LM head; returns logits (batch, sequence, vocab)."""
+
+    def __init__(self, norm: nn.Module, lm_head: nn.Module, config: Any):
+        super().__init__(config)
+        self.norm, self.lm_head = norm, lm_head
+
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Return the logits."""
+        return self.lm_head(self.norm(inputs[0]))
+
+
+def pipeline_layers(model: Any) -> list[nn.Module]:
+    """Return the model as a list of layers to cut into stages. Raises ModelError unless it is built like Llama."""
+    body, config = model.base_model, model.config
+    why = None
+    if config.model_type not in PLAIN_STACKS:
+        why = f"is of model_type {config.model_type!r}, which is not known to be one"
+    elif kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        why = f"has layers of type {', '.join(sorted(kinds))}"
+    elif not hasattr(model, "lm_head"):
+        why = "has no lm_head"
+    if why:
+        raise ModelError(
+            f"DeepSpeed's pipeline takes causal language models that are a plain stack of decoder layers, but "
+            f"{type(model).__name__} {why} (known: {', '.join(sorted(PLAIN_STACKS))}); use parallel.tp instead of "
+            "parallel.pp, or parallel.backend=megatron."
+        )
+    decoder = [DecoderLayer(layer, body.rotary_emb, config, index) for index, layer in enumerate(body.layers)]
+    return [Embedding(body.embed_tokens, config), *decoder, Head(body.norm, model.lm_head, config)]
+
+
+def _only_here(twin: Any, layers: Sequence[_StageLayer]) -> nn.Module:
+    """Return the twin with this stage's layers in their places and nothing in the others."""
+    here = {layer.index: layer.layer for layer in layers if isinstance(layer, DecoderLayer)}
+    heads = [layer.lm_head for layer in layers if isinstance(layer, Head)]
+    body = twin.base_model
+    for index in range(len(body.layers)):
+        body.layers[index] = here.get(index, nn.Identity())
+    twin.lm_head = heads[0] if heads else nn.Identity()
+    return twin

@@ -1,0 +1,158 @@
+"""The experts that transformers keeps as 3-D parameters, one by one, under logical names; see hf_expert_modules."""
+
+# T tokens, I in_features, O out_features, E experts
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from plop_dist.backends.hf.expert_modules import ExpertsModule, Stack, experts_module
+from plop_dist.backends.hf.linears import Block, Rows, is_plain, named_modules, parameter_shape
+from plop_dist.errors import LayoutError, ModelError
+from plop_dist.measure.norms import local_sq_norm
+from plop_dist.measure.protocols import LocalWeight, Recorder
+from plop_dist.values.names import layer_index, module_type
+from plop_dist.values.scores import Projection
+
+_LOCKED = "deepgemm_megamoe"
+
+log = logging.getLogger(__name__)
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+
+class ExpertSite:
+    """One expert's projections that read the same z: gate and up (or up alone), or down."""
+
+    group = "tp"
+
+    def __init__(self, experts: ExpertsModule, expert: int, stack: Stack, gather: Gather | None):
+        self.blocks = _blocks(experts, expert, stack)
+        self.projections = tuple(block.projection for block in self.blocks)
+        self._experts, self._expert, self._stack, self._gather = experts, expert, stack, gather
+
+    def attach(self, recorder: Recorder) -> Callable[[], None]:
+        """Observe the experts module, and return the function that undoes it with the last of its sites."""
+
+        def note(in_sq_T: Tensor, y_TO: Tensor, token_index_T: Tensor) -> None:
+            out_sq_T = [local_sq_norm(block.take(y_TO)) for block in self.blocks]
+            recorder.record(self, in_sq_T, out_sq_T, token_index_T=token_index_T)
+
+        return self._experts.observe(self._expert, self._stack, note)
+
+    @contextmanager
+    def weights(self) -> Iterator[Iterator[LocalWeight]]:
+        """Give access to one LocalWeight per projection. Collective where parameters are partitioned (ZeRO-3, FSDP)."""
+        parameter = getattr(self._experts.module, self._stack.parameter)
+        with _gathered(parameter, self._gather):
+            whole = parameter.detach()
+            weight = (whole.full_tensor() if isinstance(whole, DTensor) else whole)[self._expert]
+            weight_OI = weight.T if self._stack.is_transposed else weight
+            yield (LocalWeight(block.projection, block.take_rows(weight_OI)) for block in self.blocks)
+
+
+def find_expert_sites(model: nn.Module, gather: Gather | None = None) -> list[ExpertSite]:
+    """Return the sites of every routed expert kept in 3-D parameters, one per expert and parameter.
+
+    gather: gives whole parameters where they are partitioned; ZeRO-3's are recognised without it.
+    Raises ModelError for quantised experts, LayoutError for experts sharded by transformers' tensor parallelism (their
+    down_proj is reduced over the ranks only after all experts are mixed, so no expert's own output is ever whole).
+    """
+    sites: list[ExpertSite] = []
+    modules = named_modules(model)
+    for path, module in modules.items():
+        experts = experts_module(path, module, modules)
+        if experts is None:
+            _warn_unknown(path, module)
+            continue
+        _refuse(path, module, experts)
+        counts = [_shape(experts, stack)[0] for stack in experts.stacks]  # LongCat's are not the same
+        sites.extend(
+            ExpertSite(experts, expert, stack, gather)
+            for expert in range(max(counts))
+            for stack, count in zip(experts.stacks, counts, strict=True)
+            if expert < count
+        )
+    return sites
+
+
+def _shape(experts: ExpertsModule, stack: Stack) -> tuple[int, ...]:
+    return parameter_shape(getattr(experts.module, stack.parameter))
+
+
+def _blocks(experts: ExpertsModule, expert: int, stack: Stack) -> tuple[Block, ...]:
+    _, *sizes = _shape(experts, stack)
+    num_rows, num_columns = reversed(sizes) if stack.is_transposed else sizes
+    width = num_rows // len(stack.names)
+    if len(stack.names) == 1:
+        all_rows: list[Rows | None] = [None]
+    elif stack.is_interleaved:
+        all_rows = [Rows(2, 0, 1), Rows(2, 1, 2)]
+    else:
+        all_rows = [Rows(num_rows, 0, width), Rows(num_rows, width, num_rows)]
+    stored_in = f"{experts.holder_path}.{stack.parameter}"
+    return tuple(
+        Block(_projection(f"{experts.path}.{expert}.{name}", num_columns, width, stored_in), rows)
+        for name, rows in zip(stack.names, all_rows, strict=True)
+    )
+
+
+def _projection(fqn: str, in_features: int, out_features: int, stored_in: str) -> Projection:
+    return Projection(
+        fqn=fqn,
+        type=module_type(fqn),
+        layer=layer_index(fqn),
+        in_features=in_features,
+        out_features=out_features,
+        storage="expert_parameter",
+        stored_in=stored_in,
+    )
+
+
+def _gathered(parameter: nn.Parameter, gather: Gather | None) -> AbstractContextManager[Any]:
+    if gather is not None:
+        return gather([parameter])
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter])
+    return nullcontext()
+
+
+def _refuse(path: str, module: Any, experts: ExpertsModule) -> None:
+    for parameter in (getattr(module, stack.parameter) for stack in experts.stacks):
+        if not is_plain(parameter):
+            raise ModelError(
+                f"Experts '{path}' hold quantised weights ({parameter.dtype}), whose norms cannot be read; load the "
+                "model in float32, bfloat16 or float16, without a quantization_config."
+            )
+    if getattr(getattr(module, "config", None), "_experts_implementation", None) == _LOCKED:
+        raise ModelError(
+            f"Experts '{path}' run the implementation '{_LOCKED}', which is fixed when a model is loaded and shows no "
+            "expert's output; load the model with experts_implementation='grouped_mm'."
+        )
+    if experts.is_sharded:
+        raise LayoutError(
+            f"Experts '{path}' are sharded by transformers' tensor parallelism, where no expert's output is whole on "
+            "any rank; use parallel.tp=1, or backend megatron with parallel.ep."
+        )
+
+
+def _warn_unknown(path: str, module: nn.Module) -> None:
+    """Say which 3-D parameters nothing can be read from: experts of an unknown kind."""
+    for name, parameter in module.named_parameters(recurse=False):
+        is_convolution = isinstance(module, nn.modules.conv._ConvNd)
+        if (
+            len(parameter_shape(parameter)) == 3
+            and not is_convolution
+            and "expert" in f"{path} {type(module).__name__}".lower()
+        ):
+            log.warning(
+                "'%s.%s' (%s) is not scored: its experts are of an unknown kind.", path, name, type(module).__name__
+            )

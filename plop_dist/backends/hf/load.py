@@ -1,0 +1,192 @@
+"""How a Hugging Face model, its configuration and its tokenizer are read, with one clear error for each way to fail."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from plop_dist.checkpoints.builtin import resolve
+from plop_dist.config.schema import ModelConfig
+from plop_dist.errors import ModelError, PlopError, first_line
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def load_hf_config(model: ModelConfig) -> Any:
+    """Return the model's transformers configuration. Raises ModelError."""
+    from transformers import AutoConfig
+
+    with _explained(model, "configuration"):
+        return AutoConfig.from_pretrained(resolve(model.name_or_path), trust_remote_code=model.trust_remote_code)
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """Return the model's tokenizer, with a padding token (its value is never looked at). Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    with _explained(model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(model.name_or_path), trust_remote_code=model.trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def check_vocabulary(model: ModelConfig, largest_id: int) -> None:
+    """Raise ModelError if the tokenizer gives ids that the model has no embedding for."""
+    size = getattr(load_hf_config(model).get_text_config(), "vocab_size", None)
+    if size is not None and largest_id >= size:
+        raise ModelError(
+            f"model.name_or_path '{model.name_or_path}': its tokenizer gives the token id {largest_id}, but the model "
+            f"has embeddings for {size} tokens only; put the tokenizer there that the model was trained with."
+        )
+
+
+def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **options: Any) -> torch.nn.Module:
+    """Return the model with its weights, in eval mode. Extra options go to from_pretrained.
+
+    drop: takes out of the model, which is on the meta device then, what this rank does not need; it is never read.
+    With model.checkpoint its weights are read parameter by parameter from there, and model.name_or_path gives the
+    configuration alone. Raises ModelError when the directory is missing, a file is corrupt, or weights are missing
+    from the checkpoint (which transformers would fill with random numbers).
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+    options |= {"dtype": dtype, "output_loading_info": True}
+    with _explained(model, "model"), _freed_at_once():
+        if model.checkpoint is None and drop is None:
+            name = resolve(model.name_or_path)
+            options["trust_remote_code"] = model.trust_remote_code
+            loaded, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        else:
+            loaded, info = _load_by_class(model, drop, options)
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
+        raise ModelError(
+            f"model.name_or_path '{model.name_or_path}' has no weights for {len(missing)} parameters, e.g. "
+            f"'{missing[0]}'; they would be random. Point it at a complete checkpoint."
+        )
+    return loaded.eval()
+
+
+def meta_model(model: ModelConfig, hf_config: Any = None) -> torch.nn.Module:
+    """Return the model built on the meta device from its configuration alone: shapes and names, no weights.
+
+    It is whole at ZeRO-3 too, where transformers partitions every other model that it builds.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf_config = hf_config or load_hf_config(model)
+    with _explained(model, "architecture"), _unpartitioned(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code).eval()
+
+
+def _load_by_class(
+    model: ModelConfig, drop: Callable[[Any], None] | None, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model, whole or a part, and transformers' report on loading it; see load_model."""
+    from transformers import GenerationConfig
+
+    from plop_dist.backends.deepspeed.checkpoint import find_weights
+
+    hf_config = load_hf_config(model)
+    twin: Any = meta_model(model, hf_config)
+    model_class = type(twin) if drop is None else _class_without(drop, type(twin))
+    name = resolve(model.name_or_path)
+    if model.checkpoint is None:
+        return model_class.from_pretrained(name, config=hf_config, **options)
+    with suppress(OSError):  # few models have one; transformers then makes it from the configuration
+        options["generation_config"] = GenerationConfig.from_pretrained(name)
+    # From here on transformers does what it does with its own files: dtype, tying, sharding, partitioning.
+    weights = find_weights(model.checkpoint, twin)
+    loaded, info = model_class.from_pretrained(None, config=hf_config, state_dict=weights, **options)
+    loaded.name_or_path = loaded.config.name_or_path = hf_config.name_or_path
+    return loaded, info
+
+
+def _class_without(drop: Callable[[Any], None], model_class: Any) -> Any:
+    """Return the class whose models lack what `drop` takes out, before transformers looks for their weights."""
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        drop(self)
+
+    fields: dict[str, Any] = {"__init__": build, "__module__": model_class.__module__}
+    # transformers would report every weight that is left out.
+    fields["_keys_to_ignore_on_load_unexpected"] = [".*"]
+    return type(model_class.__name__, (model_class,), fields)
+
+
+@contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """Have the parameters that ZeRO-3 frees while it loads leave the process, one by one.
+
+    glibc raises its threshold for memory of its own mapping with every large block that is freed, and then keeps the
+    room between the shards: a rank grows by the whole model, though it never holds it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # not glibc
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc ends by itself: activations are not mapped anew each time
+
+
+@contextmanager
+def _unpartitioned() -> Iterator[None]:
+    from transformers.integrations import deepspeed
+
+    alive = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = alive
+
+
+def needs_head(exclude: list[str]) -> bool:
+    """Tell whether the LM head is scored, so that logits must be computed: unless placement.exclude names it."""
+    from plop_dist.values.names import path_matches
+
+    return not any(path_matches("lm_head", pattern) for pattern in exclude)
+
+
+@contextmanager
+def _explained(model: ModelConfig, what: str) -> Iterator[None]:
+    name = model.name_or_path
+    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
+    if looks_local and not Path(name).is_dir():
+        raise ModelError(
+            f"model.name_or_path '{name}' is not a directory; pass a Hugging Face id or a directory with config.json "
+            "and safetensors files."
+        )
+    if looks_local and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"model.name_or_path '{name}' has no config.json; it is not a Hugging Face model directory.")
+    try:
+        yield
+    except PlopError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated kinds
+        said = first_line(error)
+        if isinstance(error, UnpicklingError):
+            # torch's own advice is weights_only=False, which runs the code in the file.
+            said = "the .bin file is damaged, or holds objects other than tensors, which are never unpickled"
+        elif "Couldn't instantiate the backend tokenizer" in said:
+            said = "there are no tokenizer files, e.g. tokenizer.json"
+        raise ModelError(
+            f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {said}); check "
+            "that the directory or id exists and its files are complete."
+        ) from error

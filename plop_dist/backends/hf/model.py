@@ -1,0 +1,183 @@
+"""A Hugging Face model as the collector sees it, whole or sharded by modules that keep its forward signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plop_dist.errors import DataError, ModelError
+from plop_dist.measure.protocols import Groups, MicroBatch, Site
+
+# Families whose forward pass gives a row's tokens other activations when padding stands beside them (transformers 5).
+_SEE_PADDING = frozenset({"doge", "nemotron_h", "zamba2"})
+
+
+class HFModel:
+    """ScorableModel over a transformers model (or an engine that is called like one).
+
+    module: the transformers model that owns the sites. call: what runs the forward pass (the module itself, its base
+    model without the head, or an engine around it). num_parameters: of the whole model.
+    release: ends what loading made. Raises ModelError for an encoder-decoder model.
+    """
+
+    micro_batches_per_step = 1
+
+    def __init__(
+        self,
+        module: nn.Module,
+        sites: Sequence[Site],
+        *,
+        groups: Groups | None = None,
+        call: Callable[..., Any] | None = None,
+        with_head: bool = False,
+        num_parameters: int | None = None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            raise ModelError(
+                f"{type(module).__name__} is an encoder-decoder model, whose two token streams one batch of texts does "
+                "not give; only causal language models can be scored."
+            )
+        self.module = module
+        self.sites = sites
+        self.groups = groups or Groups()
+        self.release = release
+        self.device = next(module.parameters()).device
+        self._call = call or (module if with_head else headless(module))
+        signature = inspect.signature(_forward_of(self._call)).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
+        self._takes_positions = "position_ids" in signature
+        self._options: dict[str, Any] = {}
+        if "use_cache" in signature or takes_any:
+            self._options["use_cache"] = False
+        if not with_head and "logits_to_keep" in signature:
+            self._options["logits_to_keep"] = 1  # an engine has to run the head: on one token only
+        self._num_parameters = num_parameters or sum(parameter.numel() for parameter in module.parameters())
+
+    def check(self, micro_batch: MicroBatch) -> None:
+        """Raise DataError for a micro-batch in which transformers would let a sample see more than itself.
+
+        Packed rows with padding, or in a model without position_ids; rows with padding in a model whose tokens see it.
+        """
+        justified = _right_padded(micro_batch)
+        mask, positions = justified.attention_mask, justified.position_ids
+        kind = getattr(getattr(self.module, "config", None), "model_type", None)
+        if kind in _SEE_PADDING and (mask.any(-1) & ~mask.bool().all(-1)).any():
+            raise DataError(
+                f"a micro-batch has padding, beside which transformers computes other activations for {kind}; pass one "
+                "sample per micro-batch (data.batch_size=1)."
+            )
+        if positions is None or not is_packed(positions, mask):
+            return
+        packed = "a micro-batch has packed rows (position_ids that start again within a row)"
+        if not self._takes_positions:
+            raise DataError(f"{packed}, but {type(self.module).__name__} takes no position_ids; pass one sample a row.")
+        if not mask.all():
+            raise DataError(
+                f"{packed} and padding; transformers keeps packed samples apart only without padding: fill the rows, "
+                "or pass one sample per row."
+            )
+
+    def token_layout(self, micro_batch: MicroBatch) -> Tensor:
+        """Return sample_ids, (b, s), in the order in which forward() passes the tokens."""
+        return _right_padded(micro_batch).sample_ids.to(self.device)
+
+    def routed_layout(self, micro_batch: MicroBatch) -> Tensor:
+        """Return sample_ids, flat: every token is seen by this rank's routers."""
+        return self.token_layout(micro_batch).reshape(-1)
+
+    def forward(self, micro_batches: Sequence[MicroBatch], begin: Callable[[int], None]) -> None:
+        """Run the micro-batches one after the other, each row's padding behind its tokens. Raises as check() does."""
+        for index, given in enumerate(micro_batches):
+            self.check(given)
+            begin(index)
+            micro_batch = _right_padded(given)
+            inputs = {
+                "input_ids": micro_batch.input_ids,
+                "attention_mask": _mask(micro_batch),
+                # Only where they say more than the places do, which every family counts in its own way (RoBERTa's
+                # begin at 2).
+                **({"position_ids": micro_batch.position_ids} if self._needs_positions(micro_batch) else {}),
+                **micro_batch.extra,
+            }
+            self._call(
+                **{key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in inputs.items()},
+                **self._options,
+            )
+
+    def _needs_positions(self, micro_batch: MicroBatch) -> bool:
+        """Tell whether position_ids, in right-padded rows, are others than 0, 1, 2, ..."""
+        positions = micro_batch.position_ids
+        if positions is None or not self._takes_positions:
+            return False
+        places = torch.arange(positions.shape[1], device=positions.device)
+        return bool(((positions != places) & (micro_batch.attention_mask != 0)).any())
+
+    def describe(self) -> dict[str, Any]:
+        """Return architecture, model_type, number of parameters of the whole model, and dtype."""
+        dtype = next(parameter.dtype for parameter in self.module.parameters() if parameter.is_floating_point())
+        return {
+            "architecture": type(self.module).__name__,
+            "model_type": getattr(getattr(self.module, "config", None), "model_type", None),
+            "num_parameters": self._num_parameters,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+
+def _mask(micro_batch: MicroBatch) -> Tensor | None:
+    """Return the attention mask, or None for packed rows: transformers then keeps samples apart by position_ids."""
+    mask, positions = micro_batch.attention_mask, micro_batch.position_ids
+    return None if positions is not None and is_packed(positions, mask) else mask
+
+
+def _right_padded(micro_batch: MicroBatch) -> MicroBatch:
+    """Return the micro-batch with every row's padding behind its real tokens.
+
+    There a causal model shows each token what it would see alone, whether or not it heeds the mask (recurrent models)
+    or counts places from the first real token (learned positions).
+    """
+    is_padding = micro_batch.attention_mask == 0
+    if not (is_padding[:, :-1] & ~is_padding[:, 1:]).any():
+        return micro_batch
+    order = torch.argsort(is_padding.to(torch.int8), dim=1, stable=True)
+    positions = micro_batch.position_ids
+    return replace(
+        micro_batch,
+        input_ids=micro_batch.input_ids.gather(1, order),
+        attention_mask=micro_batch.attention_mask.gather(1, order),
+        sample_ids=micro_batch.sample_ids.gather(1, order),
+        position_ids=None if positions is None else positions.gather(1, order),
+    )
+
+
+def is_packed(position_ids: Tensor, attention_mask: Tensor) -> bool:
+    """Tell whether a row holds several samples: its positions start again. Both (b, s) int64."""
+    is_real = attention_mask != 0
+    restarts = (position_ids[:, 1:] <= position_ids[:, :-1]) & is_real[:, 1:] & is_real[:, :-1]
+    return bool(restarts.any())
+
+
+def headless(module: nn.Module) -> nn.Module:
+    """Return the part of a transformers model that ends before the LM head, or the model if it has no such part."""
+    base = getattr(module, getattr(module, "base_model_prefix", ""), None)
+    return base if isinstance(base, nn.Module) else module
+
+
+def pick_device() -> torch.device:
+    """Return this rank's device: its local GPU, or the CPU."""
+    import os
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _forward_of(call: Callable[..., Any]) -> Callable[..., Any]:
+    module = getattr(call, "module", call)  # a DeepSpeed or DDP engine wraps the model it forwards to
+    return module.forward if isinstance(module, nn.Module) else module

@@ -1,0 +1,133 @@
+"""How a linear module is observed: one hook that notes the squared norms of its input and of its output."""
+
+# T tokens, I in_features, O out_features
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from plop_dist.backends.hf.linears import Block, LinearModule
+from plop_dist.measure.norms import local_sq_norm
+from plop_dist.measure.protocols import LocalWeight, Part, Recorder
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+
+class LinearSite:
+    """A module that reads z as its first argument and returns W z (+ bias), or a tuple that begins with it.
+
+    A module that an adapter wraps is observed around the wrapper, so that the gain is that of both together; the weight
+    is the wrapped one's.
+
+    blocks: the logical projections inside it. in_part and out_part: WHOLE, or PARTIAL where this rank sees a shard of
+    the features. bias_in_output: whether the output holds the module's bias (which is not part of the gain).
+    is_sharded and in_index describe its weight as LocalWeight does. gather: gives whole parameters where they are
+    partitioned between forwards (ZeRO-3, FSDP). observe_last: after the hooks that a framework put on the module, where
+    those complete its output (transformers' row-parallel sum).
+    """
+
+    def __init__(
+        self,
+        linear: LinearModule,
+        *,
+        group: str = "tp",
+        in_part: Part = Part.WHOLE,
+        out_part: Part = Part.WHOLE,
+        is_sharded: bool = False,
+        in_index: slice | Tensor | None = None,
+        gather: Gather | None = None,
+        observe_last: bool = False,
+    ) -> None:
+        self.path, self.module, self._base = linear.path, linear.module, wrapped(linear.module)
+        self.blocks: Sequence[Block] = linear.blocks
+        self.projections = tuple(block.projection for block in linear.blocks)
+        self.group = group
+        self._is_transposed = linear.is_transposed
+        self._in_part, self._out_part = in_part, out_part
+        self._is_sharded, self._in_index = is_sharded, in_index
+        self._gather = gather
+        self._observe_last = observe_last
+        # A router may return scores, a quantised linear rounds: believed once its output is W z, else we multiply.
+        is_whole = in_part is Part.WHOLE and out_part is Part.WHOLE
+        self._must_prove = is_whole and _has_own_forward(linear.module)
+
+    def attach(self, recorder: Recorder) -> Callable[[], None]:
+        """Install the hook and return the function that removes it.
+
+        Collective for a wrapped module whose parameters are partitioned.
+        """
+        kept = None
+        if self._gather is not None and self._base is not self.module and self._base.bias is not None:
+            # A wrapper ends after its inner module did, which by then has given its parameters back.
+            with self._gather([self._base.bias]):
+                kept = self._base.bias.detach().clone()
+
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            z = args[0] if args else next(iter(kwargs.values()))
+            y = local(output[0] if isinstance(output, tuple) else output)
+            bias = getattr(self._base, "bias", None) if kept is None else kept
+            if bias is None:
+                bias = getattr(self._base, "_bias", None)  # where transformers 5.12 keeps a row-parallel bias
+            if bias is not None:
+                y = y - local(bias)
+            if self._must_prove:
+                fits = z.shape[-1] == self.projections[0].in_features
+                product = self._product(local(z)) if fits else None
+                if product is None or (y.shape != product.shape and not isinstance(output, tuple)):
+                    recorder.record_unreadable(self)  # DeepSeek-V4's grouped linear: a part of W for each part of z
+                    return
+                self._must_prove = not _is_near(y, product)
+                y = product
+            recorder.record(
+                self,
+                recorder.sq_norm(local(z)),
+                [local_sq_norm(block.take(y)) for block in self.blocks],
+                in_part=self._in_part,
+                out_part=self._out_part,
+                leading_shape=z.shape[:-1],
+            )
+
+        # Before DeepSpeed's own post-forward hook, which releases the parameters (and with them the bias) at stage 3.
+        prepend = not self._observe_last
+        return self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True).remove
+
+    def _product(self, z: Tensor) -> Tensor:
+        """Return W z, (..., O). The weight is whole while its module's forward runs, under ZeRO-3 and FSDP too."""
+        weight = local(self.module.weight.detach())
+        return nn.functional.linear(z, (weight.T if self._is_transposed else weight).to(z.dtype))
+
+    @contextmanager
+    def weights(self) -> Iterator[Iterator[LocalWeight]]:
+        """Give access to one LocalWeight per projection. Collective where parameters are partitioned."""
+        with self._gather([self._base.weight]) if self._gather else nullcontext():
+            weight = local(self._base.weight.detach())
+            weight_OI = weight.T if self._is_transposed else weight
+            yield (
+                LocalWeight(block.projection, block.take_rows(weight_OI), self._is_sharded, self._in_index)
+                for block in self.blocks
+            )
+
+
+def wrapped(module: Any) -> Any:
+    """Return the linear inside an adapter's wrapper, PEFT's, Megatron-Bridge's or ours, or the module itself."""
+    return getattr(module, "base_layer", None) or getattr(module, "to_wrap", None) or module
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+
+
+def _is_near(y: Tensor, expected: Tensor) -> bool:
+    if y.shape != expected.shape:
+        return False
+    return bool((y.float() - expected.float()).norm() <= 0.02 * expected.float().norm())
+
+
+def local(tensor: Any) -> Tensor:
+    """Return this rank's part of a DTensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

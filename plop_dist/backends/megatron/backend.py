@@ -1,0 +1,287 @@
+"""Loads a Hugging Face checkpoint into Megatron at any layout through Megatron-Bridge, or wraps a host's model list."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from plop_dist.backends.hf.backend import whole_sites
+from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head
+from plop_dist.backends.megatron import cpu
+from plop_dist.backends.megatron.checkpoint import load_checkpoint
+from plop_dist.backends.megatron.checks import (
+    architecture,
+    check_attention,
+    check_family,
+    check_projections,
+    check_weights,
+)
+from plop_dist.backends.megatron.model import MegatronModel
+from plop_dist.backends.megatron.names import bridge_names, conventional_names
+from plop_dist.checkpoints.builtin import resolve
+from plop_dist.config.schema import Config
+from plop_dist.errors import LayoutError, MissingExtraError, ModelError, PlopError
+from plop_dist.measure.protocols import ScorableModel
+from plop_dist.values.mesh import divisors, nearest
+
+logger = logging.getLogger(__name__)
+
+_INSTALL = (
+    "Python 3.12, pip install 'plop-dist[megatron]' and then pip install --no-deps 'megatron-bridge>=0.6,<0.7' "
+    "(its optional dependencies are not needed)"
+)
+
+
+class MegatronBackend:
+    """Tensor, sequence, pipeline, data and expert parallelism through Megatron-core."""
+
+    def load(self, config: Config) -> ScorableModel:
+        """Return the configured model, loaded at its layout. Collective over the world.
+
+        model.checkpoint: a torch_dist checkpoint of any layout, whose weights replace the Hugging Face ones. Raises
+        MissingExtraError, LayoutError and ModelError.
+        """
+        chunks, bridge = load_chunks(config)
+        return describe_chunks(chunks, bridge, config, needs_head(config.placement.exclude))
+
+
+def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, with_head: bool) -> MegatronModel:
+    """Return what load_chunks loaded as the collector sees it; adapters may wrap its linears. Collective."""
+    hf_config = load_hf_config(config.model)
+    whole = meta_model(config.model, hf_config)
+    known = {item.fqn: item for site in whole_sites(whole, with_head) for item in site.projections}
+    model = MegatronModel(
+        chunks,
+        bridge_names(bridge._model_bridge.mapping_registry()),
+        with_head=with_head,
+        known=known,
+        vocab_size=hf_config.vocab_size,
+        architecture=type(whole).__name__,
+        model_type=hf_config.model_type,
+        num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
+    )
+    check_projections((item.fqn for site in model.sites for item in site.projections), known, config)
+    return model
+
+
+def wrap(chunks: Sequence[nn.Module], exclude: Sequence[str] = ("lm_head",)) -> ScorableModel:
+    """Return a host's own Megatron model list as a ScorableModel; Megatron-Bridge is not needed. Collective.
+
+    Mode, hooks, random state and gradients are left alone. exclude: with lm_head in it the logits are not computed.
+    Raises ModelError for a model that carries adapters: their weights are not in those that are scored.
+    """
+    if any(hasattr(module, "to_wrap") for chunk in chunks for module in chunk.modules()):
+        raise ModelError("the model already carries Megatron-Bridge's adapters; score it before they are added.")
+    return MegatronModel(list(chunks), conventional_names, with_head=needs_head(list(exclude)))
+
+
+def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
+    """Return this rank's model chunks in eval mode, with weights, and the AutoBridge that made them. Collective."""
+    auto_bridge = import_auto_bridge()
+    hf_config = load_hf_config(config.model)
+    check_layout(hf_config, config)
+    initialize(config)
+    dtype = _dtype(config, hf_config)
+    with _explained(hf_config, config), redirect_stdout(io.StringIO()):  # Bridge prints sizes and a bar of its own
+        bridge = auto_bridge.from_hf_pretrained(
+            resolve(config.model.name_or_path), trust_remote_code=config.model.trust_remote_code
+        )
+        provider = bridge.to_megatron_provider(load_weights=False)
+        check_family(hf_config, config)
+        configure(provider, config, dtype)
+        if config.model.checkpoint is None:
+            provider.register_pre_wrap_hook(lambda chunks: _load_weights(bridge, chunks, config))
+        chunks = provider.provide_distributed_model(
+            wrap_with_ddp=False,
+            use_cpu_initialization=not torch.cuda.is_available(),
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16,
+        )
+    if config.model.checkpoint is not None:
+        load_checkpoint(chunks, Path(config.model.checkpoint))
+    check_attention(hf_config, meta_model(config.model, hf_config), chunks, config)
+    return [chunk.eval() for chunk in chunks], bridge
+
+
+def _load_weights(bridge: Any, chunks: list[nn.Module], config: Config) -> list[nn.Module]:
+    check_weights(bridge, chunks, config)
+    return bridge.load_hf_weights(chunks)
+
+
+def import_auto_bridge() -> Any:
+    """Return Megatron-Bridge's AutoBridge. Raises MissingExtraError saying what to install."""
+    for package, minimum in (("megatron-core", (0, 18)), ("megatron-bridge", (0, 6))):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise MissingExtraError(
+                f"parallel.backend megatron needs {package}, which is not installed: {_INSTALL}"
+            ) from None
+        if tuple(int(part) for part in found.split(".")[:2]) < minimum:
+            wanted = ".".join(map(str, minimum))
+            raise MissingExtraError(
+                f"parallel.backend megatron needs {package} {wanted} or newer, and {found} is installed (older ones "
+                f"load wrong weights with transformers 5): {_INSTALL}"
+            )
+    try:
+        return cpu.import_bridge().AutoBridge
+    except ImportError as error:
+        raise MissingExtraError(f"Megatron-Bridge cannot be imported ({error}): {_INSTALL}") from error
+
+
+def initialize(config: Config) -> None:
+    """Create Megatron's process groups for the layout, unless the host has done so. Collective over the world.
+
+    Raises LayoutError if existing groups have another layout.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel = config.parallel
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    if parallel_state.model_parallel_is_initialized():
+        have = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        if have != (parallel.tp, parallel.pp):
+            raise LayoutError(
+                f"parallel.tp is {parallel.tp} and parallel.pp {parallel.pp}, but this process already runs Megatron "
+                f"at tp {have[0]} and pp {have[1]}; use those."
+            )
+        return
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=1,  # an expert's own output must be whole to be measured
+        distributed_timeout_minutes=math.ceil(config.cluster.timeout_s / 60),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+
+
+def configure(provider: Any, config: Config, dtype: torch.dtype) -> None:
+    """Set layout, dtype and, without Transformer Engine, the local layers on a Bridge provider; finalize it."""
+    parallel = config.parallel
+    provider.tensor_model_parallel_size = parallel.tp
+    provider.pipeline_model_parallel_size = parallel.pp
+    provider.context_parallel_size = parallel.cp
+    provider.expert_model_parallel_size = parallel.ep
+    provider.expert_tensor_parallel_size = 1
+    provider.sequence_parallel = parallel.sequence_parallel
+    provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = dtype
+    provider.bf16, provider.fp16 = dtype is torch.bfloat16, dtype is torch.float16
+    provider.moe_token_dispatcher_type = "alltoall"
+    provider.moe_shared_expert_overlap = False
+    # Balancing losses would reach the adapters through the frozen router; plain PEFT training has none.
+    provider.moe_router_load_balancing_type, provider.moe_aux_loss_coeff = "none", 0.0
+    provider.moe_z_loss_coeff = None
+    provider.gradient_accumulation_fusion = False
+    provider.mtp_num_layers = None
+    provider.should_pad_vocab = True
+    provider.make_vocab_size_divisible_by = 1
+    if not cpu.has_transformer_engine():
+        _use_local_layers(provider)
+    provider.perform_initialization = False  # every weight is loaded
+    provider.finalize()
+
+
+def check_layout(hf_config: Any, config: Config) -> None:
+    """Raise LayoutError where the layout does not divide the model, naming the nearest sizes that do."""
+    parallel = config.parallel
+    text = hf_config.get_text_config()
+    experts = next((getattr(text, name, None) for name in _EXPERT_FIELDS if getattr(text, name, None)), None)
+    heads = getattr(text, "num_attention_heads", None)
+    fields = [
+        ("tp", "num_attention_heads", heads),
+        ("tp", "num_key_value_heads", getattr(text, "num_key_value_heads", None)),
+        ("tp", "intermediate_size", getattr(text, "intermediate_size", None)),
+        ("tp", "hidden_size", getattr(text, "hidden_size", None) if parallel.sequence_parallel else None),
+        ("pp", "num_hidden_layers", getattr(text, "num_hidden_layers", None)),
+        ("ep", "number of experts", experts),
+    ]
+    # Gemma-3n gives one size per layer.
+    pairs = [
+        (axis, field, size)
+        for axis, field, sizes in fields
+        for size in (sorted(set(sizes)) if isinstance(sizes, list) else [sizes])
+    ]
+    for axis, field, total in pairs:
+        size = getattr(parallel, axis)
+        if total and total % size:
+            fitting = " or ".join(map(str, nearest(size, _common_divisors(axis, pairs))))
+            raise LayoutError(
+                f"parallel.{axis} ({size}) does not divide the model's {field} ({total}); "
+                f"use parallel.{axis}={fitting}."
+            )
+    if parallel.ep > 1 and not experts:
+        raise LayoutError(f"parallel.ep is {parallel.ep}, but the model has no experts; set parallel.ep=1.")
+    if parallel.cp > 1 and not cpu.has_transformer_engine():
+        raise LayoutError(
+            f"parallel.cp is {parallel.cp}: Megatron's context parallelism needs Transformer Engine, which is not "
+            "installed; set parallel.cp=1 or install transformer-engine (CUDA only)."
+        )
+
+
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def _common_divisors(axis: str, pairs: Sequence[tuple[str, str, int | None]]) -> list[int]:
+    totals = [total for name, _, total in pairs if name == axis and total]
+    return divisors(math.gcd(*totals))
+
+
+@contextmanager
+def _explained(hf_config: Any, config: Config) -> Iterator[None]:
+    """Turn what Bridge raises about a model that it cannot build into one ModelError."""
+    name = config.model.name_or_path
+    try:
+        yield
+    except PlopError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if "not yet supported" in str(error):  # Bridge 0.6: supports() answers by the class name's ending alone
+            raise ModelError(
+                f"model.name_or_path '{name}' is a {architecture(hf_config)}, which Megatron-Bridge "
+                f"{version('megatron-bridge')} does not know; use parallel.backend=deepspeed or transformers for it."
+            ) from None
+        lines = " ".join(str(error).split())[:500]
+        raise ModelError(
+            f"model.name_or_path '{name}': Megatron-Bridge cannot build it ({type(error).__name__}: {lines}); use "
+            "parallel.backend=deepspeed or transformers for it."
+        ) from error
+
+
+def _dtype(config: Config, hf_config: Any) -> torch.dtype:
+    if config.model.dtype != "auto":
+        return getattr(torch, config.model.dtype)
+    dtype = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _use_local_layers(provider: Any) -> None:
+    from megatron.core.transformer.enums import AttnBackend
+
+    provider.attention_backend = AttnBackend.auto  # families that ask for flash attention ask Transformer Engine
+    provider.transformer_layer_spec = cpu.local_block_spec
+    for fusion in (
+        "bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm", "bias_dropout_fusion",
+        "apply_rope_fusion", "cross_entropy_loss_fusion", "moe_permute_fusion", "moe_router_fusion",
+        "memory_efficient_layer_norm", "moe_grouped_gemm",
+    ):  # fmt: skip
+        if hasattr(provider, fusion):
+            setattr(provider, fusion, False)

@@ -1,0 +1,190 @@
+"""Whether the model that Megatron-Bridge built computes what the Hugging Face model does: weights, modules, attention.
+
+Bridge only warns about weights without a place, and not at all about the fields of a configuration that it does not
+read; either would give wrong scores in silence.
+"""
+
+# s positions, D rotary dimensions
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from plop_dist.backends.megatron import cpu
+from plop_dist.backends.megatron.model import unwrap
+from plop_dist.config.schema import Config
+from plop_dist.errors import ModelError
+
+# Families whose logits were found equal to transformers' with Megatron's own layers, i.e. without Transformer Engine.
+LOCAL_FAMILIES = (
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "GemmaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
+    "NemotronForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+)  # fmt: skip
+
+_ELSEWHERE = "use parallel.backend=deepspeed or transformers for it"
+
+
+def check_family(hf_config: Any, config: Config) -> None:
+    """Raise ModelError if the family needs Transformer Engine's layers and they are not installed."""
+    if cpu.has_transformer_engine() or architecture(hf_config) in LOCAL_FAMILIES:
+        return
+    raise ModelError(
+        f"model.name_or_path '{config.model.name_or_path}' is a {architecture(hf_config)}: Megatron's layers without "
+        f"Transformer Engine (CUDA only, not installed here) are known to be right for {', '.join(LOCAL_FAMILIES)} "
+        f"alone; {_ELSEWHERE}."
+    )
+
+
+def architecture(hf_config: Any) -> str:
+    """Return the name of the class that the checkpoint was saved from."""
+    return (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
+
+
+def check_weights(bridge: Any, chunks: Sequence[nn.Module], config: Config) -> None:
+    """Raise ModelError, on every rank, if any parameter of any rank would be left random. Collective over the world."""
+    tasks = bridge._model_bridge.build_conversion_tasks(bridge.hf_pretrained, list(chunks))
+    filled = {id(task.param_weight) for task in tasks if task is not None}
+    names = [
+        name
+        for chunk in chunks
+        for name, parameter in unwrap(chunk).named_parameters()
+        if id(parameter) not in filled
+        # The last stage's copy of tied embeddings is filled from the first one's.
+        and not (name == "output_layer.weight" and unwrap(chunk).share_embeddings_and_output_weights)
+    ]
+    missing = sorted(gather_set(names))
+    if missing:
+        raise ModelError(
+            f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge finds no weights for {len(missing)} of "
+            f"Megatron's parameters, e.g. '{missing[0]}'; they would be random. {_ELSEWHERE.capitalize()}."
+        )
+    _check_biases(bridge, tasks, config)
+
+
+def _check_biases(bridge: Any, tasks: Sequence[Any], config: Config) -> None:
+    """Raise ModelError if the checkpoint holds biases that no task reads: Megatron's model would go without them."""
+    read: set[str] = set()
+    for task in tasks:
+        if task is not None:
+            names = task.mapping.hf_param
+            read |= set(names.values()) if isinstance(names, dict) else {names}
+    read = gather_set(read)
+    unread = sorted(name for name in bridge.hf_pretrained.state if name.endswith(".bias") and name not in read)
+    if unread:
+        raise ModelError(
+            f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge leaves out {len(unread)} biases of the "
+            f"checkpoint, e.g. '{unread[0]}'. {_ELSEWHERE.capitalize()}."
+        )
+
+
+def check_projections(found: Iterable[str], expected: Iterable[str], config: Config) -> None:
+    """Raise ModelError, on every rank, unless all ranks' projections are the Hugging Face model's. Collective.
+
+    found: this rank's paths; expected: the whole model's.
+    """
+    have, want = gather_set(found), set(expected)
+    if have == want:
+        return
+    path, what = min([(path, "no") for path in want - have] + [(path, "a") for path in have - want])
+    raise ModelError(
+        f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge builds another model than transformers: "
+        f"{len(want - have)} projections are missing and {len(have - want)} are too many; it has {what} '{path}'. "
+        f"{_ELSEWHERE.capitalize()}."
+    )
+
+
+def check_attention(hf_config: Any, hf_model: nn.Module, chunks: Sequence[nn.Module], config: Config) -> None:
+    """Give Megatron the checkpoint's rotary frequencies; raise ModelError where attention still differs.
+
+    Compared for the data.max_length positions that are scored: cosines and sines, and every layer's sliding window.
+    hf_model: on the meta device.
+    """
+    length = max(config.data.max_length, config.train.max_length if config.train.method != "none" else 0)
+    for chunk in map(unwrap, chunks):
+        _check_tied(hf_config, chunk, config)
+        _check_windows(hf_config, chunk, length, config)
+        _check_rotary(hf_model, chunk, length, config)
+
+
+def _check_tied(hf_config: Any, chunk: Any, config: Config) -> None:
+    tied = bool(getattr(hf_config.get_text_config(), "tie_word_embeddings", False))
+    if chunk.share_embeddings_and_output_weights != tied:
+        raise ModelError(
+            f"model.name_or_path '{config.model.name_or_path}': tie_word_embeddings is {tied}, which Megatron-Bridge "
+            f"does not follow for {architecture(hf_config)}; {_ELSEWHERE}."
+        )
+
+
+def _check_windows(hf_config: Any, chunk: Any, length: int, config: Config) -> None:
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    text, own = hf_config.get_text_config(), chunk.config
+    for layer in chunk.decoder.layers:
+        kind = type(getattr(getattr(layer, "self_attention", None), "core_attention", None)).__name__
+        if kind not in ("DotProductAttention", "TEDotProductAttention", "LocalMLAttention"):
+            continue  # a family's own class, which reads its own fields
+        expected = _window(text, layer.layer_number - 1)
+        is_window = is_layer_window_attention(own.window_size, own.window_attn_skip_freq, layer.layer_number)
+        found = own.window_size[0] + 1 if is_window else None
+        if min(found or length, length) != min(expected or length, length):
+            raise ModelError(
+                f"model.name_or_path '{config.model.name_or_path}': layer {layer.layer_number - 1} attends to "
+                f"{expected or 'all'} tokens, but Megatron-Bridge's to {found or 'all'}; set data.max_length (and "
+                f"train.max_length) to {min(filter(None, (found, expected)))} at most, or {_ELSEWHERE}."
+            )
+
+
+def _window(text: Any, layer: int) -> int | None:
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    if types:
+        return window if types[layer] == "sliding_attention" else None
+    return window if getattr(text, "use_sliding_window", True) else None
+
+
+def _check_rotary(hf_model: nn.Module, chunk: nn.Module, length: int, config: Config) -> None:
+    theirs = next((m for name, m in hf_model.named_modules() if name.endswith("rotary_emb")), None)
+    ours: Any = next((m for m in chunk.modules() if "RotaryEmbedding" in type(m).__name__), None)
+    if theirs is None or ours is None or not hasattr(theirs, "inv_freq"):
+        return  # no rotary embedding, or one per kind of layer, which families' own layers take care of
+    rotary = type(theirs)(theirs.config)  # with numbers, off the meta device
+    if type(ours).__name__ == "RotaryEmbedding" and rotary.inv_freq.shape == ours.inv_freq.shape:
+        # Megatron fixes what it does not read (llama3's original length) and scales positions where others scale this.
+        ours.inv_freq = rotary.inv_freq.float().to(ours.inv_freq.device)
+        ours.seq_len_interpolation_factor = None
+    expected = _transformers_cosines(rotary, length)
+    try:
+        found = _megatron_cosines(ours, length)
+    except TypeError:  # fields of YaRN that Bridge has left unset
+        found = torch.zeros(0)
+    if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-4):
+        raise ModelError(
+            f"model.name_or_path '{config.model.name_or_path}': its rotary embedding ({theirs.config.rope_parameters}) "
+            f"is another in Megatron; {_ELSEWHERE}."
+        )
+
+
+def _megatron_cosines(rotary: Any, length: int) -> Tensor:
+    """Return the sorted cosines of every position, (s, D), whatever the order of dimensions."""
+    angles, scale = rotary(length), 1.0
+    if isinstance(angles, tuple):
+        angles, scale = angles
+    return (angles.flatten(1).float().cos() * scale).sort(dim=-1).values.cpu()
+
+
+def _transformers_cosines(rotary: Any, length: int) -> Tensor:
+    found = rotary(torch.zeros(1), torch.arange(length)[None])
+    cosines = torch.cat([found.real, found.real], dim=-1) if torch.is_tensor(found) else found[0]
+    return cosines[0].float().sort(dim=-1).values
+
+
+def gather_set(items: Iterable[str]) -> set[str]:
+    """Return the union of all ranks' items. Collective over the world."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, sorted(items))
+    return {item for part in gathered for item in part}

@@ -1,0 +1,262 @@
+"""Which Hugging Face projections a Megatron linear holds: names, layer and expert numbers, output rows.
+
+Where Megatron-Bridge is at hand its mapping registry gives the names of the family; for a model list that a host
+brings, the names that Llama, Qwen and DeepSeek share are used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from plop_dist.backends.hf.linears import Rows
+from plop_dist.values.names import expert_index, layer_index, module_type
+from plop_dist.values.scores import Projection
+
+# Global Megatron parameter name -> Hugging Face weights in it, by part ("" if there is only one).
+HFNames = Callable[[str], Mapping[str, str] | None]
+
+_LAYER = re.compile(r"^(.*?\bdecoder\.layers\.)(\d+)\.")
+_LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+_GATED = ("gate", "up")
+
+# Megatron's module path below its layer -> the Hugging Face name below `model.layers.N`.
+_CONVENTION: dict[str, dict[str, str]] = {
+    "self_attention.linear_qkv": {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"},
+    "self_attention.linear_proj": {"": "self_attn.o_proj"},
+    "self_attention.linear_q_proj": {"": "self_attn.q_proj"},
+    "self_attention.linear_q_down_proj": {"": "self_attn.q_a_proj"},
+    "self_attention.linear_q_up_proj": {"": "self_attn.q_b_proj"},
+    "self_attention.linear_kv_down_proj": {"": "self_attn.kv_a_proj_with_mqa"},
+    "self_attention.linear_kv_up_proj": {"": "self_attn.kv_b_proj"},
+    "mlp.router": {"": "mlp.gate"},
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One projection inside a Megatron linear: its Hugging Face path, and its rows among this rank's outputs."""
+
+    fqn: str
+    rows: Rows | None
+
+
+@dataclass(frozen=True)
+class NamedLinear:
+    """A linear of this rank. path: the local one; parts: what it holds; expert: global index of a routed expert.
+
+    called: what the model calls, the linear itself or the adapter's wrapper around it.
+    """
+
+    path: str
+    module: nn.Module
+    parts: tuple[Part, ...]
+    expert: int | None = None
+    router: str | None = None
+    slot: int | None = None  # which weight of a grouped linear
+    called: nn.Module | None = None
+
+    @property
+    def fqns(self) -> list[str]:
+        """The Hugging Face paths of the parts."""
+        return [part.fqn for part in self.parts]
+
+
+def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HFNames) -> Iterator[NamedLinear]:
+    """Yield every linear of one model chunk under its Hugging Face names, each routed expert apart.
+
+    Multi-token-prediction layers are left out: Hugging Face models do not have them. So are the linears of adapters;
+    what Megatron-Bridge's wrapper wraps goes by the wrapper's path. hf_names: see `conventional_names`
+    and `bridge_names`.
+    """
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        kind = linear_kind(module)
+        if kind is None or ".mtp." in f".{path}." or ".adapter." in path:
+            continue
+        path = path.removesuffix(".to_wrap")
+        global_path = _global_path(path, modules)
+        router = _router_path(path, global_path)
+        if kind.startswith("grouped"):
+            first = ep_rank * module.num_gemms
+            for slot in range(module.num_gemms):
+                names = _names(hf_names, f"{global_path}.weight{first + slot}", global_path)
+                parts = _parts(path, names, module, config)
+                yield NamedLinear(path, module, parts, first + slot, router, slot, modules[path])
+            continue
+        match = _LOCAL_EXPERT.search(global_path)
+        expert = None
+        if match:
+            num_local = len(modules[path[: path.index(".local_experts.") + len(".local_experts")]])
+            expert = ep_rank * num_local + int(match.group(1))
+            global_path = f"{global_path[: match.start(1)]}{expert}{global_path[match.end(1) :]}"
+        names = _names(hf_names, f"{global_path}.weight", global_path)
+        parts = _parts(path, names, module, config)
+        yield NamedLinear(path, module, parts, expert, router if match else None, called=modules[path])
+
+
+def router_fqn(router: str, hf_names: HFNames) -> str:
+    """Return the Hugging Face path of a router, given its global Megatron path."""
+    return _names(hf_names, f"{router}.weight", router)[""]
+
+
+def linear_kind(module: nn.Module) -> str | None:
+    """Return column, row, duplicated, grouped_column or grouped_row for Megatron's linears, None for anything else.
+
+    By class name along the inheritance, so that Transformer Engine need not be importable.
+    """
+    for name in (cls.__name__ for cls in type(module).__mro__):
+        if name in _KINDS:
+            return _KINDS[name]
+    return None
+
+
+_KINDS = {
+    "ColumnParallelLinear": "column",
+    "TEColumnParallelLinear": "column",
+    "TELayerNormColumnParallelLinear": "column",
+    "RowParallelLinear": "row",
+    "TERowParallelLinear": "row",
+    "TEColumnParallelGroupedLinear": "grouped_column",
+    "TERowParallelGroupedLinear": "grouped_row",
+    "TELinear": "duplicated",
+}
+
+
+def conventional_names(parameter: str) -> Mapping[str, str] | None:
+    """Return the names that most decoder families share, for a model list that comes without a bridge.
+
+    >>> conventional_names("decoder.layers.3.self_attention.linear_proj.weight")
+    {'': 'model.layers.3.self_attn.o_proj.weight'}
+    """
+    path, _, weight = parameter.rpartition(".")
+    if path == "output_layer":
+        return {"": "lm_head.weight"}
+    match = _LAYER.match(f"{path}.")
+    if not match:
+        return None
+    inner = path[match.end() :]
+    names = _CONVENTION.get(inner) or _mlp_names(inner, weight.removeprefix("weight"))
+    return names and {part: f"model.layers.{match.group(2)}.{name}.weight" for part, name in names.items()}
+
+
+def _mlp_names(inner: str, slot: str) -> dict[str, str] | None:
+    owner, _, leaf = inner.rpartition(".")
+    owner = owner.replace(".local_experts.", ".")
+    if slot:
+        owner = f"{owner}.{slot}"
+    if leaf == "linear_fc1":
+        return {"gate": f"{owner}.gate_proj", "up": f"{owner}.up_proj"}
+    return {"": f"{owner}.down_proj"} if leaf == "linear_fc2" else None
+
+
+def bridge_names(registry: Any) -> HFNames:
+    """Return the names that a Megatron-Bridge mapping registry gives, for every family it knows."""
+
+    def look_up(parameter: str) -> Mapping[str, str] | None:
+        mapping = registry.megatron_to_hf_lookup(parameter)
+        if mapping is None:
+            return conventional_names(parameter)
+        found = {"": mapping.hf_param} if isinstance(mapping.hf_param, str) else dict(mapping.hf_param)
+        plain = {part: name.replace(".base_layer.", ".") for part, name in found.items()}
+        return _split_fused(parameter, plain)
+
+    return look_up
+
+
+def _split_fused(parameter: str, names: dict[str, str]) -> dict[str, str]:
+    """Give the logical parts of a weight that the Hugging Face checkpoint itself keeps fused (Phi-3, 3-D experts)."""
+    if list(names) != [""]:
+        return names
+    owner, _, leaf = names[""].removesuffix(".weight").rpartition(".")
+    number = re.search(r"(?:\.local_experts\.|\.weight)(\d+)", parameter)
+    if number and owner.endswith(".experts"):  # one 3-D parameter for all experts
+        owner = f"{owner}.{number.group(1)}"
+    if parameter.endswith("linear_qkv.weight"):
+        return {part: f"{owner}.{part}_proj.weight" for part in ("q", "k", "v")}
+    if ".linear_fc1." in parameter and leaf == "gate_up_proj":
+        return {part: f"{owner}.{part}_proj.weight" for part in _GATED}
+    return {"": f"{owner}.{leaf}.weight" if owner else f"{leaf}.weight"}
+
+
+def _names(hf_names: HFNames, parameter: str, global_path: str) -> Mapping[str, str]:
+    """Return the Hugging Face paths by part; a linear that no one knows keeps Megatron's path."""
+    found = hf_names(parameter) or {"": f"model.{global_path.removeprefix('decoder.')}.weight"}
+    return {part: name.removesuffix(".weight") for part, name in found.items()}
+
+
+def _parts(path: str, names: Mapping[str, str], module: nn.Module, config: Any) -> tuple[Part, ...]:
+    if "q" in names and "k" in names:
+        return _query_group_parts(names, config)
+    if set(names) == set(_GATED):
+        if not config.gated_linear_unit:
+            return (Part(names["up"], None),)
+        period = local_out_features(module)
+        half = period // 2
+        return (Part(names["gate"], Rows(period, 0, half)), Part(names["up"], Rows(period, half, period)))
+    if len(names) != 1:
+        owner = next(iter(names.values())).rpartition(".")[0]
+        return (Part(f"{owner}.{path.rpartition('.')[2]}", None),)  # rows of an unknown layout: scored as one
+    return (Part(next(iter(names.values())), None),)
+
+
+def _query_group_parts(names: Mapping[str, str], config: Any) -> tuple[Part, ...]:
+    """Each query group's rows are [its query heads, (their output gates,) its key head, its value head]."""
+    groups = config.num_query_groups or config.num_attention_heads
+    head = config.kv_channels or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads // groups * head
+    if getattr(config, "attention_output_gate", False):
+        queries *= 2  # query and gate are one projection in Hugging Face
+    period = queries + 2 * head
+    return (
+        Part(names["q"], Rows(period, 0, queries)),
+        Part(names["k"], Rows(period, queries, queries + head)),
+        Part(names["v"], Rows(period, queries + head, period)),
+    )
+
+
+def local_out_features(module: nn.Module) -> int:
+    """Return how many output features this rank holds, for local and Transformer Engine linears alike."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        weight = getattr(module, "weight0", None)
+    return module.output_size_per_partition if weight is None else weight.shape[0]
+
+
+def _global_path(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return the path with the layer's number in the whole model instead of the one on this pipeline stage."""
+    match = _LAYER.match(f"{path}.")
+    if not match:
+        return path
+    layer = modules[path[: match.end() - 1]]
+    number = getattr(layer, "layer_number", None)
+    return path if number is None else f"{match.group(1)}{number - 1}.{path[match.end() :]}"
+
+
+def _router_path(path: str, global_path: str) -> str | None:
+    """Return the name of the router that feeds a routed expert."""
+    head, found, _ = global_path.partition(".experts.")
+    return f"{head}.router" if found and "shared_experts" not in path else None
+
+
+def logical_projection(
+    fqn: str, in_features: int, out_features: int, known: Mapping[str, Projection] | None
+) -> Projection:
+    """Return the projection of a path: as the Hugging Face model holds it where `known`, else as its own linear."""
+    if known and fqn in known:
+        return known[fqn]
+    storage = {}
+    if known and expert_index(fqn) is not None:
+        owner, leaf = re.sub(r"\.experts\.\d+\.", ".experts.", fqn).rsplit(".", 1)
+        storage = {
+            "storage": "expert_parameter",
+            "stored_in": f"{owner}.{'gate_up_proj' if leaf != 'down_proj' else leaf}",
+        }
+    return Projection(
+        fqn=fqn, type=module_type(fqn), layer=layer_index(fqn), in_features=in_features, out_features=out_features,
+        **storage,
+    )  # fmt: skip

@@ -1,0 +1,214 @@
+"""How Megatron's linears are observed: column, row and expert linears, fused norms, biases, and the routing map."""
+
+# T tokens, I in_features, O out_features, E experts
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plop_dist.backends.hf.linears import Block
+from plop_dist.backends.megatron.cpu import apply_norm
+from plop_dist.measure.norms import local_sq_norm
+from plop_dist.measure.protocols import LocalWeight, Part, Recorder, Routing
+from plop_dist.values.scores import Projection
+
+
+class MegatronSite:
+    """A Megatron linear: reads z, returns (W z (+ bias), bias or None).
+
+    blocks: the projections in this rank's output rows. kind: see megatron_names.linear_kind. tp_rank and tp_size: of
+    the group that shards it. is_sequence_parallel: whether its input (column) or output (row) is this rank's share of
+    the tokens. num_rows: how many local output rows are real, where a vocabulary is padded. called: the adapter's
+    wrapper around the module, if there is one, whose output holds the adapter's part.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[Block],
+        kind: str,
+        *,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        is_sequence_parallel: bool = False,
+        weight: Callable[[], Tensor] | None = None,
+        num_rows: int | None = None,
+        called: nn.Module | None = None,
+    ) -> None:
+        self._called = called or module
+        self.module, self.blocks, self.kind = module, tuple(blocks), kind
+        self.projections: tuple[Projection, ...] = tuple(block.projection for block in blocks)
+        self.group = "tp"
+        self._tp_rank, self._tp_size = tp_rank, tp_size
+        self._weight = weight or (lambda: module.weight)
+        self._num_rows = num_rows
+        partial = Part.PARTIAL if tp_size > 1 else Part.WHOLE
+        tokens = Part.TOKENS if is_sequence_parallel and tp_size > 1 else Part.WHOLE
+        self._in_part, self._out_part = {
+            "column": (tokens, partial), "row": (partial, tokens), "duplicated": (tokens, tokens),
+        }[kind]  # fmt: skip
+
+    def attach(self, recorder: Recorder) -> Callable[[], None]:
+        """Install the hook and return the function that removes it."""
+
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            z = _first(args, kwargs)
+            y = self._own_rows(_without_bias(self.module, output))
+            recorder.record(
+                self,
+                _in_sq(self.module, z, recorder),
+                [local_sq_norm(block.take(y)) for block in self.blocks],
+                in_part=self._in_part,
+                out_part=self._out_part,
+                leading_shape=z.shape[:-1],
+            )
+
+        return self._called.register_forward_hook(observe, prepend=True, with_kwargs=True).remove
+
+    @contextmanager
+    def weights(self) -> Iterator[Iterator[LocalWeight]]:
+        """Give access to one LocalWeight per projection; nothing is communicated."""
+        weight_OI = self._weight().detach()[: self._num_rows]
+        in_index = None
+        if self.kind == "row" and self._tp_size > 1:
+            width = weight_OI.shape[1]
+            in_index = slice(self._tp_rank * width, (self._tp_rank + 1) * width)
+        is_sharded = self._tp_size > 1 and self.kind != "duplicated"
+        yield (LocalWeight(block.projection, block.take_rows(weight_OI), is_sharded, in_index) for block in self.blocks)
+
+    def _own_rows(self, y: Tensor) -> Tensor:
+        """Return this rank's real output features: of a gathered output its own part, without vocabulary padding."""
+        width = self._weight().shape[0]
+        if self.kind == "column" and y.shape[-1] != width:
+            y = y.narrow(-1, self._tp_rank * width, width)
+        return y if self._num_rows is None else y[..., : self._num_rows]
+
+
+class ExpertSite:
+    """One routed expert's linear; its tokens come from any rank of the routing group, in the router's order.
+
+    slot: its place in a grouped linear, whose forward takes (z of all experts one after the other, tokens per expert).
+    """
+
+    group = "etp"
+
+    def __init__(self, module: nn.Module, blocks: Sequence[Block], routing: Routing, slot: int | None = None) -> None:
+        self.module, self.blocks, self.routing, self.slot = module, tuple(blocks), routing, slot
+        self.projections: tuple[Projection, ...] = tuple(block.projection for block in blocks)
+
+    def attach(self, recorder: Recorder) -> Callable[[], None]:
+        """Install the hook and return the function that removes it."""
+
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            z_TI = _first(args, kwargs)
+            y_TO = output[0] if isinstance(output, tuple) else output
+            if self.slot is None:
+                y_TO = _without_bias(module, output)
+            else:
+                splits = [int(size) for size in (args[1] if len(args) > 1 else kwargs["m_splits"])]
+                start = sum(splits[: self.slot])
+                z_TI, y_TO = (tensor.narrow(0, start, splits[self.slot]) for tensor in (z_TI, y_TO))
+                if not getattr(module, "te_return_bias", True) and module.use_bias:
+                    y_TO = y_TO - getattr(module, f"bias{self.slot}")
+            recorder.record(
+                self,
+                local_sq_norm(z_TI),
+                [local_sq_norm(block.take(y_TO)) for block in self.blocks],
+                routing=self.routing,
+            )
+
+        return self.module.register_forward_hook(observe, prepend=True, with_kwargs=True).remove
+
+    @contextmanager
+    def weights(self) -> Iterator[Iterator[LocalWeight]]:
+        """Give access to one LocalWeight per projection; nothing is communicated."""
+        weight_OI = (self.module.weight if self.slot is None else getattr(self.module, f"weight{self.slot}")).detach()
+        yield (LocalWeight(block.projection, block.take_rows(weight_OI)) for block in self.blocks)
+
+
+class RouterSite:
+    """A layer's router: a linear of its own, and what tells which tokens go to which experts.
+
+    Every tensor rank holds the whole weight; under sequence parallelism it reads this rank's share of the tokens.
+    """
+
+    group = "tp"
+
+    def __init__(
+        self, module: nn.Module, name: str, projection: Projection, *, is_sequence_parallel: bool = False
+    ) -> None:
+        self.module, self.name = module, name
+        self.projections: tuple[Projection, ...] = (projection,)
+        self._part = Part.TOKENS if is_sequence_parallel else Part.WHOLE
+
+    def attach(self, recorder: Recorder) -> Callable[[], None]:
+        """Install the observation and return the function that removes it. The map is the one after capacity drops."""
+        module: Any = self.module
+        is_plain = "gating" not in vars(module)
+        gating = module.gating
+
+        def observed(z: Tensor) -> Tensor:
+            logits = gating(z)
+            recorder.record(
+                self,
+                recorder.sq_norm(z),
+                [local_sq_norm(logits if module.bias is None else logits - module.bias)],
+                in_part=self._part,
+                out_part=self._part,
+                leading_shape=z.shape[:-1],
+            )
+            return logits
+
+        def observe(module: nn.Module, args: Any, output: Any) -> None:
+            recorder.record_routing(self.name, output[1].bool())
+
+        module.gating = observed  # the router returns probabilities, its logits are seen nowhere else
+        handle = module.register_forward_hook(observe, prepend=True)
+
+        def remove() -> None:
+            handle.remove()
+            if is_plain:
+                del module.gating
+            else:
+                module.gating = gating
+
+        return remove
+
+    @contextmanager
+    def weights(self) -> Iterator[Iterator[LocalWeight]]:
+        """Give access to the router's weight; nothing is communicated."""
+        yield iter([LocalWeight(self.projections[0], self.module.weight.detach())])
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _in_sq(module: nn.Module, z: Tensor, recorder: Recorder) -> Tensor:
+    """Return ||z_t||^2 of what the weight really multiplies: a LayerNorm-fused linear is given the pre-norm input."""
+    weight = getattr(module, "layer_norm_weight", None)
+    if weight is None:
+        return recorder.sq_norm(z)
+    normed = apply_norm(
+        z,
+        weight,
+        getattr(module, "layer_norm_bias", None),
+        module.eps,
+        module.normalization,
+        zero_centered_gamma=module.zero_centered_gamma,
+    )
+    return local_sq_norm(normed)
+
+
+def _without_bias(module: nn.Module, output: Any) -> Tensor:
+    """Return W z: a bias that comes back apart was not added, any other was."""
+    y, returned = output if isinstance(output, tuple) else (output, None)
+    bias = getattr(module, "bias", None)
+    if returned is not None or not torch.is_tensor(bias) or bias.numel() == 0:
+        return y
+    return y - bias

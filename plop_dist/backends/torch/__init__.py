@@ -1,0 +1,1 @@
+"""A model that PyTorch's own wrappers shard."""

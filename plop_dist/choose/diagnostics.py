@@ -1,0 +1,174 @@
+"""When the scores or the choice should not be trusted, and why: short findings with the figures behind them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from plop_dist.choose.candidates import find_candidates
+from plop_dist.choose.policies import resolve_policy
+from plop_dist.values.placement import Placement
+from plop_dist.values.scores import ModuleScore, Scores, TypeScore
+
+NEAR_ONE = 0.1
+MIN_IN_FEATURES = 1000
+MIN_CONFIDENCE = 0.9
+MIN_TOKENS = 1000
+MIN_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One finding: `warning` puts the choice in doubt, `note` is worth knowing."""
+
+    severity: Literal["warning", "note"]
+    text: str
+
+
+def diagnose(scores: Scores, placement: Placement | None = None) -> list[Diagnostic]:
+    """Return what speaks against trusting the scores and, if given, the placement; warnings first.
+
+    Raises ConfigError if the placement's policy is not readable.
+    """
+    findings = [
+        *_near_one(scores),
+        *_cut(scores, placement),
+        *_narrow(scores, placement),
+        *_tokens(scores),
+        *_skipped(scores),
+        *_left_out(scores),
+        *_samples(scores, placement),
+    ]
+    return sorted(findings, key=lambda finding: finding.severity != "warning")
+
+
+def _near_one(scores: Scores) -> list[Diagnostic]:
+    farthest = max(abs(entry.nfn - 1) for entry in scores.types)
+    if farthest >= NEAR_ONE:
+        return []
+    text = (
+        f"Every type's NFN is within {farthest:.3f} of 1, as for random weights: the width is too small, the data is "
+        "foreign to the model, or the weights are not the trained ones."
+    )
+    return [Diagnostic("warning", text)]
+
+
+def _cut(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
+    if placement is None:
+        return []
+    findings = []
+    confidence = placement.selection_confidence
+    if confidence is not None and confidence < MIN_CONFIDENCE:
+        text = f"Only {confidence:.0%} of bootstrap resamples make the same choice; score more samples or change k."
+        findings.append(Diagnostic("warning", text))
+    return [*findings, *_overlap(scores, placement)]
+
+
+def _overlap(scores: Scores, placement: Placement) -> list[Diagnostic]:
+    """Compare the intervals of the types on both sides of the cut, among those that the policy may choose."""
+    policy = resolve_policy(**placement.policy)
+    if policy.granularity != "type":
+        return []
+    candidates = set(find_candidates(scores.modules, policy, scores.left_out).units)
+    entries = [entry for entry in scores.types if entry.type in candidates and entry.nfn_ci95 is not None]
+    inside = [entry for entry in entries if entry.type in placement.module_types]
+    outside = [entry for entry in entries if entry.type not in placement.module_types]
+    if policy.policy == "threshold" and policy.threshold is not None:
+        return _straddling(entries, policy.threshold)
+    is_cut = policy.policy in ("lowest_k", "highest_k") or (policy.policy == "budget" and policy.fit == "rank")
+    if not is_cut or not inside or not outside:
+        return []
+    if policy.policy == "highest_k":
+        last, first = min(inside, key=lambda e: e.nfn), max(outside, key=lambda e: e.nfn)
+        (low_in, high_in), (low_out, high_out) = _interval(last), _interval(first)
+        is_apart = low_in >= high_out
+    else:
+        last, first = max(inside, key=lambda e: e.nfn), min(outside, key=lambda e: e.nfn)
+        (low_in, high_in), (low_out, high_out) = _interval(last), _interval(first)
+        is_apart = high_in <= low_out
+    if is_apart:
+        return []
+    text = (
+        f"The intervals at the cut overlap: {last.type} (in) {low_in:.4f} to {high_in:.4f}, {first.type} (out) "
+        f"{low_out:.4f} to {high_out:.4f}."
+    )
+    return [Diagnostic("warning", text)]
+
+
+def _straddling(entries: Sequence[TypeScore], threshold: float) -> list[Diagnostic]:
+    found = [entry for entry in entries if _interval(entry)[0] < threshold <= _interval(entry)[1]]
+    if not found:
+        return []
+    listed = ", ".join(f"{e.type} {_interval(e)[0]:.4f} to {_interval(e)[1]:.4f}" for e in found)
+    return [Diagnostic("warning", f"The threshold {threshold:g} lies inside the interval of: {listed}.")]
+
+
+def _interval(entry: TypeScore) -> tuple[float, float]:
+    assert entry.nfn_ci95 is not None, f"{entry.type} has no interval"
+    return entry.nfn_ci95
+
+
+def _narrow(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
+    chosen = set(placement.modules) if placement is not None else {module.fqn for module in scores.modules}
+    narrow: dict[str, int] = {}
+    for module in scores.modules:
+        if module.in_features < MIN_IN_FEATURES and module.fqn in chosen:
+            narrow[module.type] = min(module.in_features, narrow.get(module.type, MIN_IN_FEATURES))
+    if not narrow:
+        return []
+    listed = ", ".join(f"{name} ({width})" for name, width in sorted(narrow.items()))
+    text = f"in_features below {MIN_IN_FEATURES:,}, outside the regime of the theory (wide layers): {listed}."
+    return [Diagnostic("note", text)]
+
+
+def _tokens(scores: Scores) -> list[Diagnostic]:
+    by_type: dict[str, list[ModuleScore]] = defaultdict(list)
+    for module in scores.modules:
+        by_type[module.type].append(module)
+    thin = []
+    for name, modules in sorted(by_type.items()):
+        few = [module.num_tokens for module in modules if module.num_tokens < MIN_TOKENS]
+        if few:
+            thin.append(f"{name} ({len(few)} of {len(modules)} modules, fewest {min(few):,})")
+    if not thin:
+        return []
+    text = f"Scored from fewer than {MIN_TOKENS:,} tokens: {', '.join(thin)}; score more samples."
+    return [Diagnostic("warning", text)]
+
+
+def _skipped(scores: Scores) -> list[Diagnostic]:
+    skipped = [module for module in scores.modules if module.num_skipped_tokens]
+    if not skipped:
+        return []
+    worst = max(skipped, key=lambda module: module.num_skipped_tokens / (module.num_tokens + module.num_skipped_tokens))
+    total = worst.num_tokens + worst.num_skipped_tokens
+    share = worst.num_skipped_tokens / total
+    text = (
+        f"{len(skipped)} modules skipped tokens whose input is zero or not finite; most at {worst.fqn}: "
+        f"{worst.num_skipped_tokens:,} of {total:,} ({share:.1%})."
+    )
+    return [Diagnostic("warning" if share > 0.01 else "note", text)]
+
+
+def _left_out(scores: Scores) -> list[Diagnostic]:
+    if not scores.left_out:
+        return []
+    counts = Counter(module.reason for module in scores.left_out)
+    reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(counts.items()))
+    harmless = set(counts) == {"no_tokens"}
+    text = f"{len(scores.left_out)} modules have no score ({reasons}), among them {scores.left_out[0].fqn}."
+    return [Diagnostic("note" if harmless else "warning", text)]
+
+
+def _samples(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
+    if scores.samples is None:
+        if placement is None:
+            return []
+        return [Diagnostic("note", "No samples.safetensors beside the scores: the choice's confidence is unknown.")]
+    num_samples = len(scores.samples.sample_ids)
+    if num_samples >= MIN_SAMPLES:
+        return []
+    text = f"Scored from {num_samples} samples: the bootstrap understates the uncertainty below {MIN_SAMPLES}."
+    return [Diagnostic("note", text)]

@@ -1,0 +1,1 @@
+"""What scoring costs: the plan before it runs, benchmarks, scaling."""

@@ -1,0 +1,194 @@
+"""What a configuration would do, without weights: ranks, layout, modules, parameters, bytes, communication."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plop_dist.config.schema import Config, DataConfig
+from plop_dist.costs.footprint import Shape, Stage, build_stages, on_one_rank
+from plop_dist.data.rows import load_rows
+from plop_dist.data.samples import render, select_rows, tokenize
+from plop_dist.errors import LayoutError, ModelError
+from plop_dist.values.adapter_size import num_trainable_parameters
+from plop_dist.values.names import natural_key
+from plop_dist.values.scores import Projection
+
+_NUM_RENDERED = 8
+
+
+@dataclass(frozen=True)
+class TypePlan:
+    """One module type: how many modules, at most how many on one rank, LoRA parameters at placement.rank."""
+
+    type: str
+    num_modules: int
+    num_on_one_rank: int
+    lora_parameters: int
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What is known of the data: rows (None: on a hub, not looked at), tokens and longest sample (None: unknown)."""
+
+    source: str
+    num_samples: int | None
+    num_tokens: int | None
+    longest: int | None
+    first: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plop-dist check` shows."""
+
+    model: str
+    architecture: str
+    num_parameters: int
+    dtype: str
+    layout: str
+    world_size: int
+    tokens_per_micro_batch: int
+    types: tuple[TypePlan, ...]
+    stages: tuple[Stage, ...]
+    data: DataPlan
+    notes: tuple[str, ...]
+
+
+def build_plan(config: Config) -> Plan:
+    """Return the plan of a configuration. Reads config.json and local data; no weights, no hub for a local model.
+
+    Raises ModelError, DataError, and LayoutError naming the nearest sizes that divide the model.
+    """
+    from plop_dist.backends.hf.backend import whole_sites
+    from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head
+
+    hf_config = load_hf_config(config.model)
+    text = hf_config.get_text_config()
+    _check_layout(hf_config, config)
+    notes: list[str] = []
+    data = _look_at_data(config, notes)
+    model = meta_model(config.model, hf_config)
+    sites = whole_sites(model, needs_head(config.placement.exclude))
+    projections = [projection for site in sites for projection in site.projections]
+    length = data.longest or config.data.max_length
+    dtype = _dtype(config, hf_config)
+    shape = Shape(
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        num_tokens=config.data.batch_size * length,
+        element_size=dtype.itemsize,
+        num_routed=getattr(text, "num_experts_per_tok", 0) or 0,
+        num_experts=_num_experts(text),
+    )
+    if config.parallel.cp > 1:
+        notes.append("Context parallelism needs Transformer Engine on every rank.")
+    if config.parallel.zero_stage == 3:
+        notes.append(
+            "ZeRO-3 gathers: at most one all-gather per module that holds parameters; prefetching merges some."
+        )
+    return Plan(
+        model=config.model.name_or_path,
+        architecture=type(model).__name__,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(dtype).removeprefix("torch."),
+        layout=_layout_text(config),
+        world_size=config.parallel.world_size,
+        tokens_per_micro_batch=shape.num_tokens,
+        types=_types(projections, config, shape),
+        stages=tuple(build_stages(model, projections, config.parallel, shape)),
+        data=data,
+        notes=tuple(notes),
+    )
+
+
+def _check_layout(hf_config: Any, config: Config) -> None:
+    from plop_dist.backends.megatron.backend import check_layout
+
+    # Whether this machine has what context parallelism needs is the ranks' business.
+    here = config.parallel.model_copy(update={"cp": 1})
+    check_layout(hf_config, config.model_copy(update={"parallel": here}))
+    if _num_experts(hf_config.get_text_config()) and config.parallel.tp > 1 and config.parallel.backend != "megatron":
+        raise LayoutError(
+            f"parallel.tp is {config.parallel.tp} with parallel.backend '{config.parallel.backend}', which shards the "
+            "inside of each expert, so that no expert's output is whole on any rank; use parallel.tp=1, or "
+            "parallel.backend=megatron with parallel.ep."
+        )
+
+
+def _num_experts(text: Any) -> int:
+    from plop_dist.backends.megatron.backend import _EXPERT_FIELDS
+
+    return next((getattr(text, name) for name in _EXPERT_FIELDS if getattr(text, name, None)), 0)
+
+
+def _dtype(config: Config, hf_config: Any) -> torch.dtype:
+    from plop_dist.backends.megatron.backend import _dtype as weights_dtype
+
+    return weights_dtype(config, hf_config)
+
+
+def _layout_text(config: Config) -> str:
+    parallel = config.parallel
+    sizes = [
+        f"{axis} {getattr(parallel, axis)}" for axis in ("tp", "pp", "dp", "cp", "ep") if getattr(parallel, axis) > 1
+    ]
+    if parallel.sequence_parallel:
+        sizes.append("sequence parallel")
+    if parallel.zero_stage:
+        sizes.append(f"ZeRO-{parallel.zero_stage}")
+    return f"{parallel.backend}, {', '.join(sizes) or 'one process'}"
+
+
+def _types(projections: list[Projection], config: Config, shape: Shape) -> tuple[TypePlan, ...]:
+    by_type: dict[str, list[Projection]] = {}
+    for item in projections:
+        by_type.setdefault(item.type, []).append(item)
+    on_rank = on_one_rank(projections, config.parallel, shape)
+    ranks = config.placement.rank_pattern
+
+    def cost(name: str) -> int:
+        rank = ranks.get(name, config.placement.rank)
+        return num_trainable_parameters(by_type[name], lambda _: rank)
+
+    return tuple(
+        TypePlan(name, len(by_type[name]), on_rank[name], cost(name)) for name in sorted(by_type, key=natural_key)
+    )
+
+
+def _look_at_data(config: Config, notes: list[str]) -> DataPlan:
+    data = config.data
+    if _is_on_hub(data):
+        return DataPlan(data.path, None, None, None, None)
+    from plop_dist.backends.hf.load import load_tokenizer
+
+    rows = select_rows(load_rows(data.path, data.split), data)
+    try:
+        tokenizer = load_tokenizer(config.model)
+        # For some families transformers 5 makes a tokenizer without words from a directory that has no tokenizer.
+        is_absent = len(tokenizer) <= len(tokenizer.all_special_tokens)
+    except ModelError:
+        is_absent = True
+    if is_absent:
+        notes.append("No tokenizer beside config.json: samples were not tokenised; scoring needs one.")
+        if data.messages_field is not None:
+            return DataPlan(data.path, len(rows), None, None, None)
+        texts = [render(row, number, data) for number, row in enumerate(rows[:_NUM_RENDERED], start=1)]
+        return DataPlan(data.path, len(rows), None, None, _short(texts[0]))
+    lengths = [len(sample) for sample in tokenize(rows, data, tokenizer)]
+    first = render(rows[0], 1, data, tokenizer)
+    return DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
+
+
+def _is_on_hub(data: DataConfig) -> bool:
+    """Tell whether data.path can only be a datasets id: nothing local has its name, and it is not spelt as a file."""
+    path = data.path
+    is_spelt_as_file = path.startswith((".", "/", "~")) or Path(path).suffix[1:].isalpha()
+    return not (path.startswith("builtin:") or is_spelt_as_file or Path(path).exists())
+
+
+def _short(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -1,0 +1,1 @@
+"""Which tokens are scored and trained on: rows, texts, samples."""

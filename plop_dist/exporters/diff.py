@@ -1,0 +1,185 @@
+"""How an existing PEFT adapter_config.json differs from a placement, in modules and in trainable parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plop_dist.errors import ConfigError
+from plop_dist.exporters.peft_match import adapted_ranks
+from plop_dist.exporters.targets import known_projections, matcher
+from plop_dist.values.adapter_size import num_trainable_parameters
+from plop_dist.values.files import read_json
+from plop_dist.values.names import natural_key
+from plop_dist.values.placement import Placement
+from plop_dist.values.scores import Projection
+
+# Fields by which PEFT trains more than A and B: whole modules, DoRA's magnitudes, biases, rows of embeddings.
+_TRAIN_MORE = ("modules_to_save", "use_dora", "bias", "lora_bias", "trainable_token_indices", "layer_replication")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Logical projections that only the placement, only the configuration, or both adapt, each in natural order.
+
+    Parameters are trainable ones: the placement's and the configuration's in all, each at its own ranks, and those of
+    the three parts (`both` at the placement's ranks). unmatched: names in the configuration that match no module of the
+    scored model; uncounted: its fields that train more than A and B.
+    """
+
+    only_placement: tuple[str, ...]
+    only_config: tuple[str, ...]
+    both: tuple[str, ...]
+    num_parameters_placement: int
+    num_parameters_config: int
+    num_parameters_only_placement: int
+    num_parameters_only_config: int
+    num_parameters_both: int
+    rank_placement: int
+    rank_config: int
+    types: tuple[tuple[str, int, int, int], ...]
+    unmatched: tuple[str, ...] = ()
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def is_same(self) -> bool:
+        """Whether both train the same projections with the same number of parameters, and nothing else."""
+        same_modules = not self.only_placement and not self.only_config and not self.uncounted
+        return same_modules and self.num_parameters_placement == self.num_parameters_config
+
+    def rows(self) -> list[tuple[str, int, int, int]]:
+        """Return (type, modules in both, only in the placement, only in the configuration), for a table."""
+        return list(self.types)
+
+    def lines(self) -> list[str]:
+        """Return the difference as plain text lines."""
+        width = max((len(name) for name, *_ in self.types), default=4)
+        text = [f"{'type':<{width}}  {'both':>6}  {'placement only':>14}  {'config only':>11}"]
+        text += [f"{name:<{width}}  {both:>6}  {ours:>14}  {theirs:>11}" for name, both, ours, theirs in self.types]
+        text.append(
+            f"placement: {len(self.both) + len(self.only_placement)} modules, rank {self.rank_placement}, "
+            f"{self.num_parameters_placement:,} trainable parameters"
+        )
+        text.append(
+            f"config:    {len(self.both) + len(self.only_config)} modules, rank {self.rank_config}, "
+            f"{self.num_parameters_config:,} trainable parameters"
+        )
+        if self.unmatched:
+            text.append(f"names in the config that match no scored module: {', '.join(self.unmatched)}")
+        if not self.both and not self.only_config:
+            text.append("the config adapts no scored module: PEFT refuses it unless it names others (embeddings)")
+        if self.uncounted:
+            text.append(f"trained beside A and B under the config, and not counted: {', '.join(self.uncounted)}")
+        if self.is_same:
+            text.append("no difference")
+        return text
+
+
+def read_adapter_config(path: str | Path) -> dict[str, Any]:
+    """Return the tree of an adapter_config.json. Raises ConfigError or ScoresError saying what is wrong with it."""
+    target = Path(path)
+    tree = read_json(target, what="adapter configuration", remedy="give the path of a PEFT adapter_config.json")
+    _check(tree, str(target))
+    return tree
+
+
+def diff(placement: Placement, adapter_config: Mapping[str, Any]) -> Difference:
+    """Return how a PEFT LoRA configuration differs from the placement.
+
+    PEFT itself reads it: names, regex, "all-linear", exclude_modules, layers_to_transform, target_parameters,
+    rank_pattern, and what it renames beside experts. Raises ConfigError if it is not one, or one that PEFT refuses for
+    this model.
+    """
+    _check(adapter_config, "adapter_config")
+    known = known_projections(placement)
+    ours = set(placement.modules)
+    ranks = adapted_ranks(adapter_config, known, (placement.source.model.model_extra or {}).get("model_type"))
+    theirs = [item for item in known if item.holder in ranks]
+    their_paths = {item.fqn for item in theirs}
+    our_items = [item for item in known if item.fqn in ours]
+    types = []
+    for name in dict.fromkeys(item.type for item in known):
+        paths = {item.fqn for item in known if item.type == name}
+        counts = (len(paths & ours & their_paths), len((paths & ours) - their_paths), len((paths & their_paths) - ours))
+        if any(counts):
+            types.append((name, *counts))
+    return Difference(
+        only_placement=_ordered(ours - their_paths),
+        only_config=_ordered(their_paths - ours),
+        both=_ordered(ours & their_paths),
+        num_parameters_placement=placement.num_trainable_parameters,
+        num_parameters_config=_count(theirs, ranks),
+        num_parameters_only_placement=num_trainable_parameters(
+            (i for i in our_items if i.fqn not in their_paths), placement.rank_of
+        ),
+        num_parameters_only_config=_count((i for i in theirs if i.fqn not in ours), ranks),
+        num_parameters_both=num_trainable_parameters((i for i in our_items if i.fqn in their_paths), placement.rank_of),
+        rank_placement=placement.rank,
+        rank_config=int(adapter_config.get("r", 8)),
+        types=tuple(types),
+        unmatched=_unmatched(adapter_config, known),
+        uncounted=tuple(name for name in _TRAIN_MORE if adapter_config.get(name) not in (None, False, "none", [], {})),
+    )
+
+
+def _count(items: Iterable[Projection], ranks: Mapping[str, int]) -> int:
+    return num_trainable_parameters(items, lambda item: ranks[item.holder])
+
+
+def _unmatched(config: Mapping[str, Any], known: Iterable[Projection]) -> tuple[str, ...]:
+    targets = config.get("target_modules") or ()
+    names = [] if isinstance(targets, str) else list(targets)
+    names += config.get("target_parameters") or ()
+    paths = [path for item in known for path in (item.holder, f"{item.holder}.weight")]
+    # Configurations from transformers 4 name the experts' linears, which were modules then.
+    paths += [item.fqn for item in known if item.storage == "expert_parameter"]
+    return tuple(name for name in sorted(set(names)) if not any(map(matcher([name]), paths)))
+
+
+def _check(tree: Any, where: str) -> None:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where} holds a {type(tree).__name__}, expected the object of a PEFT adapter_config.json.")
+    kind = tree.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ConfigError(f"{where}: peft_type is {kind!r}; only LORA configurations can be compared.")
+    if not tree.get("target_modules") and not tree.get("target_parameters"):
+        raise ConfigError(
+            f"{where} has neither target_modules nor target_parameters: is it a PEFT adapter_config.json?"
+        )
+    for field in ("target_modules", "exclude_modules", "target_parameters"):
+        value = tree.get(field) or []
+        if isinstance(value, str) and field != "target_parameters":
+            _compile(value, f"{where}: {field}")
+        elif not isinstance(value, list | tuple | set) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{where}: {field} is {str(value)[:80]!r}, expected a list of names.")
+    ranks = tree.get("rank_pattern") or {}
+    if not isinstance(ranks, Mapping):
+        raise ConfigError(f"{where}: rank_pattern is {str(ranks)[:80]!r}, expected an object of name to rank.")
+    for name, rank in {"r": tree.get("r", 8), **ranks}.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ConfigError(f"{where}: the rank of {name} is {rank!r}, expected a positive integer.")
+    layers = tree.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list | tuple) else [0 if layers is None else layers]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in numbers):
+        raise ConfigError(f"{where}: layers_to_transform is {str(layers)[:80]!r}, expected layer numbers.")
+    patterns = tree.get("layers_pattern") or []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise ConfigError(f"{where}: layers_pattern is {str(patterns)[:80]!r}, expected names.")
+        _compile(pattern, f"{where}: layers_pattern")
+    for pattern in ranks:
+        _compile(pattern, f"{where}: rank_pattern")
+
+
+def _compile(pattern: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
+
+
+def _ordered(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(paths, key=natural_key))

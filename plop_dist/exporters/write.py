@@ -1,0 +1,22 @@
+"""Writes an export: what a pure exporter returned goes to RUN_DIR/exports/TARGET, and its flags beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from plop_dist.registry import EXPORTERS, load
+from plop_dist.values.files import write_json, write_text
+from plop_dist.values.placement import Export, Placement
+
+
+def write_export(placement: Placement, target: str, directory: Path, *, engine: str | None, widen: bool) -> Export:
+    """Export a placement and write its files below directory/target. Returns what was exported.
+
+    Raises ConfigError for an unknown target, ExportError for what the target cannot express, RunDirError.
+    """
+    export: Export = load(EXPORTERS, target)(placement, engine=engine, widen=widen)
+    for name, content in export.files.items():
+        write_text(directory / target / name, content)
+    record = {"flags": list(export.flags), "notes": list(export.notes), "widened": list(export.widened)}
+    write_json(directory / target / "export.json", record)
+    return export

@@ -1,0 +1,163 @@
+"""Scores of a model inside a job that already runs: found, wrapped, scored, and left exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from pydantic import ValidationError
+from torch import nn
+
+from plop_dist.config.schema import EstimatorConfig, PlacementConfig
+from plop_dist.errors import ConfigError, ModelError
+from plop_dist.measure.aggregate import check_weights
+from plop_dist.measure.collectives import Reducer
+from plop_dist.measure.protocols import ScorableModel, Site
+from plop_dist.measure.run import Pass, score_model
+from plop_dist.plugin import detect
+from plop_dist.plugin.host_batches import read_local, share
+from plop_dist.plugin.host_state import undisturbed
+from plop_dist.values.names import path_matches
+from plop_dist.values.scores import SampleTotals, Scores
+
+
+def score(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    num_directions: int = 64,
+    baseline: str = "control_variate",
+    seed: int = 0,
+    exclude: Sequence[str] = ("lm_head",),
+    name: str | None = None,
+) -> Scores:
+    """Return the scores of a host's model, equal on every rank. Collective over the world.
+
+    model: a transformers model (plain, in DDP, under fully_shard or its own tensor parallelism), a DeepSpeed engine
+    (any ZeRO stage, AutoTP, PipelineEngine), or Megatron's list of model chunks. batches: dictionaries with input_ids
+    (b, s) and, as needed, attention_mask (default: all real), position_ids (default: places among the real tokens) and
+    sample_ids, (b, s) or (b,), -1 where a token does not count (default: each row is a sample); other keys are not
+    read. Each data-parallel rank passes its own share, also an empty one; the tensor-, pipeline- and context-parallel
+    ranks of one replica pass the same. num_directions, baseline, seed: as in the configuration's estimator section.
+    exclude: types, paths or patterns that are not scored (a fused linear only when all its projections match); with
+    lm_head among them no logits are computed where the framework allows it. name: what scores.json calls the model.
+
+    Training mode, hooks, gradients, buffers, random states and gathered parameters are as before, also after an error.
+    Raises ConfigError, ModelError, LayoutError and DataError for input that cannot be scored, on every rank, and
+    WorkerError when the model fails on the way.
+    """
+    estimator = _estimator(num_directions, baseline, seed)
+    found = detect.find(model)
+    with undisturbed(found.roots), found.keep():
+        scorable = found.wrap(exclude)
+        scorable.sites = _not_excluded(scorable.sites, exclude)
+        reducer = Reducer(scorable.groups)
+        vocab_size = _vocab_size(found.roots)
+        per_step = scorable.micro_batches_per_step
+        host = share(lambda: read_local(batches, vocab_size), scorable.groups, per_step, reducer)
+        _check_sites(scorable, reducer)
+        scores = score_model(
+            scorable,
+            Pass(
+                num_steps=len(host.steps),
+                micro_batches=lambda step: host.steps[step],
+                num_samples=len(host.sample_ids),
+                samples_after=lambda step: host.samples_after[step],
+            ),
+            estimator=estimator,
+            placement=PlacementConfig(exclude=list(exclude)),
+            info={
+                "model": {"name_or_path": name or _name(found.roots[0]), **scorable.describe()},
+                "data": {"source": None},
+                "parallel": _parallel(found, scorable, reducer),
+            },
+        )
+    check_weights(scores)
+    return scores.with_samples(_renamed(scores.samples, host.sample_ids))
+
+
+def _vocab_size(roots: Sequence[nn.Module]) -> int | None:
+    """Return how many token ids the model takes: transformers' configuration says it, or Megatron's model.
+
+    A host may have given its model an embedding of more rows than the configuration knows of.
+    """
+    for module in (module for root in roots for module in root.modules()):
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "get_text_config"):
+            known = (getattr(config.get_text_config(), "vocab_size", None), _num_embeddings(module))
+            return max(filter(None, known), default=None)
+        if isinstance(size := getattr(module, "vocab_size", None), int):
+            return size
+    return None
+
+
+def _num_embeddings(module: Any) -> int | None:
+    try:
+        return getattr(module.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):  # a family of which transformers does not know where they are
+        return None
+
+
+def _estimator(num_directions: int, baseline: str, seed: int) -> EstimatorConfig:
+    try:
+        return EstimatorConfig.model_validate({"num_directions": num_directions, "baseline": baseline, "seed": seed})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        field = ".".join(map(str, wrong["loc"]))
+        raise ConfigError(f"score(): {field}: {wrong['msg']}, but the value is {wrong['input']!r}.") from None
+
+
+def _not_excluded(sites: Sequence[Site], exclude: Sequence[str]) -> list[Site]:
+    def is_excluded(site: Site) -> bool:
+        return bool(site.projections) and all(
+            any(projection.type == pattern or path_matches(projection.fqn, pattern) for pattern in exclude)
+            for projection in site.projections
+        )
+
+    return [site for site in sites if not is_excluded(site)]
+
+
+def _check_sites(model: ScorableModel, reducer: Reducer) -> None:
+    num_projections = sum(len(site.projections) for site in model.sites)
+    if not any(reducer.gather_objects(num_projections, "count of modules")):
+        raise ModelError("the model has no linear module to score that exclude does not name; check model and exclude.")
+
+
+def _parallel(found: detect.Found, model: ScorableModel, reducer: Reducer) -> dict[str, Any]:
+    """Return the `parallel` part of scores.json. Collective over the world."""
+    groups = model.groups
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    tp, dp = reducer.size("tp"), groups.num_replicas
+    pp = len(set(reducer.gather_objects(groups.stage, "count of pipeline stages")))
+    return {
+        "backend": found.backend,
+        "wrapper": found.wrapper,
+        "tp": tp,
+        "pp": pp,
+        "dp": dp,
+        "cp": world_size // (tp * pp * dp),
+        "ep": 1 if groups.routing is None else dist.get_world_size(groups.routing),
+        "sequence_parallel": found.sequence_parallel,
+        "zero_stage": found.zero_stage,
+    }
+
+
+def _name(root: Any) -> str:
+    while True:
+        own = getattr(getattr(root, "config", None), "_name_or_path", None)
+        if isinstance(own, str) and own:
+            return own
+        inner = getattr(root, "module", None)
+        if inner is None:
+            return type(root).__name__
+        root = inner
+
+
+def _renamed(samples: SampleTotals | None, ids: Any) -> SampleTotals | None:
+    """Return the per-sample sums under the host's own sample ids."""
+    if samples is None:
+        return None
+    return SampleTotals(
+        samples.fqns, ids[samples.sample_ids], samples.gain_total, samples.num_tokens, samples.num_skipped
+    )

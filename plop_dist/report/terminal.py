@@ -1,0 +1,155 @@
+"""Scores, explanations and sweeps on the terminal: a table where someone looks, plain aligned lines in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from plop_dist.choose.diagnostics import Diagnostic
+from plop_dist.choose.explain import Explanation
+from plop_dist.choose.sweep import Sweep
+from plop_dist.report.grid import Grid, show, show_line
+from plop_dist.rundir.layout import RunDir, is_of_placement
+from plop_dist.values.adapter_size import num_trainable_parameters
+from plop_dist.values.files import read_json
+from plop_dist.values.placement import Placement
+from plop_dist.values.scores import Scores, TypeScore
+
+
+def print_types(scores: Scores, placement: Placement | None = None, console: Console | None = None) -> None:
+    """Print the types, lowest NFN first: NFN, interval, modules and, with a placement, what is chosen at which cost."""
+    grid = Grid(f"NFN per module type · {scores.model.name_or_path}", ["type", ">NFN", ">95% interval", ">modules"])
+    if placement is not None:
+        grid.headers = [*grid.headers, ">chosen", ">parameters"]
+    for entry in scores.types:
+        row = [entry.type, f"{entry.nfn:.4f}", interval_text(entry.nfn_ci95), f"{entry.num_modules}"]
+        if placement is not None:
+            row += _chosen_cells(entry, scores, placement)
+            if row[4]:
+                grid.highlighted.add(len(grid.rows))
+        grid.rows.append(row)
+    show(grid, console)
+    if placement is not None:
+        show_line(_summary(placement), console)
+
+
+def print_explanation(explanation: Explanation, console: Console | None = None) -> None:
+    """Print why each type is in or out, the next-best choice, and the alternatives at matched rank."""
+    grid = Grid(
+        f"Why · {explanation.rule}",
+        ["type", ">NFN", ">95% interval", "in", "reason", ">P(chosen)", ">parameters"],
+    )
+    for verdict in explanation.verdicts:
+        share = "yes" if verdict.num_chosen == verdict.num_modules else f"{verdict.num_chosen}/{verdict.num_modules}"
+        if verdict.num_chosen:
+            grid.highlighted.add(len(grid.rows))
+        grid.rows.append(
+            [
+                verdict.type,
+                f"{verdict.nfn:.4f}",
+                interval_text(verdict.interval),
+                share if verdict.num_chosen else "no",
+                verdict.reason,
+                percent(verdict.probability),
+                f"{verdict.num_parameters:,}",
+            ]
+        )
+    show(grid, console)
+    show_line(f"Confidence: {percent(explanation.confidence)} of bootstrap resamples make the same choice.", console)
+    if explanation.next_best:
+        show_line(f"Next best: {explanation.next_best}.", console)
+    grid = Grid(
+        "Alternatives at the same rank", ["choice", "types", ">modules", ">parameters", ">mean NFN", ">P(chosen)"]
+    )
+    for other in explanation.alternatives:
+        types, nfn = " ".join(other.module_types), f"{other.nfn:.4f}"
+        counts = [f"{other.num_modules}", f"{other.num_parameters:,}"]
+        grid.rows.append([other.name, types, *counts, nfn, percent(other.probability)])
+    show(grid, console)
+
+
+def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
+    """Print the choice for every k, and for fewer samples."""
+    unit = sweep.granularity
+    grid = Grid(f"Choice by k ({unit}s)", [">k", f"adds {unit}", ">NFN", ">modules", ">parameters", ">confidence"])
+    for row in sweep.by_k:
+        counts = [f"{row.num_modules}", f"{row.num_parameters:,}"]
+        grid.rows.append([f"{row.k}", row.added, f"{row.nfn:.4f}", *counts, percent(row.confidence)])
+    show(grid, console)
+    if not sweep.by_samples:
+        show_line("No samples.safetensors beside the scores: confidence and smaller samples are unknown.", console)
+        return
+    grid = Grid("Choice by number of samples", [">samples", "chosen", "final choice", ">P(final choice)"])
+    for entry in sweep.by_samples:
+        final = "yes" if entry.is_final_choice else "no"
+        grid.rows.append([f"{entry.num_samples}", short_list(entry.units), final, percent(entry.agreement)])
+    show(grid, console)
+
+
+def print_diagnostics(diagnostics: Iterable[Diagnostic], console: Console | None = None) -> None:
+    """Print findings, one per line, warnings in colour on a terminal."""
+    console = console or Console()
+    for finding in diagnostics:
+        style = "[yellow]warning:[/]" if finding.severity == "warning" else "[dim]note:[/]"
+        if console.is_terminal:
+            console.print(f"{style} {escape(finding.text)}", highlight=False)
+        else:
+            show_line(f"{finding.severity}: {finding.text}", console)
+
+
+def print_training(run: RunDir, console: Console | None = None) -> None:
+    """Print what a training's summary.json says: steps, held-out loss before and after, adapter. Nothing if absent."""
+    path = run.train / "summary.json"
+    if not path.is_file():
+        return
+    summary = read_json(path, what="training summary", remedy="run plop-dist run again")
+    if not is_of_placement(summary, run):
+        show_line(f"Not trained: {run.train} holds the training of an earlier placement.", console)
+        return
+    parts = [f"Trained: {summary.get('method', 'adapter')}"]
+    if summary.get("num_steps") is not None:
+        parts.append(f"{summary['num_steps']} steps")
+    before, after = summary.get("held_out_before"), summary.get("held_out_after")
+    if before is not None and after is not None:
+        parts.append(f"held-out loss {before:.4f} -> {after:.4f}")
+    first, last = summary.get("reward_first"), summary.get("reward_last")
+    if first is not None and last is not None:
+        parts.append(f"reward {first:.4f} -> {last:.4f}")
+    parts += [f"{name} {summary[name]}" for name in ("adapter", "note") if summary.get(name)]
+    show_line(" · ".join(parts), console)
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    """Return an interval as `0.6310 to 0.6420`, or a dash."""
+    return "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share as `99.4%`, or a dash."""
+    return "-" if share is None else f"{share:.1%}"
+
+
+def short_list(names: Sequence[str], most: int = 8) -> str:
+    """Return names separated by spaces, the rest counted."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return " ".join(names[:most]) + more
+
+
+def _chosen_cells(entry: TypeScore, scores: Scores, placement: Placement) -> list[str]:
+    inside = set(placement.modules)
+    members = [module for module in scores.modules if module.type == entry.type and module.fqn in inside]
+    if not members:
+        return ["", ""]
+    share = "yes" if len(members) == entry.num_modules else f"{len(members)}/{entry.num_modules}"
+    return [share, f"{num_trainable_parameters(members, placement.rank_of, scores.left_out):,}"]
+
+
+def _summary(placement: Placement) -> str:
+    confidence = placement.selection_confidence
+    sure = "" if confidence is None else f", the same in {confidence:.1%} of bootstrap resamples"
+    return (
+        f"Chosen: {' '.join(placement.module_types)} · {len(placement.modules)} modules, rank {placement.rank}, "
+        f"{placement.num_trainable_parameters:,} trainable parameters{sure}."
+    )

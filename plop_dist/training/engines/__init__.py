@@ -1,0 +1,1 @@
+"""How each layout runs one optimizer step over the adapters."""

@@ -1,0 +1,1 @@
+"""Training with TRL's trainers, in one process and at ZeRO."""

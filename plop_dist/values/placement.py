@@ -1,0 +1,164 @@
+"""What is decided and handed on: the placement, and what an exporter makes of it. Immutable, equal to its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, PrivateAttr
+
+from plop_dist.errors import ScoresError
+from plop_dist.registry import import_attribute, missing_extra
+from plop_dist.values.adapter_size import num_trainable_parameters
+from plop_dist.values.files import read_json, write_json
+from plop_dist.values.scores import ModuleScore, Projection, Scores, Value, parse_value
+
+PLACEMENT_SCHEMA = "plop-dist/placement/1"
+
+
+class Placement(Value):
+    """Where the adapters go; equal to placement.json (design: file contract).
+
+    `modules` are logical paths, in natural order; `module_types` the types they belong to, lowest NFN first;
+    `rank_pattern` maps a type or path to a rank other than `rank`. The scores it was drawn from ride along for the
+    exporters (what else exists in the model, what is fused into what).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    schema_: Literal["plop-dist/placement/1"] = Field("plop-dist/placement/1", alias="schema")
+    policy: dict[str, Any]
+    module_types: tuple[str, ...] = Field(min_length=1)
+    modules: tuple[str, ...] = Field(min_length=1)
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0, lt=1e9)
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    num_trainable_parameters: int = Field(ge=0)
+    selection_confidence: float | None = Field(None, ge=0, le=1)
+    scores: str = "scores.json"
+    diagnostics: tuple[str, ...] = ()
+    _source: Scores | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> Scores:
+        """The scores this placement was drawn from. Raises ScoresError when they are not at hand."""
+        if self._source is None:
+            raise ScoresError(f"The placement was read without its scores; keep {self.scores} beside placement.json.")
+        return self._source
+
+    def with_source(self, scores: Scores) -> Placement:
+        """Return the same placement carrying the scores it was drawn from."""
+        copy = self.model_copy()
+        copy._source = scores
+        return copy
+
+    @property
+    def chosen(self) -> tuple[ModuleScore, ...]:
+        """The scored modules that get an adapter, in natural order."""
+        wanted = set(self.modules)
+        return tuple(module for module in self.source.modules if module.fqn in wanted)
+
+    @property
+    def is_whole_types(self) -> bool:
+        """Whether the modules are exactly all scored modules of module_types, so that naming the types is enough."""
+        types = set(self.module_types)
+        return {m.fqn for m in self.source.modules if m.type in types} == set(self.modules)
+
+    def rank_of(self, module: Projection) -> int:
+        """Return the LoRA rank of one module: its own path's entry in rank_pattern, its type's, or the common rank."""
+        return self.rank_pattern.get(module.fqn, self.rank_pattern.get(module.type, self.rank))
+
+    def to_file(self, path: str | Path) -> None:
+        """Write placement.json atomically."""
+        write_json(Path(path), self.model_dump(mode="json", by_alias=True))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Placement:
+        """Return the placement of a file together with the scores it names.
+
+        Raises ScoresError if either file is malformed or they do not belong together.
+        """
+        target = Path(path)
+        tree = read_json(target, what="placement", remedy="run plop-dist place first")
+        placement = parse_value(cls, PLACEMENT_SCHEMA, tree, target)
+        scores = Scores.from_file(target.with_name(Path(placement.scores).name))
+        known = {module.fqn for module in scores.modules}
+        if len(set(placement.modules)) < len(placement.modules):
+            raise ScoresError(f"{target}: modules are listed twice; the file was edited: run plop-dist place again.")
+        foreign = [fqn for fqn in placement.modules if fqn not in known]
+        if foreign:
+            raise ScoresError(
+                f"{target}: module '{foreign[0]}' is not in {placement.scores} of model "
+                f"'{scores.model.name_or_path}'; the placement is for another model: run plop-dist place again."
+            )
+        placement = placement.with_source(scores)
+        odd = sorted({module.type for module in placement.chosen} ^ set(placement.module_types))
+        if odd:
+            raise ScoresError(
+                f"{target}: modules and module_types disagree about '{odd[0]}'; the file was edited: run plop-dist "
+                "place again."
+            )
+        names = {*placement.modules, *placement.module_types}
+        odd = [name for name in placement.rank_pattern if name not in names]
+        if odd:
+            raise ScoresError(
+                f"{target}: rank_pattern '{odd[0]}' is no chosen type or module; the file was edited: run plop-dist "
+                "place again."
+            )
+        count = num_trainable_parameters(placement.chosen, placement.rank_of, scores.left_out)
+        if placement.num_trainable_parameters != count:
+            raise ScoresError(
+                f"{target}: num_trainable_parameters is {placement.num_trainable_parameters:,}, but its modules and "
+                f"ranks have {count:,}; the file was edited: run plop-dist place again."
+            )
+        return placement
+
+    def to_peft(self, **options: Any) -> Any:
+        """Return a peft.LoraConfig. Options (r, lora_alpha, lora_dropout, ...) go to LoraConfig as they are.
+
+        Raises ExportError when PEFT cannot adapt exactly these modules, MissingExtraError when it is not installed; so
+        do the other two for their frameworks.
+        """
+        return _build("peft", self, options)
+
+    def to_megatron(self, **options: Any) -> Any:
+        """Return a Megatron-Bridge PEFT object (LoRA, or our CanonicalLoRA where a fused linear is taken in part).
+
+        Options are its fields (dim, alpha, dropout, ...) or PEFT's names of them (r, lora_alpha, lora_dropout).
+        Without Transformer Engine Bridge is imported with a stub in its place, as the log says.
+        """
+        return _build("megatron_bridge", self, options)
+
+    def to_deepspeed(self, **options: Any) -> Any:
+        """Return a deepspeed.linear.LoRAConfig; options are its fields, or r.
+
+        Raises ExportError when its substring match would adapt others.
+        """
+        return _build("deepspeed", self, options)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an exporter returns: files (relative path -> text) and the lines to paste; pure, nothing is written.
+
+    flags: the command-line flags or overrides, one per entry; notes: what the user should know (what was widened,
+    which ranks could not be expressed).
+    """
+
+    target: str
+    files: Mapping[str, str]
+    flags: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    widened: tuple[str, ...] = field(default=())
+
+
+def _build(exporter: str, placement: Placement, options: Mapping[str, Any]) -> Any:
+    # By name and at call time: values know what is built on them without importing it, or any framework.
+    needed_by = f"a configuration for {exporter}"
+    try:
+        if exporter == "megatron_bridge":
+            import_attribute("plop_dist.backends.megatron.cpu:import_bridge", needed_by)()
+        return import_attribute(f"plop_dist.exporters.{exporter}:to_config", needed_by)(placement, **options)
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, needed_by) from error

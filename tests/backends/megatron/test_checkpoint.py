@@ -1,0 +1,181 @@
+"""Hand-off from pre-training: a torch_dist checkpoint as Megatron-LM writes it, at any layout, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from plop_dist.config.schema import parse_config
+from plop_dist.errors import ModelError
+from plop_dist.launch.rank import run_rank
+from plop_dist.rundir.layout import RunDir
+from plop_dist.values.scores import Scores
+from tests.backends.megatron.models import config, fresh
+from tests.models import save_tiny
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
+LAYOUTS: dict[str, dict[str, Any]] = {"tp4": {"tp": 4}, "pp2": {"pp": 2, "dp": 2}, "tp1": {"dp": 4}}
+TRAINED = "pp2"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of one architecture: the checkpoint's, and the one whose directory stands in model.name_or_path."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    save_tiny("qwen2", directory / "pretrained")
+    save_tiny("qwen2", directory / "other", seed=1)
+    rows = [{"question": f"add {a} and {a * 7 % 23}", "answer": f"is {a + a * 7 % 23}"} for a in range(24)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def _configured(root: Path, run: str, model: str, *, checkpoint: bool = False, **parallel: Any) -> Any:
+    return parse_config(
+        {
+            "run_dir": str(root / run),
+            "model": {"name_or_path": str(root / model), "dtype": "float32",
+                      "checkpoint": str(root / "megatron") if checkpoint else None},
+            "data": {"path": str(root / "rows.jsonl"), "template": "{question} {answer}", "batch_size": 2,
+                     "max_length": 24},
+            "parallel": {"backend": "megatron", **parallel},
+            "placement": {"rank": 4, "alpha": 8},
+            "train": {"method": "sft", "max_steps": 3, "learning_rate": 0.01, "micro_batch_size": 2, "max_length": 32,
+                      "eval_samples": 4, "prompt_template": "{question} "},
+        }
+    )  # fmt: skip
+
+
+def _run(configured: Any, *stages: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        RunDir(configured.run_dir).prepare()
+    run_rank(configured, stages, lambda kind, **fields: None)
+
+
+class _Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def _save_like_megatron_lm(chunk: Any, directory: Path, mark: Path) -> None:
+    """Write iteration 10: weights under "model", optimizer, random state, arguments, and an old common.pt."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    iteration = directory / "iter_0000010"
+    if rank == 0:
+        iteration.mkdir(parents=True)
+    dist.barrier()
+    moments = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.layer", torch.ones(4), (0, rank, size))
+    state = {
+        "args": argparse.Namespace(num_layers=2),
+        "checkpoint_version": 3.0,
+        "iteration": 10,
+        "model": chunk.sharded_state_dict(),
+        "optimizer": {"exp_avg": moments},
+        "rng_state": ShardedObject("rng_state", {"torch": torch.get_rng_state()}, (size,), (rank,)),
+    }
+    dist_checkpointing.save(state, str(iteration))
+    dist.barrier()
+    if rank == 0:
+        (directory / "latest_checkpointed_iteration.txt").write_text("10")
+        with (iteration / "common.pt").open("wb") as file:
+            pickle.dump(_Trap(mark), file)
+    dist.barrier()
+
+
+def _job(rank: int, root: Path) -> None:
+    from plop_dist.backends.megatron.backend import load_chunks
+
+    (chunk,), _ = load_chunks(config(root / "pretrained", tp=2, pp=2))
+    _save_like_megatron_lm(chunk, root / "megatron", root / "unpickled")
+    fresh()
+    for name, layout in LAYOUTS.items():
+        stages = ("score", "place", "train") if name == TRAINED else ("score",)
+        _run(_configured(root, name, "other", checkpoint=True, **layout), *stages)
+        fresh()
+    _run(_configured(root, "expected", "pretrained", **LAYOUTS[TRAINED]), "score", "place", "train")
+
+
+def test_a_checkpoint_of_tp2_pp2_scores_and_fine_tunes_at_other_layouts(root: Path) -> None:
+    run_ranks(4, _job, root)
+    assert not (root / "unpickled").exists(), "common.pt was unpickled"
+    _run(_configured(root, "one", "pretrained", backend="transformers"), "score")
+    expected = Scores.from_file(root / "one" / "scores.json")
+    for name in LAYOUTS:
+        found = Scores.from_file(root / name / "scores.json")
+        assert [module.fqn for module in found.modules] == [module.fqn for module in expected.modules]
+        for field in ("num_tokens", "gain", "baseline", "nfn"):
+            got, true = (np.array([getattr(m, field) for m in s.modules]) for s in (found, expected))
+            np.testing.assert_allclose(got, true, rtol=1e-5, err_msg=f"{name} {field}")
+    got, true = (json.loads((root / run / "train" / "summary.json").read_text()) for run in (TRAINED, "expected"))
+    for field in ("held_out_before", "held_out_after"):
+        assert got[field] == pytest.approx(true[field], rel=1e-5)
+    assert got["held_out_after"] < got["held_out_before"]
+    assert (root / TRAINED / "train" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def _refuse(rank: int, root: Path) -> dict[str, str]:
+    from megatron.core import dist_checkpointing
+
+    from plop_dist.backends.megatron.backend import MegatronBackend, load_chunks
+
+    (chunk,), _ = load_chunks(config(root / "pretrained"))
+    good = root / "good"
+    good.mkdir()
+    dist_checkpointing.save({"model": chunk.sharded_state_dict()}, str(good))
+    fresh()
+    save_tiny("qwen3", root / "qwen3")
+    save_tiny("qwen2", root / "narrow", intermediate_size=32)
+    (root / "empty").mkdir()
+    for name in ("trapped", "cut", "odd"):
+        shutil.copytree(good, root / name)
+    with (root / "trapped" / ".metadata").open("wb") as file:
+        pickle.dump(_Trap(root / "trap"), file)
+    for shard in (root / "cut").glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:-5000])
+    (root / "odd" / "latest_checkpointed_iteration.txt").write_text("ten")
+    messages = {}
+    cases = {"keys": ("qwen3", "good"), "shapes": ("narrow", "good"), "empty": ("other", "empty"),
+             "trapped": ("other", "trapped"), "cut": ("other", "cut"), "odd": ("other", "odd")}  # fmt: skip
+    for case, (model, checkpoint) in cases.items():
+        with pytest.raises(ModelError) as caught:
+            MegatronBackend().load(config(root / model, checkpoint=str(root / checkpoint)))
+        messages[case] = str(caught.value)
+        fresh()
+    MegatronBackend().load(config(root / "other", checkpoint=str(good)))
+    return messages
+
+
+def test_other_checkpoints_are_one_error_that_names_a_key(root: Path) -> None:
+    (messages,) = run_ranks(1, _refuse, root)
+    expected = {
+        "keys": r"has no 'decoder\.layers\.self_attention\.[kq]_layernorm\.weight' \(it has 'decoder\.",
+        "shapes": r"'decoder\.layers\.mlp\.linear_fc1\.weight' is \(2, 192, 64\), and model.*'s is \(2, 64, 64\)",
+        "empty": "is not a Megatron torch_dist checkpoint",
+        "trapped": r"its index \(\.metadata\) would run posix\.mkdir when it is read",
+        # The cause by name, and not torch's summary of it, which says only that some rank failed.
+        "cut": r"cannot be loaded into model.name_or_path's architecture \((?!CheckpointException)\w+: .+\); check",
+        "odd": "latest_checkpointed_iteration.txt' holds 'ten', neither",
+    }
+    for case, pattern in expected.items():
+        with pytest.raises(ModelError, match=pattern):
+            raise ModelError(messages[case])
+        assert "\n" not in messages[case]
+    assert not (root / "trap").exists()

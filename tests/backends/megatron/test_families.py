@@ -1,0 +1,125 @@
+"""Families beyond Llama and Qwen in Megatron: the scores of transformers, or one error before anything is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from plop_dist.config.schema import parse_config
+from plop_dist.errors import ModelError
+from tests.backends.megatron.models import config, fresh, gains, logits, samples, true_logits
+from tests.models import save_tiny
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-5
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8,
+         "num_key_value_heads": 4, "head_dim": 8}  # fmt: skip
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2,
+           "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
+# Latent attention, a dense layer, then one with routed and shared experts.
+DEEPSEEK = {**SIZES, **EXPERTS, "num_key_value_heads": 8, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4, "v_head_dim": 16, "head_dim": 4}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
+    "gemma": ("gemma", {**SIZES, "tie_word_embeddings": True}),
+    "llama3_rope": ("llama", {**SIZES, "rope_parameters": LLAMA3}),
+    "mistral": ("mistral", {**SIZES, "sliding_window": 4}),
+    "nemotron": ("nemotron", SIZES),
+    "qwen3_moe": ("qwen3_moe", {}),
+}
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("deepseek_v3", {"tp": 2}),
+    ("deepseek_v3", {"tp": 2, "ep": 2, "sequence_parallel": True}),
+    ("deepseek_v3", {"pp": 2}),
+    ("deepseek_v3", {"dp": 2, "ep": 2}),
+    ("gemma", {"tp": 2}),
+    ("gemma", {"pp": 2}),
+    ("llama3_rope", {"tp": 2}),
+    ("mistral", {"tp": 2, "sequence_parallel": True}),
+    ("nemotron", {"tp": 2}),
+    ("qwen3_moe", {"tp": 2, "ep": 2, "sequence_parallel": True}),
+    ("qwen3_moe", {"pp": 2}),
+]
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "unread_biases": ("qwen3", {"attention_bias": True}, "leaves out .* biases of the checkpoint, e.g. .*k_proj.bias"),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, "no weights for 8 .*linear_fc1.bias.*be random"),
+    "a dense layer": ("qwen3_moe", {"mlp_only_layers": [0]}, "no weights for 9 .*; they would be random"),
+    "windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+                "layer 1 attends to 4 tokens, but Megatron-Bridge's to all; set data.max_length .* to 4 at most"),
+    "untied": ("gemma", {**SIZES, "tie_word_embeddings": False}, "tie_word_embeddings is False, which Megatron-Bridge"),
+    "softcaps": ("gemma2", SIZES, "is a Gemma2ForCausalLM: Megatron's layers without Transformer Engine"),
+    "mixtral": ("mixtral", {}, "is a MixtralForCausalLM, which Megatron-Bridge .* does not know"),
+    "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}},
+             "Megatron-Bridge cannot build it"),
+    "gpt2": ("gpt2", {}, "Megatron-Bridge cannot build it .*GPT2LMHeadModel"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("families")
+    for name, (family, fields) in MODELS.items():
+        save_tiny(family, directory / name, **fields)
+    for name, (family, fields, _) in REFUSED.items():
+        save_tiny(family, directory / name, **fields)
+    return directory
+
+
+def _compare(rank: int, root: Path) -> list[tuple[dict[str, tuple[float, int]], Any]]:
+    from plop_dist.backends.megatron.backend import MegatronBackend
+
+    report = []
+    for name, layout in LAYOUTS:
+        model = MegatronBackend().load(config(root / name, **layout))
+        report.append((gains(model, samples(), side="left"), logits(model, samples()[1])))
+        fresh()
+    return report
+
+
+def _expected(directory: Path) -> tuple[dict[str, tuple[float, int]], Any]:
+    from plop_dist.backends.hf.backend import TransformersBackend
+
+    tree = {"model": {"name_or_path": str(directory), "dtype": "float32"}, "data": {"path": "unused"},
+            "placement": {"exclude": []}}  # fmt: skip
+    return gains(TransformersBackend().load(parse_config(tree)), samples()), true_logits(directory, samples()[1])
+
+
+def test_two_ranks_equal_transformers_in_one_process(root: Path) -> None:
+    truth = {name: _expected(root / name) for name in MODELS}
+    for report in run_ranks(2, _compare, root):
+        for (name, layout), (found, got) in zip(LAYOUTS, report, strict=True):
+            expected, true = truth[name]
+            if got is not None:
+                assert (got - true).abs().max() < TOLERANCE * true.abs().max(), f"{name} {layout}: logits"
+            assert found.keys() == expected.keys(), f"{name} {layout}"
+            for fqn, (gain, count) in expected.items():
+                assert found[fqn][1] == count, f"{name} {layout}: {fqn}"
+                assert found[fqn][0] == pytest.approx(gain, rel=TOLERANCE), f"{name} {layout}: {fqn}"
+
+
+def _refused(rank: int, root: Path) -> dict[str, str]:
+    from plop_dist.backends.megatron.backend import MegatronBackend
+
+    messages = {}
+    for name in REFUSED:
+        with pytest.raises(ModelError) as caught:
+            MegatronBackend().load(config(root / name))
+        messages[name] = str(caught.value)
+        fresh()
+    assert dist.get_world_size() == 1
+    return messages
+
+
+def test_what_bridge_would_get_wrong_is_one_error(root: Path) -> None:
+    (messages,) = run_ranks(1, _refused, root)
+    for name, (_, _, pattern) in REFUSED.items():
+        with pytest.raises(ModelError, match=pattern):
+            raise ModelError(messages[name])
+        assert "\n" not in messages[name]

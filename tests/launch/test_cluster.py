@@ -1,0 +1,213 @@
+"""Ray: workers that are killed come back, bad input is one message, and jobs run on a cluster started by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plop_dist.config.schema import parse_config
+from plop_dist.errors import ConfigError, DataError, LayoutError, WorkerError
+from plop_dist.launch import cluster
+from plop_dist.rundir.attempts import begin_attempt
+from tests.launch.cluster_case import BIN, ROOT, Case, environment, events, make_case, processes_with, run, session
+from tests.launch.ray_head import Head, kill_rank_1_in_the_middle, ray_head, wait_for
+
+TRAINING = {"method": "sft", "max_steps": 12, "learning_rate": 1e-2, "micro_batch_size": 2, "max_length": 48,
+            "eval_samples": 8, "prompt_template": "{question} ", "save_steps": 3}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("cluster"))
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def submitted(case: Case, head: Head) -> Any:
+    """The uninterrupted run: scoring and training on two ranks, through `plop-dist submit`."""
+    config = case.write("submitted", train=TRAINING)
+    return run(BIN / "plop-dist", "submit", config, "--address", head.dashboard)
+
+
+@pytest.mark.slow
+def test_submitted_job_on_two_zero3_ranks_scores_like_one_process_and_trains(case: Case, submitted: Any) -> None:
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    case.assert_same_scores("submitted")
+    assert (case.directory / "submitted" / "train" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "samples scored: 96/96" in submitted.stdout
+    assert "NFN per module type" in submitted.stdout
+
+
+@pytest.mark.slow
+def test_workers_killed_in_scoring_and_in_training_change_nothing(case: Case, head: Head, submitted: Any) -> None:
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    config = case.write("killed", train=TRAINING, cluster={"address": head.address, "max_failures": 2})
+    run_dir = case.directory / "killed"
+    with session([str(BIN / "plop-dist"), "run", str(config)], environment()) as process:
+        for kind, least in (("scoring", 24), ("training", 4)):
+            kill_rank_1_in_the_middle(run_dir, kind, least, process)
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+
+    case.assert_same_scores("killed")
+    seen = events(run_dir)
+    assert [event["attempt"] for event in seen if event["event"] == "worker" and event["rank"] == 1] == [1, 2, 3]
+    resumed = next(event for event in seen if event["event"] == "resumed")
+    assert 0 < resumed["done"] < resumed["total"]
+    steps = [event["done"] for event in seen if event["event"] == "training"]
+    assert steps[-1] == 12
+    assert steps.count(1) == 1, f"training began again from the first step: {steps}"
+    expected, got = (
+        json.loads((case.directory / name / "train" / "summary.json").read_text()) for name in ("submitted", "killed")
+    )
+    assert got["held_out_after"] == pytest.approx(expected["held_out_after"], abs=1e-4)
+    assert got["held_out_before"] == pytest.approx(expected["held_out_before"], abs=1e-4)
+    assert (run_dir / "train" / "adapter" / "adapter_model.safetensors").is_file()
+    for count in (1, 2):
+        assert re.search(rf"rank 1: its process died \(.*\); the workers are restarted, {count} of 2 times", err)
+    assert f"resumed: {resumed['done']} of 96 samples" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_ray_job_submit_script(case: Case, head: Head) -> None:
+    config = case.write("script", parallel={"backend": "transformers", "dp": 1, "zero_stage": 0})
+    script = ROOT / "launchers" / "ray_job_submit.sh"
+    done = run(script, config, "data.batch_size=16", RAY_API_SERVER_ADDRESS=head.dashboard)
+    assert done.returncode == 0, done.stdout + done.stderr
+    case.assert_same_scores("script")
+
+
+@pytest.mark.slow
+def test_bad_input_found_by_workers_is_one_message_without_a_retry_and_leaves_no_process(case: Case) -> None:
+    config = case.write("bad", data={"template": None, "text_field": "nothing"})
+    mark = f"PLOP_DIST_TEST_{uuid.uuid4().hex}"
+    done = run(BIN / "plop-dist", "run", config, **{mark: "1"})
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "nothing" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    attempts = [event["attempt"] for event in events(case.directory / "bad") if event["event"] == "worker"]
+    assert attempts == [1, 1], "bad input was tried again"
+    assert_nothing_left(mark)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_says_so_leaves_no_process_and_goes_on(case: Case) -> None:
+    config = case.write("interrupted")
+    run_dir, mark = case.directory / "interrupted", f"PLOP_DIST_TEST_{uuid.uuid4().hex}"
+    with session([str(BIN / "plop-dist"), "score", str(config)], environment(**{mark: "1"})) as process:
+        wait_for(run_dir, "scoring", 8, process)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert "interrupted; the same command goes on" in err
+    assert "Traceback" not in err
+    assert not (run_dir / "scores.json").exists()
+    assert_nothing_left(mark)
+    done = run(BIN / "plop-dist", "score", config)
+    assert done.returncode == 0, done.stderr
+    assert "resumed: " in done.stderr
+    case.assert_same_scores("interrupted")
+
+
+def test_more_ranks_than_this_machine_takes_are_refused_before_ray_starts(case: Case) -> None:
+    config = parse_config(case.tree("many", parallel={"dp": 10**6}))
+    with pytest.raises(LayoutError, match=r"make 1000000 ranks, but without cluster\.address .* lower them"):
+        cluster.run_workers(config, ["score"])
+
+
+def assert_nothing_left(mark: str) -> None:
+    deadline = time.monotonic() + 20  # Ray's processes end a moment after their driver
+    while (left := processes_with(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+
+
+def test_the_oldest_record_of_the_last_attempt_is_the_cause(tmp_path: Path) -> None:
+    assert begin_attempt(tmp_path) == 1
+    assert cluster._cause(tmp_path, {}) is None
+    _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
+    _record(tmp_path, 1, "WorkerError", "rank 1: scoring step 3 failed", age_s=2)
+    found = cluster._cause(tmp_path, {})
+    assert type(found) is WorkerError
+    assert str(found) == "rank 1: scoring step 3 failed"
+
+    assert begin_attempt(tmp_path) == 2, "an error that is not the user's is worth another attempt"
+    assert cluster._cause(tmp_path, {}) is None, "records of the first attempt were kept"
+    _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
+    assert str(cluster._cause(tmp_path, {})) == "rank 0: Connection closed by peer"
+
+
+def test_bad_input_is_raised_as_its_own_class_and_stops_further_attempts(tmp_path: Path) -> None:
+    _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
+    _record(tmp_path, 1, "DataError", "row 3 has no field 'text'", user=True, age_s=2)
+    found = cluster._cause(tmp_path, {0: RuntimeError("collateral")})
+    assert type(found) is DataError
+    assert begin_attempt(tmp_path) == 0
+
+
+def test_a_dead_process_is_named_before_what_its_peers_saw(tmp_path: Path) -> None:
+    from ray.exceptions import RayActorError
+
+    _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
+    found = cluster._cause(tmp_path, {0: RuntimeError("Connection closed by peer"), 1: RayActorError()})
+    assert type(found) is WorkerError
+    assert str(found).startswith("rank 1: its process died")
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("http://127.0.0.1:8265", "not host:port"), ("nonsense", "not host:port"), ("127.0.0.1:1", "refused")],
+)
+def test_an_address_where_no_ray_listens_fails_at_once(address: str, reason: str) -> None:
+    tree = {"model": {"name_or_path": "m"}, "data": {"path": "d"}, "cluster": {"address": address}}
+    started = time.monotonic()
+    with (
+        pytest.raises(ConfigError, match=f"cluster.address '{address}' cannot be joined: .*{reason}"),
+        cluster.connected(parse_config(tree)),
+    ):
+        pass
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_submit_without_the_token_is_one_message(case: Case, head: Head) -> None:
+    config = case.write("unknown")
+    done = run(BIN / "plop-dist", "submit", config, "--address", head.dashboard, RAY_AUTH_TOKEN="0" * 32)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: --address {head.dashboard} does not take this job")
+
+
+def test_workers_get_threads_by_cores_and_this_process_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PLOP_DIST_CACHE", "/somewhere")
+    tree = {"model": {"name_or_path": "m"}, "data": {"path": "d"}, "cluster": {"cpus_per_worker": 3}}
+    variables = cluster._environment(parse_config(tree))
+    assert variables["OMP_NUM_THREADS"] == "3"
+    assert variables["TORCH_EXTENSIONS_DIR"] == "/somewhere/torch_extensions"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cluster._environment(parse_config(tree))["OMP_NUM_THREADS"] == "1", "the user's own choice was overruled"
+
+
+def _record(directory: Path, rank: int, kind: str, message: str, *, age_s: float, user: bool = False) -> None:
+    path = directory / f"error-rank-{rank}.json"
+    path.write_text(json.dumps({"rank": rank, "kind": kind, "message": message, "user": user}))
+    then = time.time() - age_s
+    os.utime(path, (then, then))
