@@ -179,7 +179,7 @@ def bench(
 
 
 def _config(path: Path, overrides: list[str] | None) -> Any:
-    from plop_dist.config.schema import load_config
+    from plop_dist.config.loading import load_config
 
     return load_config(path, overrides or [])
 

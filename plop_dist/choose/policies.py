@@ -11,7 +11,8 @@ import numpy as np
 
 from plop_dist.choose.bootstrap import PolicyFunction
 from plop_dist.choose.candidates import Candidates
-from plop_dist.config.schema import PlacementConfig, parse_config
+from plop_dist.config.loading import parse_section
+from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import PlacementError
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.scores import ModuleScore, Projection
@@ -31,10 +32,7 @@ def resolve_policy(policy: PlacementConfig | str | None = None, **options: Any) 
         tree = {**policy.model_dump(), **options}
     else:
         tree = options if policy is None else {**options, "policy": policy}
-    config = parse_config(
-        {"model": {"name_or_path": "-"}, "data": {"path": "-"}, "placement": tree}, source="place options"
-    )
-    return config.placement
+    return parse_section(PlacementConfig, tree, source="place options")
 
 
 def build_policy(candidates: Candidates, config: PlacementConfig) -> PolicyFunction:

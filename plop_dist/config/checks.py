@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from plop_dist.errors import ConfigError, suggest
-from plop_dist.registry import EXPORTERS, names
+from pydantic import BaseModel
 
-if TYPE_CHECKING:
-    from plop_dist.config.schema import Config
+from plop_dist.config.schema import Config, DataConfig, ParallelConfig, PlacementConfig, TrainConfig
+from plop_dist.errors import ConfigError, LayoutError, suggest
 
 _PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 _REWARDS = ("number", "format")
+_MOST_RANKS = 2**20
 
 
 def check_consistency(config: Config, source: str) -> None:
     """Raise ConfigError or LayoutError for keys that do not go together; `source` is named in it."""
     _check_secrets(config.model_dump(), source)
-    parallel, placement, data = config.parallel, config.placement, config.data
-    parallel.layout.validate()
-    workers = config.cluster.num_workers
+    for name in Config.model_fields:
+        check_section(getattr(config, name), source)
+    _check_layout(config.parallel, source)
+    parallel, workers = config.parallel, config.cluster.num_workers
     if workers is not None and workers != parallel.world_size:
         raise ConfigError(
             f"{source}: {parallel.layout.product_text} = {parallel.world_size}, but cluster.num_workers is {workers}; "
             f"set parallel.dp or use {parallel.world_size} workers."
         )
+
+
+def check_section(section: Any, source: str) -> None:
+    """Raise ConfigError or LayoutError for keys of one section that do not go together."""
+    check = _CHECKS.get(type(section))
+    if check is not None:
+        check(section, source)
+
+
+def _check_parallel(parallel: ParallelConfig, source: str) -> None:
+    if parallel.world_size > _MOST_RANKS:
+        raise LayoutError(
+            f"{source}: {parallel.layout.product_text} = {parallel.world_size} ranks, expected {_MOST_RANKS} at most; "
+            "lower the sizes."
+        )
+    parallel.layout.validate()
+
+
+def _check_layout(parallel: ParallelConfig, source: str) -> None:
     if parallel.backend != "deepspeed" and parallel.zero_stage:
         raise ConfigError(
             f"{source}: parallel.zero_stage is {parallel.zero_stage}, but parallel.backend is '{parallel.backend}'; "
@@ -54,18 +74,45 @@ def check_consistency(config: Config, source: str) -> None:
             f"{source}: parallel.backend deepspeed cannot combine tp {parallel.tp}, pp {parallel.pp} and zero_stage "
             f"{parallel.zero_stage}; use one of tp and pp, with zero_stage 0 or 1."
         )
-    for target in config.export.targets:
-        if target not in names(EXPORTERS):
-            known = suggest(target, names(EXPORTERS))
-            raise ConfigError(f"{source}: export.targets: unknown target '{target}'. {known}")
-    _check_rewards(config.train.rewards, source)
+
+
+def _check_data(data: DataConfig, source: str) -> None:
     given = [name for name in ("text_field", "template", "messages_field") if getattr(data, name) is not None]
     if len(given) > 1:
         raise ConfigError(f"{source}: data.{' and data.'.join(given)} are given together; keep one of them.")
+
+
+def _check_placement(placement: PlacementConfig, source: str) -> None:
     if placement.policy == "threshold" and placement.threshold is None:
         raise ConfigError(f"{source}: placement.policy=threshold needs placement.threshold, e.g. 1.0.")
     if placement.policy == "budget" and placement.max_trainable_parameters is None:
         raise ConfigError(f"{source}: placement.policy=budget needs placement.max_trainable_parameters.")
+
+
+def _check_train(train: TrainConfig, source: str) -> None:
+    # Whether module:function can be imported is a question to the nodes that train.
+    seen = set()
+    if not train.rewards:
+        raise ConfigError(f"{source}: train.rewards is empty; name at least one, e.g. [builtin:number].")
+    for name in train.rewards:
+        module, _, attribute = name.partition(":")
+        if not module or not attribute:
+            raise ConfigError(
+                f"{source}: train.rewards: '{name}' is neither builtin:number, builtin:format nor module:function."
+            )
+        if module == "builtin" and attribute not in _REWARDS:
+            raise ConfigError(f"{source}: train.rewards: unknown reward '{name}'. {suggest(attribute, _REWARDS)}")
+        if attribute in seen:
+            raise ConfigError(f"{source}: train.rewards: '{name}': a reward '{attribute}' is in the list already.")
+        seen.add(attribute)
+
+
+_CHECKS: dict[type[BaseModel], Callable[[Any, str], None]] = {
+    DataConfig: _check_data,
+    ParallelConfig: _check_parallel,
+    PlacementConfig: _check_placement,
+    TrainConfig: _check_train,
+}
 
 
 def _check_secrets(section: Mapping[str, Any], source: str, prefix: str = "") -> None:
@@ -78,21 +125,3 @@ def _check_secrets(section: Mapping[str, Any], source: str, prefix: str = "") ->
                 f"{source}: {prefix}{key} holds a password ({_PASSWORD.sub('...', value)}), which would stay in the "
                 "run directory; give it through the environment (HF_TOKEN, ~/.netrc) and leave it out of the URL."
             )
-
-
-def _check_rewards(names: Sequence[str], source: str) -> None:
-    # Whether module:function can be imported is a question to the nodes that train.
-    seen = set()
-    if not names:
-        raise ConfigError(f"{source}: train.rewards is empty; name at least one, e.g. [builtin:number].")
-    for name in names:
-        module, _, attribute = name.partition(":")
-        if not module or not attribute:
-            raise ConfigError(
-                f"{source}: train.rewards: '{name}' is neither builtin:number, builtin:format nor module:function."
-            )
-        if module == "builtin" and attribute not in _REWARDS:
-            raise ConfigError(f"{source}: train.rewards: unknown reward '{name}'. {suggest(attribute, _REWARDS)}")
-        if attribute in seen:
-            raise ConfigError(f"{source}: train.rewards: '{name}': a reward '{attribute}' is in the list already.")
-        seen.add(attribute)

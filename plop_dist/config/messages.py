@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from plop_dist.errors import suggest
+from plop_dist.errors import PlopError, suggest
+
+_MOST_CHARACTERS = 300
 
 
 def explain(item: Any, root: type[BaseModel]) -> str:
@@ -20,17 +22,22 @@ def explain(item: Any, root: type[BaseModel]) -> str:
         return f"unknown key '{key}'. {suggest(location[-1], _keys_beside(location, root))}"
     if item["type"] == "missing":
         return f"key '{key}' is required and missing; add {key}: ... to the file or {key}=... to the command."
+    if isinstance(own := item.get("ctx", {}).get("error"), PlopError):
+        return f"{'.'.join(part for part in location if not part.isdecimal())}: {own}"
     field = _field_at(location, root)
     doc = f" ({field.description})" if field is not None and field.description else ""
     if item["type"] == "model_type":
-        return (
-            f"{key}: the value is {item['input']!r}, expected a section with the keys {_section_keys(location, root)}."
-        )
-    return f"{key}: {item['msg'].removeprefix('Value error, ')}, but the value is {item['input']!r}{doc}"
+        keys = ", ".join(_keys_beside([*location, ""], root))
+        return f"{key}: the value is {_shown(item['input'])}, expected a section with the keys {keys}."
+    return f"{key}: {item['msg'].removeprefix('Value error, ')}, but the value is {_shown(item['input'])}{doc}"
 
 
-def _section_keys(location: list[str], root: type[BaseModel]) -> str:
-    return ", ".join(_keys_beside([*location, ""], root))
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
 def _keys_beside(location: list[str], root: type[BaseModel]) -> list[str]:

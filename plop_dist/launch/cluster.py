@@ -22,7 +22,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from plop_dist import errors
-from plop_dist.config.schema import Config, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, LayoutError, PlopError, UserError, WorkerError
 from plop_dist.rundir.attempts import all_found_it, begin_attempt, read_records, records_of
 from plop_dist.rundir.events import EventHandler, EventWriter, shown

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import nn
 
+from plop_dist.config.loading import parse_section
 from plop_dist.config.schema import EstimatorConfig, PlacementConfig
-from plop_dist.errors import ConfigError, ModelError
+from plop_dist.errors import ModelError
 from plop_dist.measure.aggregate import check_weights
 from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.protocols import ScorableModel, Site
@@ -47,7 +47,8 @@ def score(
     Raises ConfigError, ModelError, LayoutError and DataError for input that cannot be scored, on every rank, and
     WorkerError when the model fails on the way.
     """
-    estimator = _estimator(num_directions, baseline, seed)
+    options = {"num_directions": num_directions, "baseline": baseline, "seed": seed}
+    estimator = parse_section(EstimatorConfig, options, source="score()")
     found = detect.find(model)
     with undisturbed(found.roots), found.keep():
         scorable = found.wrap(exclude)
@@ -97,15 +98,6 @@ def _num_embeddings(module: Any) -> int | None:
         return getattr(module.get_input_embeddings(), "num_embeddings", None)
     except (AttributeError, NotImplementedError):  # a family of which transformers does not know where they are
         return None
-
-
-def _estimator(num_directions: int, baseline: str, seed: int) -> EstimatorConfig:
-    try:
-        return EstimatorConfig.model_validate({"num_directions": num_directions, "baseline": baseline, "seed": seed})
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        field = ".".join(map(str, wrong["loc"]))
-        raise ConfigError(f"score(): {field}: {wrong['msg']}, but the value is {wrong['input']!r}.") from None
 
 
 def _not_excluded(sites: Sequence[Site], exclude: Sequence[str]) -> list[Site]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plop_dist.config.schema import Config, PlacementConfig, parse_config, split_override
+from plop_dist.config.loading import load_config, parse_section, split_override
+from plop_dist.config.schema import Config, PlacementConfig
 from plop_dist.rundir.layout import RunDir
 
 
 def load_stored(run_dir: RunDir) -> Config | None:
     """Return the configuration that the run directory was made with, or None where only scores.json was put there."""
-    from plop_dist.config.schema import load_config
-
     return load_config(run_dir.config) if run_dir.config.is_file() else None
 
 
@@ -25,5 +24,4 @@ def placement_config(run_dir: RunDir, overrides: Sequence[str]) -> PlacementConf
     for override in overrides:
         key, value = split_override(override)
         section[key.removeprefix("placement.")] = value
-    tree = {"model": {"name_or_path": "stored"}, "data": {"path": "stored"}, "placement": section}
-    return parse_config(tree, source=str(run_dir.path)).placement
+    return parse_section(PlacementConfig, section, source=str(run_dir.path))

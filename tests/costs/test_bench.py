@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from plop_dist.config.schema import Config, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
 from plop_dist.costs.bench import (
     HEADLESS,
     SCORING,

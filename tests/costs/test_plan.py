@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from plop_dist.config.schema import Config, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
 from plop_dist.costs.plan import build_plan
 from plop_dist.errors import DataError, LayoutError
 from plop_dist.report.cost_tables import print_plan

@@ -62,7 +62,7 @@ class Case:
 
 def make_case(directory: Path) -> Case:
     """Write model and rows, and score them in this process."""
-    from plop_dist.config.schema import parse_config
+    from plop_dist.config.loading import parse_config
     from plop_dist.rundir.layout import RunDir
 
     save_tiny("llama", directory / "model")

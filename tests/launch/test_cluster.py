@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from plop_dist.config.schema import parse_config
+from plop_dist.config.loading import parse_config
 from plop_dist.errors import ConfigError, DataError, LayoutError, WorkerError
 from plop_dist.launch import cluster
 from plop_dist.rundir.attempts import begin_attempt

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import plop_dist
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.backends.torch.fsdp import as_sharded
-from plop_dist.config.schema import parse_config
+from plop_dist.config.loading import parse_config
 from plop_dist.data.samples import tokenize
 from plop_dist.errors import ConfigError, DataError, ModelError, WorkerError
 from plop_dist.launch.rank import score

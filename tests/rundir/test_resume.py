@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from plop_dist.config.schema import load_config
+from plop_dist.config.loading import load_config
 from plop_dist.launch.rank import reason_to_run, run_rank
 from plop_dist.rundir.layout import RunDir
 from plop_dist.training.checkpoint import Checkpoints, fingerprint

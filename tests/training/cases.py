@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from plop_dist.backends.hf.linears import find_linears
-from plop_dist.config.schema import Config, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
 from plop_dist.training import loop
 from plop_dist.training.adapters.initial import reset_peft_adapter
 from plop_dist.training.adapters.shards import AdapterShard

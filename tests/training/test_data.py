@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from plop_dist.config.schema import Config, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
 from plop_dist.errors import DataError
 from plop_dist.training.data import IGNORED, Example, TrainingData, collate, encode, pack, split_rows
 from tests.models import tiny_tokenizer

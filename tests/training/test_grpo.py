@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from plop_dist.config.schema import Config, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
 from plop_dist.data.builtin import arithmetic_rows
 from plop_dist.data.rows import load_rows
 from plop_dist.errors import ConfigError, DataError, MissingExtraError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plop_dist.config.schema import load_config
+from plop_dist.config.loading import load_config
 from plop_dist.launch import pipeline
 from tests.launch.cluster_case import BIN, Case, environment, events, make_case, session
 from tests.launch.ray_head import Head, kill_rank_1_in_the_middle, ray_head

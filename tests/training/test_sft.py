@@ -14,7 +14,8 @@ import torch
 
 from plop_dist import ranks
 from plop_dist.backends.hf.load import load_tokenizer
-from plop_dist.config.schema import Config, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, ExportError, RunDirError
 from plop_dist.launch.rank import run_rank
 from plop_dist.training import sft

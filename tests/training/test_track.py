@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plop_dist.config.schema import Config, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
 from plop_dist.launch.rank import run_rank
 from plop_dist.training import sft
 from plop_dist.values.placement import Placement

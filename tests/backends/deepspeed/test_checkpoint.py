@@ -14,7 +14,8 @@ import torch
 from plop_dist import ranks
 from plop_dist.backends.deepspeed.checkpoint import find_weights
 from plop_dist.backends.hf.load import load_model
-from plop_dist.config.schema import Config, ModelConfig, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config, ModelConfig
 from plop_dist.errors import ModelError
 from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.layout import stage_inputs

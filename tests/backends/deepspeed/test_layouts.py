@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from plop_dist.config.schema import Config, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError
 from plop_dist.registry import BACKENDS, load
 from tests.backends.hf.test_experts import GRANITE, LLAMA4

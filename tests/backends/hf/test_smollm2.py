@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plop_dist.config.schema import Config, parse_config
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
 from plop_dist.launch import pipeline
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from plop_dist.config.schema import parse_config
+from plop_dist.config.loading import parse_config
 from plop_dist.measure.collector import Collector, add_totals
 from plop_dist.measure.protocols import MicroBatch, ScorableModel
 from tests.models import random_tokens

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from plop_dist.config.schema import parse_config
+from plop_dist.config.loading import parse_config
 from plop_dist.errors import ModelError
 from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.layout import RunDir

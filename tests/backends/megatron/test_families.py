@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from plop_dist.config.schema import parse_config
+from plop_dist.config.loading import parse_config
 from plop_dist.errors import ModelError
 from tests.backends.megatron.models import config, fresh, gains, logits, samples, true_logits
 from tests.models import save_tiny

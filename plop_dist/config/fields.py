@@ -1,0 +1,73 @@
+"""What the value of a key may be: numbers within bounds, names in the registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import core_schema
+
+from plop_dist.errors import ConfigError, suggest
+from plop_dist.registry import Kind, names
+
+
+def _refuse_truth(value: Any) -> Any:
+    # pydantic would read true as 1.
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")
+    return value
+
+
+_NUMBER = BeforeValidator(_refuse_truth)
+
+# The upper bounds refuse nothing that a machine can hold, and keep the rest from where it would fail: tokenizers and
+# collectives count in 32 bits, random generators and JSON readers in 64.
+Count = Annotated[int, Field(ge=1, le=2**31 - 1), _NUMBER]
+CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1), _NUMBER]
+CountOfSeveral = Annotated[int, Field(ge=2, le=2**20), _NUMBER]
+Parameters = Annotated[int, Field(ge=1, le=2**63 - 1), _NUMBER]
+AxisSize = Annotated[int, Field(ge=1, le=2**20), _NUMBER]
+Rank = Annotated[int, Field(ge=1, le=2**20), _NUMBER]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), _NUMBER]
+NumpySeed = Annotated[int, Field(ge=0, le=2**32 - 1), _NUMBER]
+Real = Annotated[float, _NUMBER]
+Positive = Annotated[float, Field(gt=0), _NUMBER]
+PositiveOrZero = Annotated[float, Field(ge=0), _NUMBER]
+Amount = Annotated[float, Field(gt=0, lt=1e9), _NUMBER]
+Share = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+Seconds = Annotated[float, Field(gt=0, le=1e8), _NUMBER]
+
+
+def _number_or_auto(value: Any) -> Any:
+    # pydantic has an error of its own for each of the two, under names that are no keys.
+    try:
+        if value == "auto" or (not isinstance(value, bool) and 0 <= float(value) < 1e9):
+            return value
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError("Input should be a number from 0 to 1e9, or 'auto'")
+
+
+AmountOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
+
+
+@dataclass(frozen=True)
+class NameOf:
+    """Annotates a key of type str: its value must be a name of this kind, of this package or of another one."""
+
+    kind: Kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(names(self.kind))}
+
+    def _check(self, value: str) -> str:
+        known = names(self.kind)
+        if value not in known:
+            raise ConfigError(f"unknown {self.kind.word} '{value}'. {suggest(value, known)}")
+        return value
