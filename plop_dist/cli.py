@@ -1,4 +1,4 @@
-"""The command line: thin, one function per command; every decision is made below."""
+"""The command line: one function per command, thin; every decision is made below."""
 
 from __future__ import annotations
 
@@ -6,24 +6,81 @@ import atexit
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 import typer
 
-from plop_dist.errors import PlopError
+from plop_dist.config import arguments as given
+from plop_dist.config.command_help import COMMANDS, LOOK_UP, PREPARE, PROGRAM, STEPS, WHOLE
+from plop_dist.errors import ConfigError, PlopError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+_Command = TypeVar("_Command", bound=Callable[..., None])
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. data.num_samples=64")]
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory with scores.json.")]
+app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False, help=PROGRAM)
 
 
-@app.command()
-def score(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Compute the NFN of every linear module; writes RUN_DIR/scores.json."""
+def command(group: str) -> Callable[[_Command], _Command]:
+    """Return a decorator that registers a command, whose help begins with the function's docstring."""
+
+    def register(function: _Command) -> _Command:
+        name = function.__name__
+        return app.command(name, help=f"{function.__doc__}\n\n{COMMANDS[name]}", rich_help_panel=group)(function)
+
+    return register
+
+
+@command(PREPARE)
+def init(
+    model: given.ModelName = None, data: given.DataPath = None, demo: given.Demo = False, output: given.Output = None
+) -> None:
+    """Write a configuration to start from, with every key explained."""
+    from plop_dist.config.starter import quickstart, starter, write_new
+    from plop_dist.data.columns import guess_text
+
+    path, note = output or Path("quickstart.yaml" if demo else "config.yaml"), None
+    if demo and (model or data):
+        raise ConfigError("--demo brings its own model and data; leave out --model and --data.")
+    if demo:
+        write_new(path, quickstart())
+    elif model and data:
+        keys, note = guess_text(data)
+        run_dir = str(Path("runs", path.stem))
+        write_new(path, starter({"run_dir": run_dir, "model.name_or_path": model, "data.path": data, **keys}))
+    else:
+        raise ConfigError("init needs --model and --data, e.g. --model Qwen/Qwen2.5-0.5B --data rows.jsonl, or --demo.")
+    print(path)
+    print(*([f"note: {note}"] if note else []), f"Next: plop-dist check {path}", sep="\n", file=sys.stderr)
+
+
+@command(PREPARE)
+def check(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
+    """Validate a configuration and show what it would do, without loading weights."""
+    from plop_dist.rundir.events import spinner
+
+    with spinner("building the model without weights"):
+        from plop_dist.costs.plan import build_plan
+        from plop_dist.report.cost_tables import print_plan
+
+        plan = build_plan(_config(config, overrides))
+    print_plan(plan)
+
+
+@command(PREPARE)
+def schema(markdown: given.AsMarkdown = False) -> None:
+    """Print the JSON schema of configurations, with which editors complete and check them."""
+    import json
+
+    from plop_dist.config import json_schema, reference
+
+    print(reference.markdown() if markdown else json.dumps(json_schema.json_schema(), indent=2, ensure_ascii=False))
+
+
+@command(STEPS)
+def score(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
+    """Measure the NFN of every linear module; writes RUN_DIR/scores.json."""
     from plop_dist.launch import pipeline
     from plop_dist.report import terminal
     from plop_dist.values.scores import Scores
@@ -34,14 +91,14 @@ def score(config: ConfigFile, overrides: Overrides = None) -> None:
         terminal.print_types(Scores.from_file(loaded.run_path / "scores.json"))
 
 
-@app.command()
+@command(STEPS)
 def place(
-    run_dir: RunDirectory,
-    overrides: Overrides = None,
-    explain: Annotated[bool, typer.Option(help="Why each type is in or out, and how sure that is.")] = False,
-    sweep: Annotated[bool, typer.Option(help="The choice for every k and for fewer samples.")] = False,
+    run_dir: given.RunDirectory,
+    overrides: given.PlacementOverrides = None,
+    explain: given.Explain = False,
+    sweep: given.Sweep = False,
 ) -> None:
-    """Choose the LoRA targets from scores.json; writes RUN_DIR/placement.json. Needs no model."""
+    """Choose the modules that get adapters, from the scores; writes RUN_DIR/placement.json."""
     from plop_dist.choose.diagnostics import diagnose
     from plop_dist.choose.explain import explain as build_explanation
     from plop_dist.choose.place import place as choose
@@ -65,16 +122,11 @@ def place(
     print(paths.placement)
 
 
-@app.command()
+@command(STEPS)
 def export(
-    run_dir: RunDirectory,
-    to: Annotated[str, typer.Option(help="Target framework.")],
-    engine: Annotated[
-        str | None, typer.Option(help="fsdp, dtensor, megatron, ... where the target has several.")
-    ] = None,
-    widen: Annotated[bool, typer.Option(help="Accept the nearest choice that the target can express.")] = False,
+    run_dir: given.RunDirectory, to: given.Target, engine: given.Engine = None, widen: given.Widen = False
 ) -> None:
-    """Write the placement in another framework's own format; prints the flags or overrides to paste."""
+    """Write the placement in your training framework's own format; prints the flags to paste."""
     from plop_dist.exporters.write import write_export
     from plop_dist.rundir.layout import RunDir
     from plop_dist.values.placement import Placement
@@ -89,9 +141,17 @@ def export(
         print(flag)
 
 
-@app.command()
-def run(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Score, place, export, train and report; stages that are done are kept."""
+@command(STEPS)
+def report(run_dir: given.RunDirectory) -> None:
+    """Write RUN_DIR/report.html: scores, choice, exports and training on one page."""
+    from plop_dist.launch import pipeline
+
+    print(pipeline.report(run_dir))
+
+
+@command(WHOLE)
+def run(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
+    """Score, place, export, train (where `train.method` says so) and report."""
     from plop_dist.launch import pipeline
     from plop_dist.report import terminal
     from plop_dist.rundir.layout import RunDir
@@ -106,13 +166,11 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
         print(page)
 
 
-@app.command()
+@command(WHOLE)
 def submit(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    address: Annotated[str, typer.Option(help="Ray dashboard, e.g. http://127.0.0.1:8265.")] = "http://127.0.0.1:8265",
+    config: given.ConfigFile, overrides: given.Overrides = None, address: given.Address = "http://127.0.0.1:8265"
 ) -> None:
-    """Run the configuration as a Ray job on a cluster and follow its log."""
+    """Do what `run` does as a job on a Ray cluster, and follow its log."""
     from plop_dist.registry import missing_extra
 
     loaded = _config(config, overrides)
@@ -123,20 +181,9 @@ def submit(
     raise typer.Exit(submit_job(loaded, address))
 
 
-@app.command()
-def report(run_dir: RunDirectory) -> None:
-    """Write RUN_DIR/report.html, one self-contained page."""
-    from plop_dist.launch import pipeline
-
-    print(pipeline.report(run_dir))
-
-
-@app.command()
-def diff(
-    run_dir: RunDirectory,
-    adapter_config: Annotated[Path, typer.Argument(metavar="ADAPTER_CONFIG", help="A PEFT adapter_config.json.")],
-) -> None:
-    """Show how an existing PEFT configuration differs from the placement."""
+@command(LOOK_UP)
+def diff(run_dir: given.RunDirectory, adapter_config: given.AdapterConfig) -> None:
+    """Compare the placement with adapters that you have already."""
     from plop_dist.exporters.diff import diff as compare
     from plop_dist.exporters.diff import read_adapter_config
     from plop_dist.rundir.events import spinner
@@ -149,29 +196,11 @@ def diff(
         print(line)
 
 
-@app.command()
-def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Validate the configuration and show the plan: ranks, modules, bytes, communication. Loads no weights."""
-    from plop_dist.rundir.events import spinner
-
-    with spinner("building the model without weights"):
-        from plop_dist.costs.plan import build_plan
-        from plop_dist.report.cost_tables import print_plan
-
-        plan = build_plan(_config(config, overrides))
-    print_plan(plan)
-
-
-@app.command()
+@command(LOOK_UP)
 def bench(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    ranks: Annotated[
-        int, typer.Option(help="Also measure communication and weak scaling up to this many ranks.", min=1)
-    ] = 1,
-    repeats: Annotated[int, typer.Option(help="Interleaved repetitions of every variant.", min=1)] = 5,
+    config: given.ConfigFile, overrides: given.Overrides = None, ranks: given.Ranks = 1, repeats: given.Repeats = 5
 ) -> None:
-    """Measure the cost of scoring against a plain forward pass and against the algorithm of the paper's own script."""
+    """Measure on this machine what scoring costs."""
     from plop_dist.costs.bench import run_bench
     from plop_dist.report.cost_tables import print_bench
 
@@ -194,7 +223,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("plop_dist").setLevel(logging.INFO)
     try:
-        app()  # ends in SystemExit: 0, typer's own 2 for wrong usage, 130 and 143 after SIGINT and SIGTERM
+        app(
+            prog_name="plop-dist"
+        )  # ends in SystemExit: 0, typer's own 2 for wrong usage, 130 and 143 after SIGINT and SIGTERM
     except PlopError as error:
         print(f"error: {error}", file=sys.stderr)
         _leave(error.exit_status)

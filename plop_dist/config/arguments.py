@@ -1,0 +1,98 @@
+"""The arguments and options of the command line: what each says of itself, and what a shell completes it to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plop_dist.registry import EXPORTERS, names
+
+
+def complete_run_dir(incomplete: str) -> list[str]:
+    """Return the directories below here that hold scores."""
+    base = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    found = {path.parent for pattern in ("*/scores.json", "*/*/scores.json") for path in base.glob(pattern)}
+    return sorted(str(path) for path in found if str(path).startswith(incomplete))
+
+
+def complete_target(incomplete: str) -> list[str]:
+    """Return the export targets that begin so."""
+    return [name for name in names(EXPORTERS) if name.startswith(incomplete)]
+
+
+def complete_override(incomplete: str) -> Iterable[tuple[str, str]]:
+    """Return the keys that begin so, or the values of the key that is there."""
+    from plop_dist.config.reference import completions
+
+    return list(completions(incomplete))
+
+
+def complete_placement(incomplete: str) -> Iterable[tuple[str, str]]:
+    """Return the same for the keys of the placement section, whose name may be left out."""
+    from plop_dist.config.reference import completions
+
+    return list(completions(incomplete, only="placement"))
+
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file that says what to do; `plop-dist init` writes one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Keys laid over the file, as in `data.num_samples=64`; `plop-dist schema --markdown` lists them.",
+        autocompletion=complete_override,
+    ),
+]
+PlacementOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Keys of the placement section, as in `k=2` or `policy=budget`.",
+        autocompletion=complete_placement,
+    ),
+]
+RunDirectory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_DIR",
+        help="Directory that `score` or `run` has written: `run_dir` of the configuration.",
+        autocompletion=complete_run_dir,
+    ),
+]
+AdapterConfig = Annotated[Path, typer.Argument(metavar="ADAPTER_CONFIG", help="An adapter_config.json of PEFT's.")]
+
+ModelName = Annotated[str | None, typer.Option("--model", help="Hugging Face id or directory of the model.")]
+DataPath = Annotated[
+    str | None,
+    typer.Option("--data", help="File of rows (jsonl, json, csv, parquet, txt), or id of a dataset on the hub."),
+]
+Demo = Annotated[bool, typer.Option("--demo", help="Write the quickstart, which brings model and data.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", help="File to write.", show_default="config.yaml, with --demo quickstart.yaml"),
+]
+AsMarkdown = Annotated[
+    bool, typer.Option("--markdown", help="Print tables for people instead: key, default, values, meaning.")
+]
+Explain = Annotated[bool, typer.Option("--explain", help="Also say why each type is in or out, and how sure that is.")]
+Sweep = Annotated[bool, typer.Option("--sweep", help="Also show the choice for every k, and for fewer samples.")]
+Target = Annotated[
+    str,
+    typer.Option("--to", help="Framework to write for, e.g. `peft`, `trl`, `verl`.", autocompletion=complete_target),
+]
+Engine = Annotated[
+    str | None, typer.Option("--engine", help="Engine of the framework, where it has several: `fsdp`, `megatron`, ...")
+]
+Widen = Annotated[
+    bool, typer.Option("--widen", help="Accept the nearest choice where the framework cannot express this one.")
+]
+Address = Annotated[str, typer.Option("--address", help="Ray's dashboard.")]
+Ranks = Annotated[
+    int, typer.Option("--ranks", help="Also measure communication and weak scaling up to this many ranks.", min=1)
+]
+Repeats = Annotated[int, typer.Option("--repeats", help="Repetitions of every variant; their median counts.", min=1)]

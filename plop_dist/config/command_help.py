@@ -1,0 +1,122 @@
+"""What --help says below a command's first line: what it does for the one who runs it, and examples."""
+
+from __future__ import annotations
+
+PREPARE, STEPS, WHOLE, LOOK_UP = "Prepare", "Step by step", "All at once", "Look up"  # the groups of commands
+
+PROGRAM = """\
+Find out where the LoRA adapters should go, and train with them there.
+
+plop-dist measures the Normalized Feature Norm (NFN) of every linear layer of your model on your data, sharded the way
+you train it. The kinds of layers with the lowest NFN get the adapters (PLoP, arXiv 2506.20629), written down in the
+format of your training framework.
+
+First steps:
+
+    plop-dist init --demo             # writes quickstart.yaml
+    plop-dist check quickstart.yaml   # what it would do
+    plop-dist run quickstart.yaml     # score, place, export, train, report
+
+Exit status: 0 done; 1 failed while running; 2 bad input, one message says what to change; 130 interrupted, the same
+command goes on from there.
+"""
+
+COMMANDS = {
+    "init": """\
+Looks at the columns of a local file to find the text in it. Never overwrites a file.
+
+Examples:
+
+    plop-dist init --demo
+    plop-dist init --model Qwen/Qwen2.5-0.5B-Instruct --data rows.jsonl
+    plop-dist init --model ./my-model --data openai/gsm8k:main --output a.yaml
+""",
+    "check": """\
+Shows ranks and layout, the first sample as the model gets it, the kinds of modules with the adapter parameters that
+each would take, and for one rank the bytes of weights, activations and communication. Run it before you queue for
+machines: it needs none, and takes seconds.
+
+Examples:
+
+    plop-dist check config.yaml
+    plop-dist check config.yaml parallel.backend=megatron parallel.tp=4
+""",
+    "schema": """\
+Put `# yaml-language-server: $schema=plop-dist.schema.json` into the first line of a configuration, and any editor
+with the YAML language server (VS Code's YAML extension, Neovim, Helix, ...) completes its keys.
+
+Examples:
+
+    plop-dist schema > plop-dist.schema.json
+    plop-dist schema --markdown | less
+""",
+    "score": """\
+Loads the model in the layout of the configuration's `parallel` section and passes over `data.num_samples` rows once.
+Scores that are there already are computed anew.
+
+Examples:
+
+    plop-dist score config.yaml
+    plop-dist score config.yaml data.num_samples=64 model.dtype=bfloat16
+""",
+    "place": """\
+Takes seconds and needs no model, so that you can try policies. Keys that are not given are those of the configuration
+that the scores were made with.
+
+Examples:
+
+    plop-dist place runs/gsm8k --explain
+    plop-dist place runs/gsm8k k=2 rank=32
+    plop-dist place runs/gsm8k policy=budget max_trainable_parameters=1000000
+""",
+    "export": """\
+Files go to RUN_DIR/exports/TARGET, the flags or overrides to paste to the terminal. A choice that the framework cannot
+express is refused, with the nearest one that it can.
+
+Examples:
+
+    plop-dist export runs/gsm8k --to peft
+    plop-dist export runs/gsm8k --to verl --engine megatron
+    plop-dist export runs/gsm8k --to torchtune --widen
+""",
+    "report": """\
+The page needs no network and no other file, so that it can be sent to others.
+
+Example:
+
+    plop-dist report runs/gsm8k
+""",
+    "run": """\
+Stages that are done with the same inputs are kept: after an interruption the same command goes on, after a change it
+does again what depends on it. One rank runs in this process; several run as workers of Ray (a local one, or the
+cluster at `cluster.address`), and under torchrun or the DeepSpeed launcher as the launcher's processes.
+
+Examples:
+
+    plop-dist run config.yaml
+    plop-dist run config.yaml train.method=sft train.max_steps=1000
+    torchrun --nproc-per-node 8 --module plop_dist.cli run config.yaml
+""",
+    "submit": """\
+Paths in the configuration are those of the cluster's nodes, and `run_dir` must lie on storage that they share. The
+exit status is the job's.
+
+Example:
+
+    plop-dist submit config.yaml --address http://head-node:8265
+""",
+    "diff": """\
+Says which modules both adapt, and which only one of them.
+
+Example:
+
+    plop-dist diff runs/gsm8k my-adapter/adapter_config.json
+""",
+    "bench": """\
+Ratios of time and memory to a plain forward pass, and to the algorithm of the paper's own script.
+
+Example:
+
+    plop-dist bench quickstart.yaml --ranks 2
+""",
+}

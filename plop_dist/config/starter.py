@@ -1,0 +1,56 @@
+"""A configuration to start from: for a model and data of the user's, with every key explained, or the quickstart."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from plop_dist.config.reference import Section, sections, yaml_value
+from plop_dist.errors import ConfigError
+from plop_dist.values.files import write_text
+
+_WIDTH = 100
+
+
+def starter(given: Mapping[str, Any]) -> str:
+    """Return a commented configuration; `given` are values of dotted keys, which it sets.
+
+    Every other key stands behind a # with its default, so that removing the # changes nothing yet.
+    """
+    head = "# A configuration of plop-dist. A key behind a # shows its default; remove the # to change it."
+    return "\n\n".join([head, *(_section_text(section, given) for section in sections())]) + "\n"
+
+
+def quickstart() -> str:
+    """Return the configuration of the demo: a small model, data and a training that need no download from a hub."""
+    return files("plop_dist.config").joinpath("quickstart.yaml").read_text(encoding="utf-8")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet. Raises ConfigError where it is, RunDirError where it cannot be written."""
+    if path.exists():
+        raise ConfigError(f"--output {path} exists already; remove it or choose another --output.")
+    write_text(path, text)
+
+
+def _section_text(section: Section, given: Mapping[str, Any]) -> str:
+    indent = "  " if section.name else ""
+    lines = [*_comment(section.doc), f"{section.name}:"] if section.name else []
+    for key in section.keys:
+        value = yaml_value(given[key.name]) if key.name in given else key.default
+        assert value is not None, f"{key.name} has no default and is not given"
+        lines += [f"{indent}{line}" for line in _comment(_with_choices(key.doc, key.choices))]
+        lines.append(f"{indent}{'' if key.name in given else '#'}{key.field}: {value}")
+    return "\n".join(lines)
+
+
+def _with_choices(doc: str, choices: tuple[str, ...]) -> str:
+    listed = [choice.strip("[]") for choice in choices if choice not in ("true", "false", "null")]
+    return f"{doc} ({' | '.join(listed)})" if listed else doc
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text, _WIDTH - 4)]
