@@ -7,7 +7,8 @@ outside: a package that is installed beside this one offers its own under an ent
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -32,13 +33,15 @@ class Kind:
         return hash((self.word, self.group))
 
 
+# From the most general to the most special; a host's model is shown to the last one first, see plugin/detect.py.
 BACKENDS = Kind(
     "backend",
     "plop_dist.backends",
     {
-        "transformers": "plop_dist.backends.hf.backend:TransformersBackend",
-        "deepspeed": "plop_dist.backends.deepspeed.backend:DeepSpeedBackend",
-        "megatron": "plop_dist.backends.megatron.backend:MegatronBackend",
+        "transformers": "plop_dist.backends.hf.record:RECORD",
+        "torch": "plop_dist.backends.torch.record:RECORD",
+        "deepspeed": "plop_dist.backends.deepspeed.record:RECORD",
+        "megatron": "plop_dist.backends.megatron.record:RECORD",
     },
 )
 
@@ -59,6 +62,19 @@ EXPORTERS = Kind(
         "torchtune": "plop_dist.exporters.torchtune:export",
         "torchtitan": "plop_dist.exporters.torchtitan:export",
         "deepspeed": "plop_dist.exporters.deepspeed:export",
+    },
+)
+
+# Which one trains a layout is said by its backend's record.
+TRAINING_ENGINES = Kind(
+    "training engine",
+    None,
+    {
+        "trl": "plop_dist.training.sft:train_with_trl",
+        "tp_plan": "plop_dist.training.engines.tp_plan:train",
+        "autotp": "plop_dist.training.engines.autotp:train",
+        "pipeline": "plop_dist.training.engines.pipeline:train",
+        "megatron": "plop_dist.training.engines.megatron:train",
     },
 )
 
@@ -116,8 +132,15 @@ def load(kind: Kind, name: str) -> Any:
 def import_attribute(address: str, needed_by: str) -> Any:
     """Return what `"module:attribute"` names, importing the module. Raises MissingExtraError as `load` does."""
     module_name, attribute = address.split(":")
-    try:
+    with needing_extras(needed_by):
         return getattr(importlib.import_module(module_name), attribute)
+
+
+@contextmanager
+def needing_extras(needed_by: str) -> Iterator[None]:
+    """Raise MissingExtraError, with the pip command, where the block imports a package that is not installed."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise missing_extra(error, needed_by) from error
 

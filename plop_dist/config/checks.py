@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from plop_dist.config.schema import Config, DataConfig, ParallelConfig, PlacementConfig, TrainConfig
 from plop_dist.errors import ConfigError, LayoutError, suggest
+from plop_dist.registry import BACKENDS, load
 
 _PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 _REWARDS = ("number", "format")
@@ -21,8 +22,14 @@ def check_consistency(config: Config, source: str) -> None:
     _check_secrets(config.model_dump(), source)
     for name in Config.model_fields:
         check_section(getattr(config, name), source)
-    _check_layout(config.parallel, source)
     parallel, workers = config.parallel, config.cluster.num_workers
+    record = load(BACKENDS, parallel.backend)
+    record.check(config, source)
+    if config.train.method == "sft" and record.training_engine(config) is None:
+        raise ConfigError(
+            f"{source}: train.method is sft, but parallel.backend '{parallel.backend}' trains nothing in this layout; "
+            "set train.method=none, and train elsewhere with an export."
+        )
     if workers is not None and workers != parallel.world_size:
         raise ConfigError(
             f"{source}: {parallel.layout.product_text} = {parallel.world_size}, but cluster.num_workers is {workers}; "
@@ -44,36 +51,6 @@ def _check_parallel(parallel: ParallelConfig, source: str) -> None:
             "lower the sizes."
         )
     parallel.layout.validate()
-
-
-def _check_layout(parallel: ParallelConfig, source: str) -> None:
-    if parallel.backend != "deepspeed" and parallel.zero_stage:
-        raise ConfigError(
-            f"{source}: parallel.zero_stage is {parallel.zero_stage}, but parallel.backend is '{parallel.backend}'; "
-            "ZeRO is DeepSpeed's: set parallel.backend=deepspeed or parallel.zero_stage=0."
-        )
-    if parallel.sequence_parallel and (parallel.backend != "megatron" or parallel.tp == 1):
-        raise ConfigError(
-            f"{source}: parallel.sequence_parallel is true with parallel.backend '{parallel.backend}' and parallel.tp "
-            f"{parallel.tp}; it needs parallel.backend=megatron and parallel.tp of 2 or more."
-        )
-    if parallel.backend != "megatron" and (parallel.cp > 1 or parallel.ep > 1):
-        raise ConfigError(
-            f"{source}: parallel.cp is {parallel.cp} and parallel.ep is {parallel.ep}, but only parallel.backend="
-            f"megatron shards context or experts, not '{parallel.backend}'."
-        )
-    if parallel.backend == "transformers" and parallel.pp > 1:
-        raise ConfigError(
-            f"{source}: parallel.pp is {parallel.pp}, but parallel.backend 'transformers' has no pipeline; use "
-            "parallel.backend=deepspeed or megatron."
-        )
-    if parallel.backend == "deepspeed" and (
-        (parallel.zero_stage > 1 and (parallel.tp > 1 or parallel.pp > 1)) or (parallel.tp > 1 and parallel.pp > 1)
-    ):
-        raise ConfigError(
-            f"{source}: parallel.backend deepspeed cannot combine tp {parallel.tp}, pp {parallel.pp} and zero_stage "
-            f"{parallel.zero_stage}; use one of tp and pp, with zero_stage 0 or 1."
-        )
 
 
 def _check_data(data: DataConfig, source: str) -> None:

@@ -87,7 +87,9 @@ class DataConfig(_Section):
 class ParallelConfig(_Section):
     """How the model is sharded over the ranks."""
 
-    backend: Annotated[str, NameOf(BACKENDS)] = Field(default="transformers", description="Framework.")
+    backend: Annotated[str, NameOf(BACKENDS)] = Field(
+        default="transformers", description="Framework; plop-dist backends lists them."
+    )
     tp: AxisSize = Field(default=1, description="Tensor-parallel size.")
     pp: AxisSize = Field(default=1, description="Pipeline-parallel size.")
     dp: AxisSize = Field(default=1, description="Data-parallel size.")

@@ -96,9 +96,9 @@ class Subject:
     """A model loaded whole, the micro-batches, and one function per variant that runs a micro-batch."""
 
     def __init__(self, config: Config) -> None:
-        from plop_dist.backends.hf.backend import whole_sites
         from plop_dist.backends.hf.load import load_model, load_tokenizer, needs_head
         from plop_dist.backends.hf.model import HFModel, pick_device
+        from plop_dist.backends.hf.whole import whole_sites
 
         tokenizer = load_tokenizer(config.model)
         data = config.data

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from plop_dist.config.schema import ParallelConfig
+from plop_dist.registry import BACKENDS, load
 from plop_dist.values.mesh import share
 from plop_dist.values.names import expert_index, layer_index
 from plop_dist.values.scores import Projection
@@ -144,7 +145,8 @@ def activation_bytes(modules: Sequence[Projection], parallel: ParallelConfig, sh
     if experts:
         one = [item for item in experts if item.fqn.rpartition(".")[0] == experts[0].fqn.rpartition(".")[0]]
         inner = sum(item.in_features if item.type.endswith("down_proj") else item.out_features for item in one)
-        copies = shape.num_routed if parallel.backend == "megatron" else 1  # elsewhere one expert runs after another
+        runs_together = load(BACKENDS, parallel.backend).runs_experts_together
+        copies = shape.num_routed if runs_together else 1
         widest = max(widest, copies * (shape.hidden_size + inner))
     dense = [item for item in modules if expert_index(item.fqn) is None]
     noted = len(dense) + len(_column_parents(dense)) + sum(item.type in ROW_TYPES for item in dense)
@@ -199,7 +201,7 @@ def _num_shards(path: str, owner: Any, parameter: Any, parallel: ParallelConfig)
     if parameter.dim() == 3 and ".experts." in path:
         return parallel.ep
     if isinstance(owner, nn.Embedding) or path.endswith("lm_head.weight"):
-        return parallel.tp if parallel.backend == "megatron" else 1
+        return parallel.tp if load(BACKENDS, parallel.backend).shards_vocabulary else 1
     is_linear = parameter.dim() == 2 and "." in path and not isinstance(owner, nn.LayerNorm)
     name = path.split(".")[-2]
     if is_linear and name not in ("gate", "router"):

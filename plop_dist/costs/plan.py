@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from plop_dist.config.schema import Config, DataConfig
 from plop_dist.costs.footprint import Shape, Stage, build_stages, on_one_rank
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import render, select_rows, tokenize
-from plop_dist.errors import LayoutError, ModelError
+from plop_dist.errors import ModelError
+from plop_dist.registry import BACKENDS, load
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.names import natural_key
 from plop_dist.values.scores import Projection
@@ -63,26 +61,27 @@ def build_plan(config: Config) -> Plan:
 
     Raises ModelError, DataError, and LayoutError naming the nearest sizes that divide the model.
     """
-    from plop_dist.backends.hf.backend import whole_sites
-    from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head
+    from plop_dist.backends.hf.layout import num_experts
+    from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+    from plop_dist.backends.hf.whole import whole_sites
 
     hf_config = load_hf_config(config.model)
     text = hf_config.get_text_config()
-    _check_layout(hf_config, config)
+    load(BACKENDS, config.parallel.backend).check_model(hf_config, config)
     notes: list[str] = []
     data = _look_at_data(config, notes)
     model = meta_model(config.model, hf_config)
     sites = whole_sites(model, needs_head(config.placement.exclude))
     projections = [projection for site in sites for projection in site.projections]
     length = data.longest or config.data.max_length
-    dtype = _dtype(config, hf_config)
+    dtype = weights_dtype(config.model, hf_config)
     shape = Shape(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         num_tokens=config.data.batch_size * length,
         element_size=dtype.itemsize,
         num_routed=getattr(text, "num_experts_per_tok", 0) or 0,
-        num_experts=_num_experts(text),
+        num_experts=num_experts(hf_config),
     )
     if config.parallel.cp > 1:
         notes.append("Context parallelism needs Transformer Engine on every rank.")
@@ -103,32 +102,6 @@ def build_plan(config: Config) -> Plan:
         data=data,
         notes=tuple(notes),
     )
-
-
-def _check_layout(hf_config: Any, config: Config) -> None:
-    from plop_dist.backends.megatron.backend import check_layout
-
-    # Whether this machine has what context parallelism needs is the ranks' business.
-    here = config.parallel.model_copy(update={"cp": 1})
-    check_layout(hf_config, config.model_copy(update={"parallel": here}))
-    if _num_experts(hf_config.get_text_config()) and config.parallel.tp > 1 and config.parallel.backend != "megatron":
-        raise LayoutError(
-            f"parallel.tp is {config.parallel.tp} with parallel.backend '{config.parallel.backend}', which shards the "
-            "inside of each expert, so that no expert's output is whole on any rank; use parallel.tp=1, or "
-            "parallel.backend=megatron with parallel.ep."
-        )
-
-
-def _num_experts(text: Any) -> int:
-    from plop_dist.backends.megatron.backend import _EXPERT_FIELDS
-
-    return next((getattr(text, name) for name in _EXPERT_FIELDS if getattr(text, name, None)), 0)
-
-
-def _dtype(config: Config, hf_config: Any) -> torch.dtype:
-    from plop_dist.backends.megatron.backend import _dtype as weights_dtype
-
-    return weights_dtype(config, hf_config)
 
 
 def _layout_text(config: Config) -> str:

@@ -128,7 +128,7 @@ def _score(config: Config, size: int) -> Scaling:
     data = config.data
     tokenizer = load_tokenizer(config.model)
     samples = tokenize(select_rows(load_rows(data.path, data.split), data), data, tokenizer)
-    model = load(BACKENDS, config.parallel.backend)().load(config)
+    model = load(BACKENDS, config.parallel.backend).load(config)
     replicas, per_step = model.groups.num_replicas, model.micro_batches_per_step
     # As many samples for every replica as for one: neighbours in length, so that replicas do the same work.
     samples = [sample for sample in samples for _ in range(replicas)]

@@ -63,7 +63,7 @@ def score(config: Config, rank: int, notify: Notify) -> Scores:
     check_vocabulary(config.model, max(map(max, filter(None, samples))))
     loading = f"loading {config.model.name_or_path} with {config.parallel.backend}"
     notify("status", text=f"{_samples_text(samples, config.data.num_samples)}; {loading}")
-    model: ScorableModel = load(BACKENDS, config.parallel.backend)().load(config)
+    model: ScorableModel = load(BACKENDS, config.parallel.backend).load(config)
     groups = model.groups
     plan = plan_steps(
         [len(sample) for sample in samples],

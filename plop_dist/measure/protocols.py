@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from plop_dist.config.schema import Config
-
 
 class Part(enum.Enum):
     """How a per-token squared norm on this rank relates to the whole token's."""
@@ -187,12 +185,4 @@ class ScorableModel(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Return architecture, num_parameters (of the whole model) and dtype."""
-        ...
-
-
-class Backend(Protocol):
-    """Loads a model sharded, or wraps one that is already loaded."""
-
-    def load(self, config: Config) -> ScorableModel:
-        """Load the configured model for this rank. torch.distributed is up if there are several."""
         ...

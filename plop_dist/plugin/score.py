@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from plop_dist.backends.record import Found
 from plop_dist.config.loading import parse_section
 from plop_dist.config.schema import EstimatorConfig, PlacementConfig
 from plop_dist.errors import ModelError
@@ -15,7 +16,7 @@ from plop_dist.measure.aggregate import check_weights
 from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.protocols import ScorableModel, Site
 from plop_dist.measure.run import Pass, score_model
-from plop_dist.plugin import detect
+from plop_dist.plugin.detect import find
 from plop_dist.plugin.host_batches import read_local, share
 from plop_dist.plugin.host_state import undisturbed
 from plop_dist.values.names import path_matches
@@ -49,7 +50,7 @@ def score(
     """
     options = {"num_directions": num_directions, "baseline": baseline, "seed": seed}
     estimator = parse_section(EstimatorConfig, options, source="score()")
-    found = detect.find(model)
+    found = find(model)
     with undisturbed(found.roots), found.keep():
         scorable = found.wrap(exclude)
         scorable.sites = _not_excluded(scorable.sites, exclude)
@@ -116,7 +117,7 @@ def _check_sites(model: ScorableModel, reducer: Reducer) -> None:
         raise ModelError("the model has no linear module to score that exclude does not name; check model and exclude.")
 
 
-def _parallel(found: detect.Found, model: ScorableModel, reducer: Reducer) -> dict[str, Any]:
+def _parallel(found: Found, model: ScorableModel, reducer: Reducer) -> dict[str, Any]:
     """Return the `parallel` part of scores.json. Collective over the world."""
     groups = model.groups
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

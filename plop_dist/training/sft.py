@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plop_dist.config.schema import Config
+from plop_dist.registry import BACKENDS, TRAINING_ENGINES, load
 from plop_dist.training.trl.common import (
     Log,
     LogCallback,
@@ -30,19 +30,12 @@ def train(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
 
     Collective over all ranks. Raises UserError for what a layout cannot train.
     """
-    parallel = config.parallel
-    if parallel.backend == "megatron":
-        return importlib.import_module("plop_dist.training.engines.megatron").train(config, placement, log)
-    if parallel.backend == "deepspeed" and parallel.tp > 1:
-        return importlib.import_module("plop_dist.training.engines.autotp").train(config, placement, log)
-    if parallel.backend == "deepspeed" and parallel.pp > 1:
-        return importlib.import_module("plop_dist.training.engines.pipeline").train(config, placement, log)
-    if parallel.backend == "transformers" and parallel.tp > 1:
-        return importlib.import_module("plop_dist.training.engines.tp_plan").train(config, placement, log)
-    return _train_with_trl(config, placement, log)
+    name = load(BACKENDS, config.parallel.backend).training_engine(config)
+    return load(TRAINING_ENGINES, name)(config, placement, log)
 
 
-def _train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
+def train_with_trl(config: Config, placement: Placement, log: Log) -> dict[str, Any]:
+    """Train with TRL's SFTTrainer, for one rank and ZeRO; see train."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer

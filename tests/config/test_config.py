@@ -88,11 +88,36 @@ def test_later_overrides_win_and_the_rest_of_a_section_stays(tmp_path: Path) -> 
         ("=3", "is not key=value"),
         (
             "parallel.zero_stage=3",
-            r"zero_stage is 3, but parallel\.backend is 'transformers'; .*parallel\.backend=deeps",
+            r"zero_stage is 3, but parallel\.backend 'transformers' has no ZeRO; use parallel\.backend=deepspeed, or ",
         ),
-        ("parallel.pp=2", r"parallel\.pp is 2, but parallel\.backend 'transformers' has no pipeline"),
-        ("parallel.cp=2", r"only parallel\.backend=megatron shards context or experts"),
-        ("parallel.sequence_parallel=true", r"it needs parallel\.backend=megatron and parallel\.tp of 2 or more"),
+        (
+            "parallel.pp=2",
+            r"parallel\.pp is 2, but parallel\.backend 'transformers' has no pipeline; use parallel\.backend="
+            r"deepspeed or megatron, or parallel\.pp=1",
+        ),
+        ("parallel.cp=2", r"has no context parallelism; use parallel\.backend=megatron, or parallel\.cp=1"),
+        ("parallel={dp: 2, ep: 2}", r"has no expert parallelism; use parallel\.backend=megatron, or parallel\.ep=1"),
+        (
+            "parallel.sequence_parallel=true",
+            r"sequence_parallel is true, .* has no sequence parallelism; use parallel\.backend=megatron, or "
+            r"parallel\.sequence_parallel=false",
+        ),
+        (
+            "parallel={backend: megatron, sequence_parallel: true}",
+            r"sequence_parallel is true, but parallel\.tp is 1; .*set parallel\.tp to 2 or more",
+        ),
+        (
+            "parallel={backend: deepspeed, tp: 2, pp: 2}",
+            r"deepspeed cannot combine tp 2, pp 2 and zero_stage 0; use one of tp and pp",
+        ),
+        (
+            "parallel={backend: deepspeed, tp: 2, zero_stage: 2}",
+            r"deepspeed cannot combine tp 2, pp 1 and zero_stage 2",
+        ),
+        (
+            "parallel.backend=torch",
+            r"'torch' loads no model, .*plop_dist\.score.*use parallel\.backend=transformers or deepspeed or megatron",
+        ),
         ("placement.policy=budget", r"policy=budget needs placement\.max_trainable_parameters"),
         ("placement.policy=threshold", r"policy=threshold needs placement\.threshold"),
     ],

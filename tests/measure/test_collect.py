@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.backend import whole_sites
 from plop_dist.backends.hf.model import HFModel
+from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.data.samples import collate, plan_steps, step_micro_batches
 from plop_dist.measure.aggregate import score_modules
 from plop_dist.measure.collector import Collector, add_totals

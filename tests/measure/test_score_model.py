@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.backend import whole_sites
 from plop_dist.backends.hf.model import HFModel
+from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.config.schema import EstimatorConfig, PlacementConfig
 from plop_dist.errors import LayoutError, WorkerError
 from plop_dist.measure import norms

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from plop_dist.backends.deepspeed.layout import check_tp
 from plop_dist.backends.hf.experts import find_expert_sites
-from plop_dist.backends.hf.load import load_model, meta_model, needs_head
+from plop_dist.backends.hf.load import load_hf_config, load_model, meta_model, needs_head
 from plop_dist.backends.hf.model import HFModel, headless, pick_device
 from plop_dist.backends.hf.shards import Shard, meta_twin, replica_groups, shard_sites
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError
-from plop_dist.values.mesh import nearest
 
 
 def load(config: Config) -> HFModel:
@@ -28,8 +28,9 @@ def load(config: Config) -> HFModel:
 
     tp = config.parallel.tp
     pick_device()
-    twin = meta_model(config.model)
-    _check_layout(twin, tp)
+    hf_config = load_hf_config(config.model)
+    check_tp(hf_config, tp)
+    twin = meta_model(config.model, hf_config)
     module = load_model(config.model)
     dtype = next(module.parameters()).dtype
     settings = {
@@ -90,14 +91,3 @@ def _shard_of(path: str, module: nn.Module) -> Shard:
         f"'{path}' is a {type(module).__name__} under AutoTP, whose shards cannot be told apart; use parallel.tp=1, or "
         "parallel.backend=megatron."
     )
-
-
-def _check_layout(twin: Any, tp: int) -> None:
-    heads = getattr(twin.config.get_text_config(), "num_key_value_heads", None)
-    # AutoTP shares heads out unevenly, so that any size up to their number fits.
-    if heads and tp > heads:
-        fitting = nearest(tp, range(1, heads + 1))[0]
-        raise LayoutError(
-            f"parallel.tp is {tp}, but {type(twin).__name__} has {heads} num_key_value_heads, so that a rank would "
-            f"have no attention heads; use parallel.tp={fitting}."
-        )

@@ -16,21 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.backend import whole_sites
-from plop_dist.backends.hf.load import load_model, meta_model, needs_head
-from plop_dist.backends.hf.model import is_packed, pick_device
+from plop_dist.backends.deepspeed.layout import check_pp
+from plop_dist.backends.deepspeed.stack import DecoderLayer, Head, StageLayer, pipeline_layers
+from plop_dist.backends.hf.load import load_hf_config, load_model, meta_model, needs_head
+from plop_dist.backends.hf.model import pick_device
+from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.config.schema import Config, ModelConfig
-from plop_dist.errors import LayoutError, ModelError
+from plop_dist.errors import ModelError
 from plop_dist.measure.protocols import Groups, MicroBatch
-from plop_dist.values.mesh import nearest
-
-# Families whose model does nothing outside of its layers, norm and head but what the layers below do as well: no factor
-# on embeddings (Granite) or logits (Cohere), no second rotary embedding (Gemma 3). Held by test_pipeline_families.
-_ONE_WINDOW = frozenset({"mistral", "mixtral", "phi3", "phimoe", "qwen2_moe", "qwen3_moe", "starcoder2"})
-PLAIN_STACKS = _ONE_WINDOW | {
-    "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "helium", "llama", "ministral", "nemotron", "olmo", "olmo2",
-    "olmoe", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm",
-}  # fmt: skip
 
 
 def load(config: Config) -> PipelineModel:
@@ -58,15 +51,9 @@ def load_stage(config: Config) -> tuple[nn.Module, dict[str, Any]]:
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
     from deepspeed.runtime.utils import partition_balanced
 
-    parallel = config.parallel
-    twin = meta_model(config.model)
-    num_layers = len(pipeline_layers(twin)) - 2
-    if parallel.pp > num_layers:
-        fitting = nearest(parallel.pp, range(1, num_layers + 1))[0]
-        raise LayoutError(
-            f"parallel.pp is {parallel.pp}, but {type(twin).__name__} has {num_layers} decoder layers; use "
-            f"parallel.pp={fitting}."
-        )
+    parallel, hf_config = config.parallel, load_hf_config(config.model)
+    check_pp(hf_config, parallel.pp)
+    num_layers = hf_config.num_hidden_layers
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     topology = PipeDataParallelTopology(num_pp=parallel.pp, num_dp=parallel.dp)
     # What partition_method "type:DecoderLayer" does: the embedding and the head weigh nothing.
@@ -97,11 +84,11 @@ def wrap(engine: Any, exclude: Sequence[str]) -> PipelineModel:
     Raises ModelError for layers of any other kind: what they hand to each other is not known.
     """
     layers = list(engine.module.forward_funcs)
-    foreign = [layer for layer in layers if not isinstance(layer, _StageLayer)]
+    foreign = [layer for layer in layers if not isinstance(layer, StageLayer)]
     if foreign:
         raise ModelError(
             f"the PipelineModule holds a {type(foreign[0]).__name__}, whose input and path in the model are not known; "
-            "build its layers with plop_dist.backends.deepspeed.pipeline.pipeline_layers(model)."
+            "build its layers with plop_dist.backends.deepspeed.stack.pipeline_layers(model)."
         )
     config = layers[0].config
     name = ModelConfig(name_or_path=getattr(config, "_name_or_path", "") or type(config).__name__)
@@ -115,7 +102,7 @@ class PipelineModel:
     which gives names and global sizes; it stays as it is. Adapters may wrap linears of the layers.
     """
 
-    def __init__(self, layers: Sequence[_StageLayer], grid: Any, twin: Any, with_head: bool) -> None:
+    def __init__(self, layers: Sequence[StageLayer], grid: Any, twin: Any, with_head: bool) -> None:
         self._layers = [layer for layer in layers if with_head or not isinstance(layer, Head)]
         self._config = layers[0].config
         self._architecture = type(twin).__name__
@@ -179,92 +166,7 @@ class PipelineModel:
         }
 
 
-class _StageLayer(nn.Module):
-    """A layer of a pipeline; config: the transformers configuration of the model that it is part of."""
-
-    def __init__(self, config: Any):
-        super().__init__()
-        self.config = config
-
-
-class Embedding(_StageLayer):
-    """First pipeline layer: (input_ids, position_ids, attention_mask) -> (hidden, position_ids, attention_mask)."""
-
-    def __init__(self, embed_tokens: nn.Module, config: Any):
-        super().__init__(config)
-        self.embed_tokens = embed_tokens
-
-    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hidden states (batch, sequence, hidden) with what the decoder layers need beside them."""
-        input_ids, position_ids, attention_mask = inputs
-        hidden = self.embed_tokens(input_ids)
-        if torch.is_grad_enabled():
-            hidden.requires_grad_()  # the schedule sends a gradient back even where nothing here is trained
-        return hidden, position_ids, attention_mask
-
-
-class DecoderLayer(_StageLayer):
-    """One transformers decoder layer with the mask and rotary embedding that its model would hand to it."""
-
-    def __init__(self, layer: nn.Module, rotary: nn.Module, config: Any, index: int):
-        super().__init__(config)
-        self.layer, self.rotary, self.index = layer, rotary, index
-        types = getattr(config, "layer_types", None)
-        has_window = config.model_type in _ONE_WINDOW and config.sliding_window is not None
-        self.is_sliding = types[index] == "sliding_attention" if types else has_window
-
-    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the next hidden states, and position_ids and attention_mask as they are."""
-        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-
-        hidden, position_ids, attention_mask = inputs
-        make_mask = create_sliding_window_causal_mask if self.is_sliding else create_causal_mask
-        # transformers keeps packed samples apart only without a mask; padding behind them is out of their sight anyway.
-        padding = None if is_packed(position_ids, attention_mask) else attention_mask
-        mask = make_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=padding, past_key_values=None,
-            position_ids=position_ids,
-        )  # fmt: skip
-        output = self.layer(
-            hidden, attention_mask=mask, position_ids=position_ids, use_cache=False,
-            position_embeddings=self.rotary(hidden, position_ids),
-        )  # fmt: skip
-        return output[0] if isinstance(output, tuple) else output, position_ids, attention_mask
-
-
-class Head(_StageLayer):
-    """Last pipeline layer: the final norm and the LM head; returns logits (batch, sequence, vocab)."""
-
-    def __init__(self, norm: nn.Module, lm_head: nn.Module, config: Any):
-        super().__init__(config)
-        self.norm, self.lm_head = norm, lm_head
-
-    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Return the logits."""
-        return self.lm_head(self.norm(inputs[0]))
-
-
-def pipeline_layers(model: Any) -> list[nn.Module]:
-    """Return the model as a list of layers to cut into stages. Raises ModelError unless it is built like Llama."""
-    body, config = model.base_model, model.config
-    why = None
-    if config.model_type not in PLAIN_STACKS:
-        why = f"is of model_type {config.model_type!r}, which is not known to be one"
-    elif kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        why = f"has layers of type {', '.join(sorted(kinds))}"
-    elif not hasattr(model, "lm_head"):
-        why = "has no lm_head"
-    if why:
-        raise ModelError(
-            f"DeepSpeed's pipeline takes causal language models that are a plain stack of decoder layers, but "
-            f"{type(model).__name__} {why} (known: {', '.join(sorted(PLAIN_STACKS))}); use parallel.tp instead of "
-            "parallel.pp, or parallel.backend=megatron."
-        )
-    decoder = [DecoderLayer(layer, body.rotary_emb, config, index) for index, layer in enumerate(body.layers)]
-    return [Embedding(body.embed_tokens, config), *decoder, Head(body.norm, model.lm_head, config)]
-
-
-def _only_here(twin: Any, layers: Sequence[_StageLayer]) -> nn.Module:
+def _only_here(twin: Any, layers: Sequence[StageLayer]) -> nn.Module:
     """Return the twin with this stage's layers in their places and nothing in the others."""
     here = {layer.index: layer.layer for layer in layers if isinstance(layer, DecoderLayer)}
     heads = [layer.lm_head for layer in layers if isinstance(layer, Head)]

@@ -1,10 +1,50 @@
-"""Leaves a ZeRO-3 engine's parameters partitioned or gathered as they were before a block."""
+"""Data-parallel ranks at any ZeRO stage: loaded, wrapped, gathered, and left as partitioned as they were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from plop_dist.backends.hf.load import load_model, needs_head
+from plop_dist.backends.hf.model import HFModel, pick_device
+from plop_dist.backends.hf.whole import whole_model
+from plop_dist.config.schema import Config
+
+
+def load(config: Config) -> HFModel:
+    """Return the loaded model: whole on every rank, partitioned at stage 3. Collective over the world.
+
+    Raises ModelError.
+    """
+    if config.parallel.zero_stage == 3 and dist.is_initialized():
+        return _load_partitioned(config)
+    # Without gradients and optimizer states, stages 0 to 2 hold the same: whole weights on every rank.
+    module = load_model(config.model).to(pick_device())
+    return whole_model(module, needs_head(config.placement.exclude))
+
+
+def wrap(engine: Any, exclude: Sequence[str]) -> HFModel:
+    """Return a host's engine (ZeRO 0 to 3, no tensor or pipeline parallelism) as the collector sees it. Local."""
+    return whole_model(
+        engine.module,
+        needs_head(list(exclude)),
+        gather=gathered if engine.zero_optimization_partition_weights() else None,
+        call=engine,
+        num_parameters=sum(
+            getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()
+        ),
+    )
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Gather partitioned parameters for the length of a block. Collective: every rank must enter."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 @contextmanager
@@ -27,3 +67,26 @@ def as_partitioned(engine: Any) -> Iterator[None]:
     left = [parameter for parameter in released if parameter.ds_status is ZeroParamStatus.AVAILABLE]
     if left:
         left[0].partition(left)
+
+
+def _load_partitioned(config: Config) -> HFModel:
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    device = pick_device()
+    # Before any from_pretrained, or transformers and TRL miscount the ranks.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    settings = {
+        "train_micro_batch_size_per_gpu": config.data.batch_size,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    # While this object lives, from_pretrained builds under zero.Init: each parameter is cut up as soon as it exists.
+    partitioning = HfDeepSpeedConfig(settings)
+    module = load_model(config.model)
+    engine, *_ = deepspeed.initialize(model=module, config=settings)
+    del partitioning
+    engine.eval()
+    model = wrap(engine, config.placement.exclude)
+    model.device = device
+    model.release = engine.destroy
+    return model

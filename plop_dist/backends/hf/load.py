@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from plop_dist.backends.hf.linears import find_linears
 from plop_dist.checkpoints.builtin import resolve
+from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.config.schema import ModelConfig
 from plop_dist.errors import ModelError, PlopError, first_line
 
@@ -24,6 +26,19 @@ def load_hf_config(model: ModelConfig) -> Any:
 
     with _explained(model, "configuration"):
         return AutoConfig.from_pretrained(resolve(model.name_or_path), trust_remote_code=model.trust_remote_code)
+
+
+def architecture(hf_config: Any) -> str:
+    """Return the name of the class that the checkpoint was saved from."""
+    return (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
+
+
+def weights_dtype(model: ModelConfig, hf_config: Any) -> torch.dtype:
+    """Return the dtype in which weights are loaded: model.dtype, or what the checkpoint's configuration says."""
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    dtype = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
@@ -95,8 +110,6 @@ def _load_by_class(
     """Return the model, whole or a part, and transformers' report on loading it; see load_model."""
     from transformers import GenerationConfig
 
-    from plop_dist.backends.deepspeed.checkpoint import find_weights
-
     hf_config = load_hf_config(model)
     twin: Any = meta_model(model, hf_config)
     model_class = type(twin) if drop is None else _class_without(drop, type(twin))
@@ -106,7 +119,8 @@ def _load_by_class(
     with suppress(OSError):  # few models have one; transformers then makes it from the configuration
         options["generation_config"] = GenerationConfig.from_pretrained(name)
     # From here on transformers does what it does with its own files: dtype, tying, sharding, partitioning.
-    weights = find_weights(model.checkpoint, twin)
+    fused = {linear.path for linear in find_linears(twin) if len(linear.blocks) > 1}
+    weights = find_weights(model.checkpoint, twin, fused)
     loaded, info = model_class.from_pretrained(None, config=hf_config, state_dict=weights, **options)
     loaded.name_or_path = loaded.config.name_or_path = hf_config.name_or_path
     return loaded, info

@@ -9,15 +9,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from plop_dist.backends.deepspeed.backend import data_parallel_groups
-from plop_dist.backends.hf.backend import whole_sites
 from plop_dist.backends.hf.experts import find_expert_sites
-from plop_dist.backends.hf.load import load_model, meta_model, needs_head
+from plop_dist.backends.hf.layout import check_tp
+from plop_dist.backends.hf.load import load_hf_config, load_model, meta_model, needs_head
 from plop_dist.backends.hf.model import HFModel, pick_device
 from plop_dist.backends.hf.shards import Shard, meta_twin, replica_groups, shard_sites
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError
-from plop_dist.values.mesh import divisors, nearest
 
 _SHARDS = {
     None: Shard.WHOLE,
@@ -29,18 +27,15 @@ _SHARDS = {
 
 
 def load(config: Config) -> HFModel:
-    """Return the model of this rank: a whole replica where parallel.tp is 1, else its shard. Collective over the world.
+    """Return this rank's shard of the model. Collective over the world.
 
     Raises ModelError, or LayoutError where the model has no tensor-parallel plan or its heads do not divide.
     """
     parallel, with_head = config.parallel, needs_head(config.placement.exclude)
     device = pick_device()
-    if parallel.tp == 1:
-        module = load_model(config.model).to(device)
-        sites = whole_sites(module, with_head)
-        return HFModel(module, sites, groups=data_parallel_groups(uniform=False), with_head=with_head)
-    twin = meta_model(config.model)
-    _check_layout(twin, parallel.tp)
+    hf_config = load_hf_config(config.model)
+    check_tp(hf_config, parallel.tp)
+    twin = meta_model(config.model, hf_config)
     mesh = init_device_mesh(device.type, (parallel.dp, parallel.tp), mesh_dim_names=("dp", "tp"))
     module = load_model(config.model, tp_plan="auto", device_mesh=mesh)
     return scorable(module, twin, mesh["tp"].get_group(), with_head)
@@ -74,20 +69,3 @@ def _shard_of(path: str, module: nn.Module) -> Shard:
             "parallel.tp=1, or parallel.backend=megatron."
         )
     return _SHARDS[plan]
-
-
-def _check_layout(twin: Any, tp: int) -> None:
-    name = type(twin).__name__
-    if not getattr(twin, "tp_plan", None):
-        raise LayoutError(
-            f"parallel.tp is {tp}, but transformers has no tensor-parallel plan for {name}; use parallel.dp, or "
-            "parallel.backend=deepspeed."
-        )
-    config = twin.config.get_text_config()
-    for field in ("num_key_value_heads", "num_attention_heads"):
-        heads = getattr(config, field, None)
-        if heads and heads % tp:
-            fitting = " or ".join(map(str, nearest(tp, divisors(heads))))
-            raise LayoutError(
-                f"parallel.tp is {tp}, which does not divide the {heads} {field} of {name}; use parallel.tp={fitting}."
-            )

@@ -15,24 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from plop_dist.backends.hf.backend import whole_sites
-from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head
+from plop_dist.backends.hf.load import architecture, load_hf_config, meta_model, needs_head, weights_dtype
+from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.backends.megatron import cpu
 from plop_dist.backends.megatron.checkpoint import load_checkpoint
 from plop_dist.backends.megatron.checks import (
-    architecture,
     check_attention,
     check_family,
     check_projections,
     check_weights,
 )
+from plop_dist.backends.megatron.layout import check_layout
 from plop_dist.backends.megatron.model import MegatronModel
 from plop_dist.backends.megatron.names import bridge_names, conventional_names
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, MissingExtraError, ModelError, PlopError
 from plop_dist.measure.protocols import ScorableModel
-from plop_dist.values.mesh import divisors, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +41,14 @@ _INSTALL = (
 )
 
 
-class MegatronBackend:
-    """Tensor, sequence, pipeline, data and expert parallelism through Megatron-core."""
+def load(config: Config) -> ScorableModel:
+    """Return the configured model, loaded at its layout. Collective over the world.
 
-    def load(self, config: Config) -> ScorableModel:
-        """Return the configured model, loaded at its layout. Collective over the world.
-
-        model.checkpoint: a torch_dist checkpoint of any layout, whose weights replace the Hugging Face ones. Raises
-        MissingExtraError, LayoutError and ModelError.
-        """
-        chunks, bridge = load_chunks(config)
-        return describe_chunks(chunks, bridge, config, needs_head(config.placement.exclude))
+    model.checkpoint: a torch_dist checkpoint of any layout, whose weights replace the Hugging Face ones. Raises
+    MissingExtraError, LayoutError and ModelError.
+    """
+    chunks, bridge = load_chunks(config)
+    return describe_chunks(chunks, bridge, config, needs_head(config.placement.exclude))
 
 
 def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, with_head: bool) -> MegatronModel:
@@ -89,9 +85,14 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
     """Return this rank's model chunks in eval mode, with weights, and the AutoBridge that made them. Collective."""
     auto_bridge = import_auto_bridge()
     hf_config = load_hf_config(config.model)
-    check_layout(hf_config, config)
+    check_layout(hf_config, config.parallel)
+    if config.parallel.cp > 1 and not cpu.has_transformer_engine():
+        raise LayoutError(
+            f"parallel.cp is {config.parallel.cp}: Megatron's context parallelism needs Transformer Engine, which is "
+            "not installed; set parallel.cp=1 or install transformer-engine (CUDA only)."
+        )
     initialize(config)
-    dtype = _dtype(config, hf_config)
+    dtype = weights_dtype(config.model, hf_config)
     with _explained(hf_config, config), redirect_stdout(io.StringIO()):  # Bridge prints sizes and a bar of its own
         bridge = auto_bridge.from_hf_pretrained(
             resolve(config.model.name_or_path), trust_remote_code=config.model.trust_remote_code
@@ -200,51 +201,6 @@ def configure(provider: Any, config: Config, dtype: torch.dtype) -> None:
     provider.finalize()
 
 
-def check_layout(hf_config: Any, config: Config) -> None:
-    """Raise LayoutError where the layout does not divide the model, naming the nearest sizes that do."""
-    parallel = config.parallel
-    text = hf_config.get_text_config()
-    experts = next((getattr(text, name, None) for name in _EXPERT_FIELDS if getattr(text, name, None)), None)
-    heads = getattr(text, "num_attention_heads", None)
-    fields = [
-        ("tp", "num_attention_heads", heads),
-        ("tp", "num_key_value_heads", getattr(text, "num_key_value_heads", None)),
-        ("tp", "intermediate_size", getattr(text, "intermediate_size", None)),
-        ("tp", "hidden_size", getattr(text, "hidden_size", None) if parallel.sequence_parallel else None),
-        ("pp", "num_hidden_layers", getattr(text, "num_hidden_layers", None)),
-        ("ep", "number of experts", experts),
-    ]
-    # Gemma-3n gives one size per layer.
-    pairs = [
-        (axis, field, size)
-        for axis, field, sizes in fields
-        for size in (sorted(set(sizes)) if isinstance(sizes, list) else [sizes])
-    ]
-    for axis, field, total in pairs:
-        size = getattr(parallel, axis)
-        if total and total % size:
-            fitting = " or ".join(map(str, nearest(size, _common_divisors(axis, pairs))))
-            raise LayoutError(
-                f"parallel.{axis} ({size}) does not divide the model's {field} ({total}); "
-                f"use parallel.{axis}={fitting}."
-            )
-    if parallel.ep > 1 and not experts:
-        raise LayoutError(f"parallel.ep is {parallel.ep}, but the model has no experts; set parallel.ep=1.")
-    if parallel.cp > 1 and not cpu.has_transformer_engine():
-        raise LayoutError(
-            f"parallel.cp is {parallel.cp}: Megatron's context parallelism needs Transformer Engine, which is not "
-            "installed; set parallel.cp=1 or install transformer-engine (CUDA only)."
-        )
-
-
-_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def _common_divisors(axis: str, pairs: Sequence[tuple[str, str, int | None]]) -> list[int]:
-    totals = [total for name, _, total in pairs if name == axis and total]
-    return divisors(math.gcd(*totals))
-
-
 @contextmanager
 def _explained(hf_config: Any, config: Config) -> Iterator[None]:
     """Turn what Bridge raises about a model that it cannot build into one ModelError."""
@@ -264,13 +220,6 @@ def _explained(hf_config: Any, config: Config) -> Iterator[None]:
             f"model.name_or_path '{name}': Megatron-Bridge cannot build it ({type(error).__name__}: {lines}); use "
             "parallel.backend=deepspeed or transformers for it."
         ) from error
-
-
-def _dtype(config: Config, hf_config: Any) -> torch.dtype:
-    if config.model.dtype != "auto":
-        return getattr(torch, config.model.dtype)
-    dtype = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _use_local_layers(provider: Any) -> None:

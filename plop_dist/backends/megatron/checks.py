@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from plop_dist.backends.hf.load import architecture
 from plop_dist.backends.megatron import cpu
 from plop_dist.backends.megatron.model import unwrap
 from plop_dist.config.schema import Config
@@ -38,11 +39,6 @@ def check_family(hf_config: Any, config: Config) -> None:
         f"Transformer Engine (CUDA only, not installed here) are known to be right for {', '.join(LOCAL_FAMILIES)} "
         f"alone; {_ELSEWHERE}."
     )
-
-
-def architecture(hf_config: Any) -> str:
-    """Return the name of the class that the checkpoint was saved from."""
-    return (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
 
 
 def check_weights(bridge: Any, chunks: Sequence[nn.Module], config: Config) -> None:

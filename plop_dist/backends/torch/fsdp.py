@@ -12,14 +12,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from plop_dist.backends.deepspeed.backend import data_parallel_groups
-from plop_dist.backends.hf.experts import find_expert_sites
-from plop_dist.backends.hf.linears import find_linears
 from plop_dist.backends.hf.load import needs_head
 from plop_dist.backends.hf.model import HFModel
 from plop_dist.backends.hf.sites import LinearSite
-from plop_dist.errors import LayoutError
-from plop_dist.measure.protocols import LocalWeight, Site
+from plop_dist.backends.hf.whole import replica_per_rank, whole_sites
+from plop_dist.backends.hosts import bare, check_forward, is_a
+from plop_dist.backends.record import Found
+from plop_dist.errors import LayoutError, ModelError
+from plop_dist.measure.protocols import LocalWeight
 
 
 class FSDPSite(LinearSite):
@@ -45,6 +45,26 @@ class FSDPModel(HFModel):
         return {**super().describe(), "architecture": own.__name__}
 
 
+def find(module: nn.Module) -> Found | None:
+    """Return how a module that was given to fully_shard is to be wrapped, None for any other. Local.
+
+    Raises ModelError for FSDP1, LayoutError where the whole model was not sharded last.
+    """
+    module, _ = bare(module)
+    if any(is_a(one, "FullyShardedDataParallel") for one in module.modules()):
+        raise ModelError("the model is wrapped in FullyShardedDataParallel (FSDP1); shard it with fully_shard (FSDP2).")
+    units = [one for one in module.modules() if isinstance(one, FSDPModule)]
+    if not units:
+        return None
+    check_forward(module)
+    if module not in units:
+        raise LayoutError(
+            f"fully_shard was applied below {type(module).__name__} but not to it; apply it to the whole model last, "
+            "as FSDP2 expects."
+        )
+    return Found("transformers", "fsdp2", (module,), lambda exclude: wrap(module, exclude), lambda: as_sharded(module))
+
+
 def wrap(module: nn.Module, exclude: Sequence[str]) -> FSDPModel:
     """Return a module that was given to fully_shard, root included, as the collector sees it.
 
@@ -59,10 +79,9 @@ def wrap(module: nn.Module, exclude: Sequence[str]) -> FSDPModel:
             "ranks, or call score() before it is combined with tensor or pipeline parallelism."
         )
     with_head = needs_head(list(exclude))
-    linears = [linear for linear in find_linears(module) if with_head or linear.blocks[0].projection.type != "lm_head"]
-    sites: list[Site] = [*(FSDPSite(linear) for linear in linears), *find_expert_sites(module)]
+    sites = whole_sites(module, with_head, linear_site=FSDPSite)
     # The root and not the part below the head: only the root's own hooks start FSDP's forward.
-    model = FSDPModel(module, sites, groups=data_parallel_groups(uniform=True), call=module, with_head=with_head)
+    model = FSDPModel(module, sites, groups=replica_per_rank(uniform=True), call=module, with_head=with_head)
     if mesh.device_type == "cuda":
         model.device = torch.device("cuda", torch.cuda.current_device())
     return model

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plop_dist.backends.deepspeed.pipeline import PipelineModel, load_stage, pipeline_layers
+from plop_dist.backends.deepspeed.pipeline import PipelineModel, load_stage
+from plop_dist.backends.deepspeed.stack import pipeline_layers
 from plop_dist.backends.hf.load import load_tokenizer, meta_model
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError

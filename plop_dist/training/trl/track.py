@@ -6,10 +6,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from plop_dist.backends.deepspeed.backend import data_parallel_groups, gathered
-from plop_dist.backends.hf.backend import whole_sites
+from plop_dist.backends.deepspeed.zero import gathered
 from plop_dist.backends.hf.load import meta_model
-from plop_dist.backends.hf.model import HFModel
+from plop_dist.backends.hf.whole import whole_model
 from plop_dist.config.schema import Config
 from plop_dist.training import track
 from plop_dist.training.adapters.shards import peft_shards
@@ -46,12 +45,11 @@ def _tracker(trainer: Any, config: Config, placement: Placement, tokenizer: Any)
     gather = gathered if is_partitioned else None
     outer = trainer.model_wrapped if is_partitioned else trainer.model
     base = trainer.model.get_base_model()
-    with_head = track.with_head(placement)
-    model = HFModel(
+    model = whole_model(
         base,
-        whole_sites(base, with_head, gather=gather, twin=meta_model(config.model)),
-        groups=data_parallel_groups(uniform=is_partitioned),
+        track.with_head(placement),
+        gather=gather,
+        twin=meta_model(config.model),
         call=outer if is_partitioned else None,
-        with_head=with_head,
     )
     return track.NfnTracker(config, placement, tokenizer, model, peft_shards(base), [outer], gather)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from plop_dist import ranks
-from plop_dist.backends.deepspeed.checkpoint import find_weights
+from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.backends.hf.load import load_model
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config, ModelConfig
@@ -95,7 +95,7 @@ def _pretrain_pipeline(rank: int, root: Path) -> None:
     from deepspeed.pipe import PipelineModule
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from plop_dist.backends.deepspeed.pipeline import pipeline_layers
+    from plop_dist.backends.deepspeed.stack import pipeline_layers
 
     loss = lambda logits, labels: torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())  # noqa: E731
     pipe = PipelineModule(pipeline_layers(tiny("llama", **SIZES).bfloat16()), num_stages=2, loss_fn=loss)
@@ -206,7 +206,7 @@ def test_shards_of_a_fused_linear_are_refused(tmp_path: Path) -> None:
     for rank, half in enumerate(halves):
         torch.save({"module": half, "shared_params": {}}, tmp_path / f"mp_rank_{rank:02d}_model_states.pt")
     with pytest.raises(ModelError, match=r"2 tensor-parallel shards of 'model.layers.0.self_attn.qkv_proj.weight'"):
-        find_weights(tmp_path, model)
+        find_weights(tmp_path, model, {"model.layers.0.self_attn.qkv_proj"})
 
 
 @pytest.mark.slow

@@ -124,7 +124,7 @@ def _score_host_pipeline(rank: int, root: Path) -> dict[str, Any]:
     from deepspeed.pipe import PipelineModule
 
     import plop_dist
-    from plop_dist.backends.deepspeed.pipeline import pipeline_layers
+    from plop_dist.backends.deepspeed.stack import pipeline_layers
 
     deepspeed.init_distributed(dist_backend="gloo")
     model = AutoModelForCausalLM.from_pretrained(root / "qwen2", dtype=torch.float32)
@@ -158,7 +158,7 @@ def test_host_pipeline_engine_equals_plain_model(root: Path) -> None:
 def test_layout_that_does_not_fit_names_the_nearest(root: Path, parallel: dict[str, Any], message: str) -> None:
     config = _config(root, "refused", "llama", parallel, "right", "lm_head")
     with pytest.raises(LayoutError, match=message):
-        load(BACKENDS, config.parallel.backend)().load(config)
+        load(BACKENDS, config.parallel.backend).load(config)
 
 
 def _refusals(rank: int, root: Path, cases: list[tuple[str, dict[str, Any], str]]) -> list[str]:
@@ -167,7 +167,7 @@ def _refusals(rank: int, root: Path, cases: list[tuple[str, dict[str, Any], str]
     for family, parallel, _ in cases:
         config = _config(root, "refused", family, parallel, "right", "lm_head")
         with pytest.raises(LayoutError) as caught:
-            load(BACKENDS, config.parallel.backend)().load(config)
+            load(BACKENDS, config.parallel.backend).load(config)
         found.append(str(caught.value))
     return found
 
@@ -204,11 +204,11 @@ def _grow(rank: int, root: Path) -> tuple[int, int]:
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     config = _config(root, "grown", "large", {**DS, "dp": 2, "zero_stage": 3}, "right", "lm_head")
-    load(BACKENDS, "deepspeed")().load(
+    load(BACKENDS, "deepspeed").load(
         config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": str(root / "llama")})})
     )  # what a first load imports and allocates is not the model's
     before = _private_bytes()
-    model = load(BACKENDS, "deepspeed")().load(config)
+    model = load(BACKENDS, "deepspeed").load(config)
     return _private_bytes() - before, 4 * model.describe()["num_parameters"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from plop_dist.backends.deepspeed.pipeline import PLAIN_STACKS, pipeline_layers
+from plop_dist.backends.deepspeed.stack import PLAIN_STACKS, pipeline_layers
 from plop_dist.errors import ModelError
 from tests.models import random_tokens, tiny
 

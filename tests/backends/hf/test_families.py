@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, Gemma3Config
 
 import plop_dist
-from plop_dist.backends.hf.backend import whole_sites
 from plop_dist.backends.hf.linears import Block
+from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.choose.candidates import find_candidates
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import DataError, ExportError, ModelError

@@ -134,7 +134,7 @@ def test_a_checkpoint_of_tp2_pp2_scores_and_fine_tunes_at_other_layouts(root: Pa
 def _refuse(rank: int, root: Path) -> dict[str, str]:
     from megatron.core import dist_checkpointing
 
-    from plop_dist.backends.megatron.backend import MegatronBackend, load_chunks
+    from plop_dist.backends.megatron.backend import load, load_chunks
 
     (chunk,), _ = load_chunks(config(root / "pretrained"))
     good = root / "good"
@@ -156,10 +156,10 @@ def _refuse(rank: int, root: Path) -> dict[str, str]:
              "trapped": ("other", "trapped"), "cut": ("other", "cut"), "odd": ("other", "odd")}  # fmt: skip
     for case, (model, checkpoint) in cases.items():
         with pytest.raises(ModelError) as caught:
-            MegatronBackend().load(config(root / model, checkpoint=str(root / checkpoint)))
+            load(config(root / model, checkpoint=str(root / checkpoint)))
         messages[case] = str(caught.value)
         fresh()
-    MegatronBackend().load(config(root / "other", checkpoint=str(good)))
+    load(config(root / "other", checkpoint=str(good)))
     return messages
 
 

@@ -73,22 +73,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _compare(rank: int, root: Path) -> list[tuple[dict[str, tuple[float, int]], Any]]:
-    from plop_dist.backends.megatron.backend import MegatronBackend
+    from plop_dist.backends.megatron.backend import load
 
     report = []
     for name, layout in LAYOUTS:
-        model = MegatronBackend().load(config(root / name, **layout))
+        model = load(config(root / name, **layout))
         report.append((gains(model, samples(), side="left"), logits(model, samples()[1])))
         fresh()
     return report
 
 
 def _expected(directory: Path) -> tuple[dict[str, tuple[float, int]], Any]:
-    from plop_dist.backends.hf.backend import TransformersBackend
+    from plop_dist.backends.hf.backend import load
 
     tree = {"model": {"name_or_path": str(directory), "dtype": "float32"}, "data": {"path": "unused"},
             "placement": {"exclude": []}}  # fmt: skip
-    return gains(TransformersBackend().load(parse_config(tree)), samples()), true_logits(directory, samples()[1])
+    return gains(load(parse_config(tree)), samples()), true_logits(directory, samples()[1])
 
 
 def test_two_ranks_equal_transformers_in_one_process(root: Path) -> None:
@@ -105,12 +105,12 @@ def test_two_ranks_equal_transformers_in_one_process(root: Path) -> None:
 
 
 def _refused(rank: int, root: Path) -> dict[str, str]:
-    from plop_dist.backends.megatron.backend import MegatronBackend
+    from plop_dist.backends.megatron.backend import load
 
     messages = {}
     for name in REFUSED:
         with pytest.raises(ModelError) as caught:
-            MegatronBackend().load(config(root / name))
+            load(config(root / name))
         messages[name] = str(caught.value)
         fresh()
     assert dist.get_world_size() == 1

@@ -57,7 +57,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _compare(rank: int, root: Path, layouts: list[Any]) -> list[Any]:
-    from plop_dist.backends.megatron.backend import MegatronBackend
+    from plop_dist.backends.megatron.backend import load
 
     truth: dict[str, Any] = {}
     report = []
@@ -65,7 +65,7 @@ def _compare(rank: int, root: Path, layouts: list[Any]) -> list[Any]:
         directory = root / family
         if family not in truth:
             truth[family] = (true_gains(directory, samples()), true_logits(directory, samples()[1]))
-        model = MegatronBackend().load(config(directory, **layout))
+        model = load(config(directory, **layout))
         true, expected = truth[family]
         error, where = worst(gains(model, samples(), side=side), true)
         got = logits(model, samples()[1])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from plop_dist.backends.hf.backend import whole_sites
+from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.training import loop
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.placement import Placement

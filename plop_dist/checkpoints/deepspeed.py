@@ -7,13 +7,12 @@ itself is not imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.linears import find_linears
 from plop_dist.checkpoints.folder import Kind, find_weights_folder
 from plop_dist.checkpoints.safe_pickle import load_mapped
 from plop_dist.checkpoints.unread import UnreadTensor, unread_shards
@@ -26,10 +25,11 @@ _CONVERT = (
 )
 
 
-def find_weights(directory: str | Path, model: nn.Module) -> Weights:
+def find_weights(directory: str | Path, model: nn.Module, fused: Set[str]) -> Weights:
     """Return every entry of the model's state dict, unread, from a DeepSpeed checkpoint of any layout.
 
-    model: on the meta device, gives names and shapes. Weights that ZeRO trains come in float32 from the optimizer's
+    model: on the meta device, gives names and shapes. fused: paths of its linears that hold several projections, which
+    AutoTP cuts inside each of them. Weights that ZeRO trains come in float32 from the optimizer's
     master copies, the others (frozen ones, and all without ZeRO) as the module held them.
 
     Raises ModelError for missing or damaged files, another model's parameters, or shards that cannot be put together.
@@ -41,7 +41,7 @@ def find_weights(directory: str | Path, model: nn.Module) -> Weights:
             "reads."
         )
     try:
-        return _checked(_find(folder, kind, model), model, directory)
+        return _checked(_find(folder, kind, model, fused), model, directory)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
             f"model.checkpoint '{directory}' is not laid out as DeepSpeed 0.19 does it ({type(error).__name__}: "
@@ -50,7 +50,7 @@ def find_weights(directory: str | Path, model: nn.Module) -> Weights:
         ) from error
 
 
-def _find(folder: Path, kind: Kind, model: nn.Module) -> Weights:
+def _find(folder: Path, kind: Kind, model: nn.Module, fused: Set[str]) -> Weights:
     _refuse_shards(folder)
     layers = _layer_files(folder)
     weights: Weights = {}
@@ -67,7 +67,7 @@ def _find(folder: Path, kind: Kind, model: nn.Module) -> Weights:
         for stage in shards:
             weights |= stage
     else:
-        weights = _joined([_unwrapped(shard, model) for shard in shards], model, folder)
+        weights = _joined([_unwrapped(shard, model) for shard in shards], model, fused, folder)
     if kind == "universal":
         weights |= dict(_universal(folder / "zero", weights, dict(model.state_dict())))
     # Last: of a tied pair only one is trained and converted, the other may still be there in 16 bit.
@@ -77,14 +77,13 @@ def _find(folder: Path, kind: Kind, model: nn.Module) -> Weights:
     return weights
 
 
-def _joined(shards: list[Weights], model: nn.Module, folder: Path) -> Weights:
+def _joined(shards: list[Weights], model: nn.Module, fused: Set[str], folder: Path) -> Weights:
     """Return the weights of AutoTP's ranks put together: a parameter is whole on each, or cut along one dimension.
 
     Raises ModelError for fused linears, which AutoTP cuts inside each of their blocks.
     """
     if len(shards) == 1:
         return shards[0]
-    fused = {linear.path for linear in find_linears(model) if len(linear.blocks) > 1}
     expected = dict(model.state_dict())
     weights: Weights = {}
     for name in shards[0]:
@@ -157,7 +156,7 @@ def _unwrapped(weights: Weights, model: nn.Module) -> Weights:
 
 
 def _path_in_model(name: str, model: Any, folder: Path) -> str:
-    """Return the model's name of a parameter of backends.deepspeed_pipeline.pipeline_layers: 1.layer.* and so on."""
+    """Return the model's name of a parameter of backends.deepspeed.stack.pipeline_layers: 1.layer.* and so on."""
     index, _, rest = name.partition(".")
     body, last = model.base_model_prefix, model.config.num_hidden_layers + 1
     place = int(index) if index.isdigit() else -1
@@ -171,7 +170,7 @@ def _path_in_model(name: str, model: Any, folder: Path) -> str:
         return rest
     raise ModelError(
         f"'{folder}' holds the pipeline layer parameter '{name}', whose place in {type(model).__name__} with "
-        f"{last - 1} layers is not certain: only plop_dist.backends.deepspeed.pipeline.pipeline_layers are read. "
+        f"{last - 1} layers is not certain: only plop_dist.backends.deepspeed.stack.pipeline_layers are read. "
         "Save the model with its own conversion to Hugging Face and pass that as model.name_or_path."
     )
 

@@ -1,0 +1,85 @@
+"""What the backend megatron can shard, how it is loaded and recognised."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from plop_dist.backends.hosts import is_a
+from plop_dist.backends.record import BackendRecord, Found
+from plop_dist.errors import ConfigError
+from plop_dist.registry import needing_extras
+
+if TYPE_CHECKING:
+    from plop_dist.config.schema import Config
+    from plop_dist.measure.protocols import ScorableModel
+
+
+class Megatron(BackendRecord):
+    """Megatron-core, loaded by Megatron-Bridge."""
+
+    name = "megatron"
+    summary = "Megatron-core through Megatron-Bridge: every axis, in any combination"
+    layouts = (
+        "tp, with sequence_parallel or without, times pp, times dp",
+        "ep: routed experts over the ranks of tp, cp and dp",
+        "cp, where Transformer Engine is installed",
+    )
+    limits = (
+        "families that Megatron-Bridge knows; without Transformer Engine a list of those checked (others are refused)",
+        "tp divides heads, key-value heads and MLP, pp the layers, ep the experts; experts are not cut inside",
+        "packed rows need Megatron's local attention",
+    )
+    hosts = "Megatron's list of model chunks"
+    keys = ("tp", "pp", "dp", "cp", "ep", "sequence_parallel")
+    shards_vocabulary = True
+    runs_experts_together = True
+
+    def check(self, config: Config, source: str) -> None:
+        """Raise ConfigError for sequence parallelism without tensor parallelism."""
+        super().check(config, source)
+        if config.parallel.sequence_parallel and config.parallel.tp == 1:
+            raise ConfigError(
+                f"{source}: parallel.sequence_parallel is true, but parallel.tp is 1; it shares the tokens out among "
+                "tensor-parallel ranks: set parallel.tp to 2 or more, or parallel.sequence_parallel=false."
+            )
+
+    def check_model(self, hf_config: Any, config: Config) -> None:
+        """Raise LayoutError where an axis does not divide what it shards, naming the nearest sizes that do."""
+        from plop_dist.backends.megatron.layout import check_layout
+
+        check_layout(hf_config, config.parallel)
+
+    def load(self, config: Config) -> ScorableModel:
+        """Return the loaded model. Raises MissingExtraError, LayoutError and ModelError. Collective over the world."""
+        with needing_extras(f"parallel.backend '{self.name}'"):
+            from plop_dist.backends.megatron.backend import load
+
+            return load(config)
+
+    def find(self, model: Any) -> Found | None:
+        """Return a list of chunks, or one chunk, of which any holds a module of Megatron's."""
+        from torch import nn
+
+        chunks = model if isinstance(model, list) else [model]
+        if not all(isinstance(chunk, nn.Module) for chunk in chunks) or not any(map(_is_megatron, chunks)):
+            return None
+        from plop_dist.backends.megatron.backend import wrap
+        from plop_dist.backends.megatron.model import unwrap
+
+        return Found(
+            self.name, "megatron", tuple(chunks), lambda exclude: wrap(chunks, exclude),
+            sequence_parallel=bool(unwrap(chunks[0]).config.sequence_parallel),
+        )  # fmt: skip
+
+    def training_engine(self, config: Config) -> str:
+        """Return our loop over Megatron's schedules."""
+        return "megatron"
+
+
+def _is_megatron(chunk: Any) -> bool:
+    return any(cls.__module__.startswith("megatron.core.") for cls in type(chunk).__mro__) or any(
+        is_a(module, "MegatronModule") for module in chunk.modules()
+    )
+
+
+RECORD = Megatron()

@@ -1,0 +1,128 @@
+"""What a backend says of itself: its layouts, its checks, its loader, its training engine, whose models it recognises.
+
+One object per name, found through `registry.BACKENDS`; another installed package adds its own by an entry point.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from plop_dist.errors import ConfigError, PlopError
+from plop_dist.registry import BACKENDS, load, names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from plop_dist.config.schema import Config
+    from plop_dist.measure.protocols import ScorableModel
+
+_WHAT = {
+    "tp": "tensor parallelism",
+    "pp": "pipeline",
+    "dp": "data parallelism",
+    "cp": "context parallelism",
+    "ep": "expert parallelism",
+    "sequence_parallel": "sequence parallelism",
+    "zero_stage": "ZeRO",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A host's model that a backend has recognised.
+
+    backend and wrapper: words for scores.json; roots: all its modules are below these. wrap(exclude) gives the
+    ScorableModel; keep() is a context that puts the sharding back as it was.
+    """
+
+    backend: str
+    wrapper: str
+    roots: tuple[nn.Module, ...]
+    wrap: Callable[[Sequence[str]], ScorableModel]
+    keep: Callable[[], AbstractContextManager[Any]] = nullcontext
+    zero_stage: int = 0
+    sequence_parallel: bool = False
+
+
+class BackendRecord:
+    """A backend's record: subclass it, say what is different, and register one instance.
+
+    The configuration asks it before anything is loaded, so its module imports no framework, and not torch either.
+
+    name: the value of parallel.backend. summary, layouts, limits, hosts: for people; what it is, what it can shard,
+    what it cannot, and which models of a host its find() knows. keys: the keys of the configuration's parallel section
+    that it reads; any other must keep its default. shards_vocabulary: tensor parallelism cuts the embedding and the
+    head too. runs_experts_together: the tokens of all experts of a layer are in memory at once.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    layouts: ClassVar[tuple[str, ...]] = ()
+    limits: ClassVar[tuple[str, ...]] = ()
+    hosts: ClassVar[str] = ""
+    keys: ClassVar[tuple[str, ...]] = ("dp",)
+    shards_vocabulary: ClassVar[bool] = False
+    runs_experts_together: ClassVar[bool] = False
+
+    def check(self, config: Config, source: str) -> None:
+        """Raise ConfigError, naming `source`, for a layout that the backend does not know. Reads nothing."""
+        parallel = config.parallel
+        for key, field in type(parallel).model_fields.items():
+            value = getattr(parallel, key)
+            if key in ("backend", *self.keys) or value == field.default:
+                continue
+            others = backends_with(key)
+            remedy = f"use parallel.backend={' or '.join(others)}, or" if others else "set"
+            raise ConfigError(
+                f"{source}: parallel.{key} is {json.dumps(value)}, but parallel.backend '{self.name}' has no "
+                f"{_WHAT.get(key, key)}; {remedy} parallel.{key}={json.dumps(field.default)}."
+            )
+
+    def check_model(self, hf_config: Any, config: Config) -> None:
+        """Raise LayoutError where the layout does not divide the model, naming the nearest sizes that do.
+
+        hf_config: the model's transformers configuration; no weights are there. Local.
+        """
+
+    def load(self, config: Config) -> ScorableModel:
+        """Return the configured model as this rank sees it. torch.distributed is up if there are several ranks.
+
+        Collective over the world. Raises ModelError, LayoutError and MissingExtraError.
+        """
+        raise NotImplementedError
+
+    def find(self, model: Any) -> Found | None:
+        """Return how a host's model is to be wrapped, or None if it is not one of this backend's. Local.
+
+        model: a module, a list of several, or whatever else the host passes to plop_dist.score. Imports nothing unless
+        it is this backend's.
+        """
+        return None
+
+    def training_engine(self, config: Config) -> str | None:
+        """Return which of registry.TRAINING_ENGINES trains adapters in this layout, None if none does."""
+        return None
+
+
+def backends_with(key: str) -> list[str]:
+    """Return the backends that read a key of the parallel section; a package that is broken is passed over."""
+    found = []
+    for name in names(BACKENDS):
+        with suppress(PlopError):
+            if key in load(BACKENDS, name).keys:
+                found.append(name)
+    return found
+
+
+def accepted() -> str:
+    """Return what a host may pass to plop_dist.score, over all backends, as a sentence's end."""
+    hosts = []
+    for name in names(BACKENDS):
+        with suppress(PlopError):
+            hosts.append(load(BACKENDS, name).hosts)
+    *first, last = filter(None, hosts)
+    return f"pass {', '.join(first)}, or {last}"
