@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from plop_dist import ranks
-from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.backends.hf.load import load_model
+from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config, ModelConfig
 from plop_dist.errors import ModelError
