@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any
 
 from plop_dist.errors import ConfigError, MissingExtraError, suggest
@@ -49,19 +50,19 @@ EXPORTERS = Kind(
     "export target",
     "plop_dist.exporters",
     {
-        "peft": "plop_dist.exporters.peft:export",
-        "trl": "plop_dist.exporters.trl:export",
-        "megatron-bridge": "plop_dist.exporters.megatron_bridge:export",
-        "nemo-rl": "plop_dist.exporters.nemo_rl:export",
-        "verl": "plop_dist.exporters.verl:export",
-        "openrlhf": "plop_dist.exporters.openrlhf:export",
-        "ms-swift": "plop_dist.exporters.ms_swift:export",
-        "megatron-swift": "plop_dist.exporters.megatron_swift:export",
-        "llamafactory": "plop_dist.exporters.llamafactory:export",
-        "axolotl": "plop_dist.exporters.axolotl:export",
-        "torchtune": "plop_dist.exporters.torchtune:export",
-        "torchtitan": "plop_dist.exporters.torchtitan:export",
-        "deepspeed": "plop_dist.exporters.deepspeed:export",
+        "peft": "plop_dist.exporters.peft:EXPORTER",
+        "trl": "plop_dist.exporters.peft_trainers:TRL",
+        "megatron-bridge": "plop_dist.exporters.megatron_bridge:EXPORTER",
+        "nemo-rl": "plop_dist.exporters.nemo_rl:EXPORTER",
+        "verl": "plop_dist.exporters.verl:EXPORTER",
+        "openrlhf": "plop_dist.exporters.peft_trainers:OPENRLHF",
+        "ms-swift": "plop_dist.exporters.peft_trainers:MS_SWIFT",
+        "megatron-swift": "plop_dist.exporters.megatron_swift:EXPORTER",
+        "llamafactory": "plop_dist.exporters.peft_trainers:LLAMAFACTORY",
+        "axolotl": "plop_dist.exporters.peft_trainers:AXOLOTL",
+        "torchtune": "plop_dist.exporters.torchtune:EXPORTER",
+        "torchtitan": "plop_dist.exporters.torchtitan:EXPORTER",
+        "deepspeed": "plop_dist.exporters.deepspeed:EXPORTER",
     },
 )
 
@@ -86,6 +87,9 @@ TRAINERS = Kind(
         "grpo": "plop_dist.training.grpo:train",
     },
 )
+
+# Packages that need more than `import` to be imported here, and what does it.
+_IMPORTERS = {"megatron.bridge": "plop_dist.backends.megatron.cpu:import_bridge"}
 
 # The package whose absence means that an extra was not installed, and that extra's name.
 _EXTRA_OF = {
@@ -143,6 +147,15 @@ def needing_extras(needed_by: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise missing_extra(error, needed_by) from error
+
+
+def import_package(name: str) -> ModuleType:
+    """Return a framework's package, imported as it must be here: Megatron-Bridge with a stub where the GPU has none.
+
+    Raises ModuleNotFoundError.
+    """
+    importer = _IMPORTERS.get(name)
+    return import_attribute(importer, name)() if importer else importlib.import_module(name)
 
 
 def missing_extra(error: ModuleNotFoundError, needed_by: str) -> Exception:

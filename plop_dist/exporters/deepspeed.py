@@ -10,75 +10,69 @@ import json
 from typing import Any
 
 from plop_dist.errors import ExportError
-from plop_dist.exporters.peft import count_note
-from plop_dist.exporters.targets import (
-    Targets,
-    check_engine,
-    hugging_face_targets,
-    number,
-    refuse_other_than_linears,
-    uniform_rank,
-)
-from plop_dist.values.names import natural_key
+from plop_dist.exporters.counts import count_note
+from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.holders import Targets, hugging_face_targets
+from plop_dist.exporters.refusals import LINEARS, PART, RANKS, check_engine, one_rank, refuse_other_than_linears
+from plop_dist.exporters.substrings import shortest_substrings
+from plop_dist.exporters.text import number, python_arguments
 from plop_dist.values.placement import Export, Placement
 
 
-def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
-    """Return the LoRAConfig call and its fields as JSON.
+class DeepSpeed:
+    """DeepSpeed's OptimizedLinear."""
 
-    Raises ExportError for ranks that differ, a part of a fused linear, and modules that are no nn.Linear.
-    """
-    check_engine(engine, ("deepspeed",), "deepspeed")
-    targets = hugging_face_targets(placement, "deepspeed", widen)
-    fields, widened = _fields(placement, targets, widen)
-    arguments = ", ".join(f"{name}={value!r}" for name, value in fields.items())
-    return Export(
-        target="deepspeed",
-        files={"deepspeed_lora.json": json.dumps(fields, indent=2) + "\n"},
-        flags=(f"deepspeed.linear.LoRAConfig({arguments})",),
-        notes=(
-            *targets.notes,
-            *count_note(placement, targets),
-            "OptimizedLinear has no bias and is built together with the model (deepspeed.linear.Init).",
-        ),
-        widened=(*targets.widened, *widened),
-    )
+    name = "deepspeed"
+    summary = "the LoRAConfig of deepspeed.linear (OptimizedLinear), as a call and as JSON"
+    engines = ("deepspeed",)
+    keys = ("lora_r", "lora_alpha", "target_mods")
+    matching = "by substring: a name matches every path that contains it"
+    limits = (LINEARS, PART, RANKS, "a module whose whole path another module's path contains")
+    flags_in: Language = "python"
+
+    def export(self, placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
+        """Return the LoRAConfig call and its fields as JSON.
+
+        Raises ExportError for ranks that differ, a part of a fused linear, and modules that are no nn.Linear.
+        """
+        check_engine(engine, self.engines, self.name)
+        targets = hugging_face_targets(placement, self.name, widen)
+        fields, widened = _fields(placement, targets, widen)
+        return Export(
+            target=self.name,
+            files={"deepspeed_lora.json": json.dumps(fields, indent=2) + "\n"},
+            flags=(f"deepspeed.linear.LoRAConfig({python_arguments(fields)})",),
+            notes=(
+                *targets.notes,
+                *count_note(placement, targets),
+                "OptimizedLinear has no bias and is built together with the model (deepspeed.linear.Init).",
+            ),
+            widened=(*targets.widened, *widened),
+        )
+
+    def to_config(self, placement: Placement, *, widen: bool = False, **options: Any) -> Any:
+        """Return a deepspeed.linear.LoRAConfig; `options` override its fields, of which PEFT's `r` means lora_r.
+
+        Raises ExportError as `export` does.
+        """
+        from deepspeed.linear import LoRAConfig
+
+        options = {{"r": "lora_r"}.get(name, name): value for name, value in options.items()}
+        fields, _ = _fields(placement, hugging_face_targets(placement, self.name, widen), widen)
+        return LoRAConfig(**{**fields, **options})
 
 
-def to_config(placement: Placement, *, widen: bool = False, **options: Any) -> Any:
-    """Return a deepspeed.linear.LoRAConfig; `options` override its fields, of which PEFT's `r` means lora_r.
-
-    Raises ExportError as `export` does.
-    """
-    from deepspeed.linear import LoRAConfig
-
-    options = {{"r": "lora_r"}.get(name, name): value for name, value in options.items()}
-    fields, _ = _fields(placement, hugging_face_targets(placement, "deepspeed", widen), widen)
-    return LoRAConfig(**{**fields, **options})
+EXPORTER = DeepSpeed()
 
 
 def _fields(placement: Placement, targets: Targets, widen: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     refuse_other_than_linears(targets, placement, "deepspeed's OptimizedLinear replaces")
-    rank, alpha, widened = uniform_rank(targets, placement, "deepspeed", widen)
-    return {"lora_r": rank, "lora_alpha": number(alpha), "target_mods": _target_mods(targets)}, widened
-
-
-def _target_mods(targets: Targets) -> list[str]:
-    # DeepSpeed searches in the prefix under which a module's weights are stored: its path and a dot.
-    wanted = {f"{holder.path}." for holder in targets.holders}
-    others = [f"{path}." for path in targets.known_paths if f"{path}." not in wanted]
-    names: list[str] = []
-    for path in sorted(wanted, key=natural_key):
-        if any(name in path for name in names):
-            continue
-        parts = path.removesuffix(".").split(".")
-        starts = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
-        candidates = [form for start in starts for form in (start, f".{start}", f".{start}.")]
-        name = next((form for form in (*candidates, path) if form in path and not any(form in o for o in others)), None)
-        if name is None:
-            raise ExportError(
-                f"deepspeed matches substrings, and {path[:-1]} is contained in another module's path. Nearest choice: "
-                "choose both, or export to peft."
-            )
-        names.append(name)
-    return names
+    rank, alpha, widened = one_rank(targets.ranks, placement, "deepspeed", widen)
+    wanted = {holder.path for holder in targets.holders}
+    names, contained = shortest_substrings(wanted, [path for path in targets.known_paths if path not in wanted])
+    if contained is not None:
+        raise ExportError(
+            f"deepspeed matches substrings, and {contained} is contained in another module's path. Nearest choice: "
+            "choose both, or export to peft."
+        )
+    return {"lora_r": rank, "lora_alpha": number(alpha), "target_mods": names}, widened

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from plop_dist.errors import ConfigError
+from plop_dist.exporters.holders import known_projections
 from plop_dist.exporters.peft_match import adapted_ranks
-from plop_dist.exporters.targets import known_projections, matcher
+from plop_dist.exporters.suffixes import matcher
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.files import read_json
 from plop_dist.values.names import natural_key

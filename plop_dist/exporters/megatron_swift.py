@@ -6,32 +6,54 @@ Megatron-SWIFT hands the list to PEFT, which matches the end of a path of the Me
 from __future__ import annotations
 
 from plop_dist.errors import ExportError
+from plop_dist.exporters.exporter import Language
 from plop_dist.exporters.megatron_targets import megatron_targets
-from plop_dist.exporters.targets import check_engine, whole_number
+from plop_dist.exporters.refusals import RANKS, WHOLE_ALPHA, check_engine, whole_number
 from plop_dist.exporters.text import shell_flags, yaml_text
 from plop_dist.values.placement import Export, Placement
 
 
-def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
-    """Return the flags and a --config file.
+class MegatronSwift:
+    """Megatron-SWIFT's flags."""
 
-    Raises ExportError for ranks that differ, a part of linear_qkv or linear_fc1 (unless `widen`), and single layers.
-    """
-    check_engine(engine, ("megatron",), "megatron-swift")
-    targets = megatron_targets(placement, "megatron-swift", engine="lora", widen=widen)
-    fields = {
-        "tuner_type": "lora",
-        "lora_rank": targets.rank,
-        "lora_alpha": whole_number(targets.alpha, "megatron-swift"),
-        "target_modules": [_suffix(name) for name in targets.names],
-    }
-    return Export(
-        target="megatron-swift",
-        files={"megatron_swift.yaml": yaml_text(fields)},
-        flags=shell_flags(fields),
-        notes=(*targets.notes, "ms-swift 3 calls tuner_type train_type."),
-        widened=targets.widened,
+    name = "megatron-swift"
+    summary = "Megatron-SWIFT's flags and --config file"
+    engines = ("megatron",)
+    keys = ("tuner_type", "lora_rank", "lora_alpha", "target_modules")
+    matching = "as PEFT does, by equality or dotted suffix, on the paths of the Megatron model"
+    limits = (
+        RANKS,
+        WHOLE_ALPHA,
+        "a part of linear_qkv or linear_fc1 (--widen: the whole)",
+        "single layers, and what only a pattern tells apart in Megatron",
+        "types that Megatron has no name for: LM head, Mamba mixers",
     )
+    flags_in: Language = "shell"
+
+    def export(self, placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
+        """Return the flags and a --config file.
+
+        Raises ExportError for ranks that differ, a part of linear_qkv or linear_fc1 (unless `widen`), and single
+        layers.
+        """
+        check_engine(engine, self.engines, self.name)
+        targets = megatron_targets(placement, self.name, engine="lora", widen=widen)
+        fields = {
+            "tuner_type": "lora",
+            "lora_rank": targets.rank,
+            "lora_alpha": whole_number(targets.alpha, self.name),
+            "target_modules": [_suffix(name) for name in targets.names],
+        }
+        return Export(
+            target=self.name,
+            files={"megatron_swift.yaml": yaml_text(fields)},
+            flags=shell_flags(fields),
+            notes=(*targets.notes, "ms-swift 3 calls tuner_type train_type."),
+            widened=targets.widened,
+        )
+
+
+EXPORTER = MegatronSwift()
 
 
 def _suffix(name: str) -> str:

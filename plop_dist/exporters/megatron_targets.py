@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from plop_dist.errors import ExportError
-from plop_dist.exporters.targets import adapted, fused_count_note, known_projections, one_rank
+from plop_dist.exporters.counts import fused_count_note
+from plop_dist.exporters.holders import adapted, known_projections
+from plop_dist.exporters.refusals import one_rank
 from plop_dist.values.names import expert_index, layer_index, natural_key
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Projection
@@ -86,7 +88,7 @@ def megatron_targets(placement: Placement, target: str, *, engine: str, widen: b
     rank, alpha, same_rank = one_rank(ranks, placement, target, widen)
     if not is_canonical:
         notes = (*notes, *_fused_count(placement, linears, rank))
-    names = _names(linears, is_canonical)
+    names = _target_names(linears, is_canonical)
     if any(".layers." in name for name in names):
         _refuse_pipeline(placement, target)
         notes = (*notes, "Layers are counted per pipeline stage: keep pipeline_model_parallel_size at 1.")
@@ -154,7 +156,7 @@ def _key(item: Projection, linear: str) -> tuple[str, str, int | None]:
     return linear, _place(item, linear), layer_index(item.fqn)
 
 
-def _names(linears: Iterable[_Linear], is_canonical: bool) -> tuple[str, ...]:
+def _target_names(linears: Iterable[_Linear], is_canonical: bool) -> tuple[str, ...]:
     # Bridge takes the first target that matches a linear, so all targets of one linear's name are of the same form.
     names: dict[str, None] = {}
     by_name: dict[str, list[_Linear]] = {}

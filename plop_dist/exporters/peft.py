@@ -10,54 +10,68 @@ import json
 import re
 from typing import Any
 
-from plop_dist.exporters.targets import (
-    Targets,
-    check_engine,
-    hugging_face_targets,
-    number,
-    shortest_names,
-)
+from plop_dist.exporters.counts import count_note
+from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.holders import Targets, hugging_face_targets
+from plop_dist.exporters.refusals import PART, UNFIT, check_engine
+from plop_dist.exporters.suffixes import shortest_names_of
+from plop_dist.exporters.text import number, python_arguments
 from plop_dist.values.placement import Export, Placement
 
 FILE = "adapter_config.json"
+MATCHING = "as PEFT does: by equality with the path or with what follows a dot in it"
 
 
-def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
-    """Return adapter_config.json and the LoraConfig call. Raises ExportError for a part of a fused linear."""
-    check_engine(engine, ("peft",), "peft")
-    targets = hugging_face_targets(placement, "peft", widen)
-    fields = lora_config_fields(placement, targets)
-    tree = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": placement.source.model.name_or_path,
-        "bias": "none",
-        "inference_mode": False,
-        **fields,
-    }
-    arguments = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value not in ({}, None, False))
-    return Export(
-        target="peft",
-        files={FILE: json.dumps(tree, indent=2) + "\n"},
-        flags=(f'LoraConfig(task_type="CAUSAL_LM", {arguments})',),
-        notes=(*targets.notes, *count_note(placement, targets)),
-        widened=targets.widened,
-    )
+class Peft:
+    """PEFT's LoRA configuration."""
+
+    name = "peft"
+    summary = "PEFT's adapter_config.json, and the LoraConfig call"
+    engines = ("peft",)
+    keys = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "lora_dropout",
+            "bias", "fan_in_fan_out", "task_type", "base_model_name_or_path")  # fmt: skip
+    matching = MATCHING
+    limits = (PART, UNFIT)
+    flags_in: Language = "python"
+
+    def export(self, placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
+        """Return adapter_config.json and the LoraConfig call. Raises ExportError for a part of a fused linear."""
+        check_engine(engine, self.engines, self.name)
+        targets = hugging_face_targets(placement, self.name, widen)
+        fields = lora_config_fields(placement, targets)
+        tree = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": placement.source.model.name_or_path,
+            "bias": "none",
+            "inference_mode": False,
+            **fields,
+        }
+        arguments = {name: value for name, value in fields.items() if value not in ({}, None, False)}
+        return Export(
+            target=self.name,
+            files={FILE: json.dumps(tree, indent=2) + "\n"},
+            flags=(f'LoraConfig(task_type="CAUSAL_LM", {python_arguments(arguments)})',),
+            notes=(*targets.notes, *count_note(placement, targets)),
+            widened=targets.widened,
+        )
+
+    def to_config(self, placement: Placement, *, widen: bool = False, **options: Any) -> Any:
+        """Return a peft.LoraConfig adapting exactly the placement; `options` override its fields (r, lora_alpha, ...).
+
+        With `r` or `lora_alpha` given, ranks in rank_pattern stay and their alphas follow the new ratio.
+        Raises ExportError when PEFT cannot adapt exactly these modules and `widen` is false.
+        """
+        from peft import LoraConfig
+
+        resized = placement.model_copy(
+            update={"rank": options.get("r", placement.rank), "alpha": options.get("lora_alpha", placement.alpha)}
+        ).with_source(placement.source)
+        fields = lora_config_fields(resized, hugging_face_targets(resized, self.name, widen))
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **fields, **options})
 
 
-def to_config(placement: Placement, *, widen: bool = False, **options: Any) -> Any:
-    """Return a peft.LoraConfig adapting exactly the placement; `options` override its fields (r, lora_alpha, ...).
-
-    With `r` or `lora_alpha` given, ranks in rank_pattern stay and their alphas follow the new ratio.
-    Raises ExportError when PEFT cannot adapt exactly these modules and `widen` is false.
-    """
-    from peft import LoraConfig
-
-    resized = placement.model_copy(
-        update={"rank": options.get("r", placement.rank), "alpha": options.get("lora_alpha", placement.alpha)}
-    ).with_source(placement.source)
-    fields = lora_config_fields(resized, hugging_face_targets(resized, "peft", widen))
-    return LoraConfig(**{"task_type": "CAUSAL_LM", **fields, **options})
+EXPORTER = Peft()
 
 
 def lora_config_fields(placement: Placement, targets: Targets) -> dict[str, Any]:
@@ -79,21 +93,14 @@ def lora_config_fields(placement: Placement, targets: Targets) -> dict[str, Any]
 
 def rank_patterns(placement: Placement, targets: Targets) -> tuple[dict[str, int], dict[str, float]]:
     """Return PEFT's rank_pattern and alpha_pattern: regexes that PEFT matches against the end of a path."""
+    by_rank: dict[int, list[str]] = {}
+    for holder in targets.holders:
+        by_rank.setdefault(holder.rank, []).append(holder.peft_path)
+    paths = {holder.peft_path for holder in targets.holders}
     ranks: dict[str, int] = {}
-    paths = [holder.peft_path for holder in targets.holders]
-    for rank in sorted({holder.rank for holder in targets.holders} - {placement.rank}):
-        for name in shortest_names([holder.peft_path for holder in targets.holders if holder.rank == rank], paths):
+    for rank, names in shortest_names_of(by_rank, sorted(by_rank.keys() - {placement.rank})).items():
+        for name in names:
             # PEFT lets any prefix stand before a pattern: a full path says that it begins there.
             ranks[f"^{re.escape(name)}" if name in paths else re.escape(name)] = rank
     alphas = {name: number(placement.alpha * rank / placement.rank) for name, rank in ranks.items()}
     return ranks, alphas
-
-
-def count_note(placement: Placement, targets: Targets) -> tuple[str, ...]:
-    """Return a note when widening changes the number of trainable parameters."""
-    if not targets.widened:
-        return ()
-    return (
-        f"{targets.num_trainable_parameters:,} trainable parameters instead of the placement's "
-        f"{placement.num_trainable_parameters:,}.",
-    )

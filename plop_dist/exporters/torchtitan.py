@@ -7,11 +7,14 @@ k and v. A name that is not in the tree is only warned of, and adapts nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 from plop_dist.errors import ExportError
-from plop_dist.exporters.targets import adapted, check_engine, fused_count_note, known_projections, one_rank
+from plop_dist.exporters.counts import fused_count_note
+from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.holders import adapted, known_projections
+from plop_dist.exporters.refusals import EVERY_LAYER, RANKS, check_engine, one_rank
+from plop_dist.exporters.text import python_list
 from plop_dist.values.names import natural_key
 from plop_dist.values.placement import Export, Placement
 from plop_dist.values.scores import Projection
@@ -36,43 +39,74 @@ _LATENT: Mapping[str, str] = {  # multi-head latent attention, where nothing is 
 }
 
 
-def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
-    """Return a Python file that defines the converter, and the constructor call.
+class Torchtitan:
+    """torchtitan's LoRAConverter."""
 
-    engine: "fused" (default: torchtitan's own model flavors) or "separate" (models built with fuse_qkv=False).
-    Raises ExportError for a part of wqkv or wkv and for single layers (unless `widen`), for routed experts, projections
-    without a name, and ranks that differ.
-    """
-    engine = check_engine(engine, tuple(_ATTENTION), "torchtitan")
-    chosen, notes = adapted(placement)
-    known = known_projections(placement)
+    name = "torchtitan"
+    summary = "a Python file that defines torchtitan's LoRAConverter, and the call"
+    engines = tuple(_ATTENTION)
+    keys = ("target_modules", "rank", "alpha")
+    matching = (
+        "by the last component of a path in its tree of configurations: a whole type, dense and shared experts alike"
+    )
+    limits = (
+        RANKS,
+        EVERY_LAYER,
+        "a part of wqkv (separate: of wkv, which is k and v; --widen: the whole)",
+        "routed experts, and other types without a name: it knows wqkv, wo, w1, w2, w3, lm_head and latent attention's",
+    )
+    flags_in: Language = "python"
+
+    def export(self, placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
+        """Return a Python file that defines the converter, and the constructor call.
+
+        engine: "fused" (default: torchtitan's own model flavors) or "separate" (models built with fuse_qkv=False).
+        Raises ExportError for a part of wqkv or wkv and for single layers (unless `widen`), for routed experts,
+        projections without a name, and ranks that differ.
+        """
+        engine = check_engine(engine, self.engines, self.name)
+        chosen, notes = adapted(placement)
+        known = known_projections(placement)
+        names = _names_of(known, engine)
+        _refuse_unnamed(placement, names)
+        types = {module.type for module in placement.chosen}
+        targets = sorted({names[type_] for type_ in types}, key=list(names.values()).index)
+        whole = [item for item in known if names.get(item.type) in targets]
+        absent = [item for item in whole if item.fqn not in chosen]
+        widened = _widen(absent, types, names, engine, widen)
+        ranks = {placement.rank_of(module) for module in placement.chosen}
+        rank, alpha, same_rank = one_rank(ranks, placement, self.name, widen)
+        count = fused_count_note(placement, whole, lambda m: "wqkv" if names[m.type] == "wqkv" else None, rank)
+        call = f"LoRAConverter.Config(rank={rank}, alpha={float(alpha)!r}, target_modules={python_list(targets)})"
+        return Export(
+            target=self.name,
+            files={
+                "lora_converter.py": (
+                    '"""The adapters of this run: add `lora` to the converters of model_registry(...)."""\n\n'
+                    f"from torchtitan.components.lora import LoRAConverter\n\nlora = {call}\n"
+                )
+            },
+            flags=(call,),
+            notes=(*notes, *count, *_attention_note(targets)),
+            widened=(*widened, *same_rank),
+        )
+
+
+EXPORTER = Torchtitan()
+
+
+def _names_of(known: Sequence[Projection], engine: str) -> Mapping[str, str]:
     is_latent = any(item.type == "kv_b_proj" for item in known)
-    names = {**(_LATENT if is_latent else _ATTENTION[engine]), **_NAMES}
+    return {**(_LATENT if is_latent else _ATTENTION[engine]), **_NAMES}
+
+
+def _refuse_unnamed(placement: Placement, names: Mapping[str, str]) -> None:
     for module in placement.chosen:
         if module.type not in names:
             raise ExportError(
                 f"torchtitan's LoRAConverter has no name for {module.fqn} (type {module.type}): it adapts "
                 f"{', '.join(names)}. Nearest choice: placement.exclude=[{module.type}]."
             )
-    targets = sorted({names[module.type] for module in placement.chosen}, key=list(names.values()).index)
-    whole = [item for item in known if names.get(item.type) in targets]
-    absent = [item for item in whole if item.fqn not in chosen]
-    widened = _widen(absent, {module.type for module in placement.chosen}, names, engine, widen)
-    rank, alpha, same_rank = one_rank({placement.rank_of(m) for m in placement.chosen}, placement, "torchtitan", widen)
-    count = fused_count_note(placement, whole, lambda m: "wqkv" if names[m.type] == "wqkv" else None, rank)
-    call = f"LoRAConverter.Config(rank={rank}, alpha={float(alpha)!r}, target_modules={json.dumps(targets)})"
-    return Export(
-        target="torchtitan",
-        files={
-            "lora_converter.py": (
-                '"""The adapters of this run: add `lora` to the converters of model_registry(...)."""\n\n'
-                f"from torchtitan.components.lora import LoRAConverter\n\nlora = {call}\n"
-            )
-        },
-        flags=(call,),
-        notes=(*notes, *count, *_attention_note(targets)),
-        widened=(*widened, *same_rank),
-    )
 
 
 def _widen(

@@ -9,31 +9,79 @@ from collections.abc import Mapping
 from typing import Any
 
 from plop_dist.errors import ExportError
-from plop_dist.exporters.targets import adapted, check_engine, known_projections, number, one_rank
-from plop_dist.exporters.text import hydra_overrides, nested, yaml_text
+from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.holders import adapted, known_projections
+from plop_dist.exporters.refusals import EVERY_LAYER, RANKS, check_engine, one_rank
+from plop_dist.exporters.text import hydra_overrides, hydra_yaml, number
 from plop_dist.values.placement import Export, Placement
 
 _ATTENTION: Mapping[str, str] = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"}
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
-    """Return the overrides and the same as YAML.
+class Torchtune:
+    """torchtune's overrides."""
 
-    Raises ExportError for a part of the MLP, no attention projection, single layers, experts, or ranks that differ;
-    with `widen` the first three are adapted more widely instead.
-    """
-    check_engine(engine, ("torchtune",), "torchtune")
-    chosen, notes = adapted(placement)
-    types = list(dict.fromkeys(module.type for module in placement.chosen))
+    name = "torchtune"
+    summary = "torchtune's overrides for its lora_* model builders, and the same as YAML"
+    engines = ("torchtune",)
+    keys = ("model.lora_attn_modules", "model.apply_lora_to_mlp", "model.apply_lora_to_output", "model.lora_rank",
+            "model.lora_alpha")  # fmt: skip
+    matching = "by its own names: any of q, k, v and output in every layer, and the MLP as one"
+    limits = (
+        RANKS,
+        EVERY_LAYER,
+        "a part of the MLP (--widen: gate, up and down)",
+        "no attention projection at all (--widen: the one with the lowest NFN)",
+        "types other than q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head",
+    )
+    flags_in: Language = "shell"
+
+    def export(self, placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
+        """Return the overrides and the same as YAML.
+
+        Raises ExportError for a part of the MLP, no attention projection, single layers, experts, or ranks that differ;
+        with `widen` the first three are adapted more widely instead.
+        """
+        check_engine(engine, self.engines, self.name)
+        chosen, notes = adapted(placement)
+        types = list(dict.fromkeys(module.type for module in placement.chosen))
+        _refuse_unknown(types)
+        widened = _missing_layers(placement, chosen, types, widen)
+        has_mlp = _whole_mlp(types, widened, widen)
+        attention = _attention(placement, types, widened, widen)
+        ranks = {placement.rank_of(module) for module in placement.chosen}
+        rank, alpha, same_rank = one_rank(ranks, placement, self.name, widen)
+        fields: dict[str, Any] = {
+            "model.lora_attn_modules": [_ATTENTION[name] for name in attention],
+            "model.apply_lora_to_mlp": has_mlp,
+            "model.apply_lora_to_output": "lm_head" in types,
+            "model.lora_rank": rank,
+            "model.lora_alpha": number(alpha),
+        }
+        return Export(
+            target=self.name,
+            files={"torchtune.yaml": hydra_yaml(fields)},
+            flags=hydra_overrides(fields),
+            notes=(*notes, "model._component_ must be one of torchtune's lora_* builders."),
+            widened=(*widened, *same_rank),
+        )
+
+
+EXPORTER = Torchtune()
+
+
+def _refuse_unknown(types: list[str]) -> None:
     unknown = [name for name in types if name not in (*_ATTENTION, *_MLP, "lm_head")]
     if unknown:
         raise ExportError(
             f"torchtune cannot adapt {', '.join(unknown)}: it knows {', '.join((*_ATTENTION, *_MLP))}. Nearest choice: "
             f"the placement without (placement.exclude=[{','.join(unknown)}]), or export to peft."
         )
-    widened = _missing_layers(placement, chosen, types, widen)
-    attention = [name for name in _ATTENTION if name in types]
+
+
+def _whole_mlp(types: list[str], widened: list[str], widen: bool) -> bool:
+    """Return whether the MLP is adapted; a part of it becomes the whole and is noted in `widened`."""
     mlp = [name for name in _MLP if name in types]
     if mlp and len(mlp) < len(_MLP):
         beside = ", ".join(name for name in _MLP if name not in mlp)
@@ -44,31 +92,27 @@ def export(placement: Placement, *, engine: str | None = None, widen: bool = Fal
                 f"placement.exclude=[{','.join(mlp)}]."
             )
         widened.append(f"apply_lora_to_mlp adapts {beside} as well as {', '.join(mlp)}.")
-    if not attention:
-        lowest = next(entry.type for entry in _by_nfn(placement) if entry.type in _ATTENTION)
-        if not widen:
-            raise ExportError(
-                "torchtune needs at least one attention projection (lora_attn_modules must not be empty). Nearest "
-                f"choice: {lowest} as well, of those the one with the lowest NFN (--widen)."
-            )
-        attention = [lowest]
-        widened.append(f"lora_attn_modules has {lowest}, because torchtune needs one attention projection.")
-    ranks = {placement.rank_of(module) for module in placement.chosen}
-    rank, alpha, same_rank = one_rank(ranks, placement, "torchtune", widen)
-    fields: dict[str, Any] = {
-        "model.lora_attn_modules": [_ATTENTION[name] for name in attention],
-        "model.apply_lora_to_mlp": bool(mlp),
-        "model.apply_lora_to_output": "lm_head" in types,
-        "model.lora_rank": rank,
-        "model.lora_alpha": number(alpha),
-    }
-    return Export(
-        target="torchtune",
-        files={"torchtune.yaml": yaml_text(nested(fields))},
-        flags=hydra_overrides(fields),
-        notes=(*notes, "model._component_ must be one of torchtune's lora_* builders."),
-        widened=(*widened, *same_rank),
-    )
+    return bool(mlp)
+
+
+def _attention(placement: Placement, types: list[str], widened: list[str], widen: bool) -> list[str]:
+    """Return the attention projections to adapt, at least one; one that is not chosen is noted in `widened`."""
+    attention = [name for name in _ATTENTION if name in types]
+    if attention:
+        return attention
+    lowest = next((entry.type for entry in _by_nfn(placement) if entry.type in _ATTENTION), None)
+    if lowest is None:
+        raise ExportError(
+            f"torchtune needs at least one attention projection, and the scores have none of {', '.join(_ATTENTION)}. "
+            "Nearest choice: export to peft."
+        )
+    if not widen:
+        raise ExportError(
+            "torchtune needs at least one attention projection (lora_attn_modules must not be empty). Nearest "
+            f"choice: {lowest} as well, of those the one with the lowest NFN (--widen)."
+        )
+    widened.append(f"lora_attn_modules has {lowest}, because torchtune needs one attention projection.")
+    return [lowest]
 
 
 def _missing_layers(placement: Placement, chosen: set[str], types: list[str], widen: bool) -> list[str]:

@@ -8,38 +8,54 @@ from __future__ import annotations
 
 from typing import Any
 
+from plop_dist.exporters.exporter import Language
 from plop_dist.exporters.megatron_targets import megatron_targets
-from plop_dist.exporters.peft import count_note
-from plop_dist.exporters.targets import check_engine, hugging_face_targets, number, uniform_rank, whole_number
-from plop_dist.exporters.text import hydra_overrides, nested, yaml_text
+from plop_dist.exporters.name_list import NameList
+from plop_dist.exporters.refusals import check_engine
+from plop_dist.exporters.text import hydra_overrides, hydra_yaml, number
 from plop_dist.values.placement import Export, Placement
 
 _MODEL = "actor_rollout_ref.model"
+_FSDP = NameList(
+    name="verl",
+    summary="the overrides of verl's FSDP engine",
+    engine="fsdp",
+    rank=f"{_MODEL}.lora_rank",
+    alpha=f"{_MODEL}.lora_alpha",
+    modules=f"{_MODEL}.target_modules",
+    parameters=f"+{_MODEL}.target_parameters",  # not in verl's YAML, hence the plus
+    file="verl_fsdp.yaml",
+    text=hydra_yaml,
+    flags=hydra_overrides,
+)
 
 
-def export(placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
-    """Return the overrides and the same as YAML. engine: "fsdp" (default) or "megatron".
+class Verl:
+    """verl's overrides."""
 
-    Raises ExportError for ranks that differ, and under fsdp for a part of a fused linear.
-    """
-    if check_engine(engine, ("fsdp", "megatron"), "verl") == "megatron":
-        return _export_megatron(placement, widen)
-    targets = hugging_face_targets(placement, "verl", widen)
-    rank, alpha, widened = uniform_rank(targets, placement, "verl", widen)
-    fields: dict[str, Any] = {
-        f"{_MODEL}.lora_rank": rank,
-        f"{_MODEL}.lora_alpha": whole_number(alpha, "verl"),
-        f"{_MODEL}.target_modules": list(targets.modules),
-    }
-    if targets.parameters:
-        fields[f"+{_MODEL}.target_parameters"] = list(targets.parameters)  # not in verl's YAML, hence the plus
-    return Export(
-        target="verl",
-        files={"verl_fsdp.yaml": yaml_text(nested(fields))},
-        flags=hydra_overrides(fields),
-        notes=(*targets.notes, *count_note(placement, targets)),
-        widened=(*targets.widened, *widened),
+    name = "verl"
+    summary = "verl's Hydra overrides, and the same as YAML"
+    engines = ("fsdp", "megatron")
+    keys = (
+        *_FSDP.keys,
+        *(f"{_MODEL}.lora.{key}" for key in ("type", "target_modules", "rank", "alpha", "share_expert_adapters")),
+        f"{_MODEL}.external_lib",
     )
+    matching = f"fsdp: {_FSDP.matching}; megatron: as Megatron-Bridge does, by name or by path with *"
+    limits = (*(f"fsdp: {limit}" for limit in _FSDP.limits), "megatron: what megatron-bridge cannot express")
+    flags_in: Language = "shell"
+
+    def export(self, placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
+        """Return the overrides and the same as YAML. engine: "fsdp" (default) or "megatron".
+
+        Raises ExportError for ranks that differ, and under fsdp for a part of a fused linear.
+        """
+        if check_engine(engine, self.engines, self.name) == "megatron":
+            return _export_megatron(placement, widen)
+        return _FSDP.export(placement, widen=widen)
+
+
+EXPORTER = Verl()
 
 
 def _export_megatron(placement: Placement, widen: bool) -> Export:
@@ -56,7 +72,7 @@ def _export_megatron(placement: Placement, widen: bool) -> Export:
         fields[f"{_MODEL}.external_lib"] = "plop_dist.canonical_lora"
     return Export(
         target="verl",
-        files={"verl_megatron.yaml": yaml_text(nested(fields))},
+        files={"verl_megatron.yaml": hydra_yaml(fields)},
         flags=hydra_overrides(fields),
         notes=targets.notes,
         widened=targets.widened,

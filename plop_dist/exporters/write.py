@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plop_dist.registry import EXPORTERS, load
+from plop_dist.exporters.exporter import find_exporter
 from plop_dist.values.files import write_json, write_text
 from plop_dist.values.placement import Export, Placement
 
@@ -14,7 +14,7 @@ def write_export(placement: Placement, target: str, directory: Path, *, engine: 
 
     Raises ConfigError for an unknown target, ExportError for what the target cannot express, RunDirError.
     """
-    export: Export = load(EXPORTERS, target)(placement, engine=engine, widen=widen)
+    export = find_exporter(target).export(placement, engine=engine, widen=widen)
     for name, content in export.files.items():
         write_text(directory / target / name, content)
     record = {"flags": list(export.flags), "notes": list(export.notes), "widened": list(export.widened)}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from plop_dist.errors import ScoresError
-from plop_dist.registry import import_attribute, missing_extra
+from plop_dist.registry import EXPORTERS, load, missing_extra
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.files import read_json, write_json
 from plop_dist.values.scores import ModuleScore, Projection, Scores, Value, parse_value
@@ -120,7 +120,7 @@ class Placement(Value):
         Raises ExportError when PEFT cannot adapt exactly these modules, MissingExtraError when it is not installed; so
         do the other two for their frameworks.
         """
-        return _build("peft", self, options)
+        return _config("peft", self, options)
 
     def to_megatron(self, **options: Any) -> Any:
         """Return a Megatron-Bridge PEFT object (LoRA, or our CanonicalLoRA where a fused linear is taken in part).
@@ -128,14 +128,14 @@ class Placement(Value):
         Options are its fields (dim, alpha, dropout, ...) or PEFT's names of them (r, lora_alpha, lora_dropout).
         Without Transformer Engine Bridge is imported with a stub in its place, as the log says.
         """
-        return _build("megatron_bridge", self, options)
+        return _config("megatron-bridge", self, options)
 
     def to_deepspeed(self, **options: Any) -> Any:
         """Return a deepspeed.linear.LoRAConfig; options are its fields, or r.
 
         Raises ExportError when its substring match would adapt others.
         """
-        return _build("deepspeed", self, options)
+        return _config("deepspeed", self, options)
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,8 @@ class Export:
     widened: tuple[str, ...] = field(default=())
 
 
-def _build(exporter: str, placement: Placement, options: Mapping[str, Any]) -> Any:
-    # By name and at call time: values know what is built on them without importing it, or any framework.
-    needed_by = f"a configuration for {exporter}"
+def _config(target: str, placement: Placement, options: Mapping[str, Any]) -> Any:
     try:
-        if exporter == "megatron_bridge":
-            import_attribute("plop_dist.backends.megatron.cpu:import_bridge", needed_by)()
-        return import_attribute(f"plop_dist.exporters.{exporter}:to_config", needed_by)(placement, **options)
+        return load(EXPORTERS, target).to_config(placement, **options)
     except ModuleNotFoundError as error:
-        raise missing_extra(error, needed_by) from error
+        raise missing_extra(error, f"a configuration for {target}") from error

@@ -33,17 +33,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from plop_dist.backends.megatron.cpu import import_bridge
-from plop_dist.exporters import (
-    axolotl,
-    llamafactory,
-    megatron_swift,
-    ms_swift,
-    nemo_rl,
-    openrlhf,
-    torchtitan,
-    torchtune,
-    verl,
-)
+from plop_dist.exporters.exporter import find_exporter
 from plop_dist.values.placement import Export, Placement
 from tests.exporters.cases import (
     adapted_paths,
@@ -55,6 +45,10 @@ from tests.exporters.cases import (
     scores_of,
 )
 from tests.models import save_tiny
+
+axolotl, llamafactory, ms_swift, openrlhf = map(find_exporter, ("axolotl", "llamafactory", "ms-swift", "openrlhf"))
+megatron_swift, nemo_rl, torchtitan = map(find_exporter, ("megatron-swift", "nemo-rl", "torchtitan"))
+torchtune, verl = map(find_exporter, ("torchtune", "verl"))
 
 CHOICE = ("v_proj", "o_proj", "down_proj")
 

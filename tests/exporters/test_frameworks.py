@@ -17,22 +17,15 @@ import yaml
 from omegaconf import OmegaConf
 
 from plop_dist.errors import ExportError
-from plop_dist.exporters import (
-    axolotl,
-    deepspeed,
-    llamafactory,
-    megatron_bridge,
-    ms_swift,
-    nemo_rl,
-    openrlhf,
-    torchtitan,
-    torchtune,
-    verl,
-)
-from plop_dist.exporters.targets import matcher
-from plop_dist.registry import EXPORTERS, load
+from plop_dist.exporters.exporter import find_exporter
+from plop_dist.exporters.suffixes import matcher
+from plop_dist.registry import EXPORTERS
 from plop_dist.values.placement import Export, Placement
 from tests.exporters.cases import llama_projections, model_of, place, projection, projections_of, scores_of
+
+axolotl, llamafactory, ms_swift, openrlhf = map(find_exporter, ("axolotl", "llamafactory", "ms-swift", "openrlhf"))
+deepspeed, torchtitan, torchtune, verl = map(find_exporter, ("deepspeed", "torchtitan", "torchtune", "verl"))
+megatron_bridge, nemo_rl = map(find_exporter, ("megatron-bridge", "nemo-rl"))
 
 LLAMA = scores_of(llama_projections())
 CHOICE = ["v_proj", "o_proj", "down_proj"]
@@ -57,7 +50,7 @@ DOCUMENTED = {
     "verl": "actor_rollout_ref.model.lora_rank=16 actor_rollout_ref.model.lora_alpha=32 "
     "'actor_rollout_ref.model.target_modules=[down_proj,o_proj,v_proj]'",
     "nemo-rl": "policy.dtensor_cfg.lora_cfg.enabled=true "
-    "\"policy.dtensor_cfg.lora_cfg.target_modules=['*.down_proj','*.o_proj','*.v_proj']\" "
+    '\'policy.dtensor_cfg.lora_cfg.target_modules=["*.down_proj","*.o_proj","*.v_proj"]\' '
     "'policy.dtensor_cfg.lora_cfg.exclude_modules=[]' policy.dtensor_cfg.lora_cfg.match_all_linear=false "
     "policy.dtensor_cfg.lora_cfg.dim=16 policy.dtensor_cfg.lora_cfg.alpha=32",
     "torchtitan": 'LoRAConverter.Config(rank=16, alpha=32.0, target_modules=["wo", "w2"])',
@@ -69,7 +62,7 @@ DOCUMENTED = {
 @pytest.mark.parametrize("target", DOCUMENTED)
 def test_flags_are_those_of_the_documentation(target):
     types = {"torchtune": ["v_proj", "o_proj"], "torchtitan": ["o_proj", "down_proj"]}.get(target, CHOICE)
-    export = load(EXPORTERS, target)(place(LLAMA, types, rank=16, alpha=32))
+    export = find_exporter(target).export(place(LLAMA, types, rank=16, alpha=32))
     assert " ".join(export.flags) == DOCUMENTED[target]
     assert export.target == target
     assert not export.widened
@@ -78,7 +71,7 @@ def test_flags_are_those_of_the_documentation(target):
 @pytest.mark.parametrize("target", sorted(EXPORTERS.own))
 def test_every_exporter_is_pure_and_deterministic_and_refuses_foreign_engines(target, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    export = load(EXPORTERS, target)
+    export = find_exporter(target).export
     placement = place(LLAMA, ["q_proj", "k_proj", "v_proj"])
     first = export(placement, engine=None, widen=False)
     assert first == export(placement, engine=None, widen=False)

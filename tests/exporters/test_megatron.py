@@ -17,8 +17,8 @@ from torch import nn
 
 from plop_dist.backends.megatron.cpu import import_bridge
 from plop_dist.errors import ExportError
-from plop_dist.exporters import megatron_bridge, megatron_swift, nemo_rl, verl
-from plop_dist.exporters.targets import matcher
+from plop_dist.exporters.exporter import find_exporter
+from plop_dist.exporters.suffixes import matcher
 from plop_dist.values.placement import Placement
 from tests.exporters.cases import llama_projections, place, projection, scores_of
 
@@ -26,6 +26,9 @@ import_bridge()
 from megatron.bridge.peft.canonical_lora import CanonicalLoRA  # noqa: E402
 from megatron.bridge.peft.lora import LoRA  # noqa: E402
 from megatron.bridge.peft.utils import create_peft  # noqa: E402
+
+megatron_bridge, megatron_swift = find_exporter("megatron-bridge"), find_exporter("megatron-swift")
+nemo_rl, verl = find_exporter("nemo-rl"), find_exporter("verl")
 
 PARTS = {
     "q_proj": ("self_attention.linear_qkv", "linear_q"),

@@ -17,8 +17,7 @@ from transformers import HfArgumentParser
 from trl import ModelConfig, get_peft_config
 
 from plop_dist.errors import ExportError, MissingExtraError
-from plop_dist.exporters import peft as peft_exporter
-from plop_dist.exporters import trl as trl_exporter
+from plop_dist.exporters.exporter import find_exporter
 from plop_dist.values.placement import Export
 from tests.exporters.cases import (
     adapted_paths,
@@ -31,6 +30,7 @@ from tests.exporters.cases import (
     scores_of,
 )
 
+peft_exporter, trl_exporter = find_exporter("peft"), find_exporter("trl")
 FAMILIES = ("llama", "gpt2", "gpt_neox", "phi3", "qwen3_moe", "mixtral", "qwen3_next", "gpt_oss")
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 

@@ -1,17 +1,18 @@
-"""Which Hugging Face modules and parameters a placement adapts, and the shortest names that match exactly those.
+"""Which Hugging Face modules and parameters a placement adapts.
 
-Frameworks built on PEFT match a name against the end of a module's path. Here a placement's logical projections become
-the modules that hold them, and these become names that match them and nothing else of the scored model.
+A placement's logical projections become the modules that hold them, and these become names that match them and nothing
+else of the scored model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from plop_dist.errors import ExportError
+from plop_dist.exporters.suffixes import shortest_names
 from plop_dist.values.adapter_size import num_trainable_parameters
-from plop_dist.values.names import expert_index, layer_index, natural_key
+from plop_dist.values.names import expert_index, natural_key
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Projection
 
@@ -37,11 +38,6 @@ class Holder:
     rank: int
     projections: tuple[Projection, ...]
 
-    @property
-    def is_expert_parameter(self) -> bool:
-        """Whether the weights are slices of a 3-D parameter, so that no module of their own exists."""
-        return self.projections[0].storage == "expert_parameter"
-
 
 @dataclass(frozen=True)
 class Targets:
@@ -59,6 +55,11 @@ class Targets:
     has_experts: bool
     widened: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def ranks(self) -> set[int]:
+        """The ranks of all adapters."""
+        return {holder.rank for holder in self.holders}
 
     @property
     def num_trainable_parameters(self) -> int:
@@ -132,144 +133,6 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
         widened=tuple(widened),
         notes=notes,
     )
-
-
-def uniform_rank(
-    targets: Targets, placement: Placement, target: str, widen: bool
-) -> tuple[int, float, tuple[str, ...]]:
-    """Return the one rank, its alpha, and what was widened, for a target without ranks per module.
-
-    alpha / rank stays the placement's. Raises ExportError when ranks differ and `widen` is false; then the highest is
-    taken.
-    """
-    ranks = {holder.rank for holder in targets.holders}
-    return one_rank(ranks, placement, target, widen)
-
-
-def one_rank(ranks: set[int], placement: Placement, target: str, widen: bool) -> tuple[int, float, tuple[str, ...]]:
-    """Return the one rank, its alpha, and what was widened; see uniform_rank."""
-    rank = max(ranks)
-    alpha = placement.alpha * rank / placement.rank
-    if len(ranks) == 1:
-        return rank, alpha, ()
-    shown = ", ".join(map(str, sorted(ranks)))
-    if not widen:
-        raise ExportError(
-            f"{target} takes one LoRA rank for all modules, but the placement has ranks {shown} (rank_pattern). "
-            f"Nearest choice: rank {rank} everywhere (--widen), or placement.rank_pattern={{}}."
-        )
-    return rank, alpha, (f"rank {rank} everywhere instead of ranks {shown}.",)
-
-
-def whole_number(alpha: float, target: str) -> int:
-    """Return alpha as an integer. Raises ExportError when it is not one."""
-    if alpha != int(alpha):
-        raise ExportError(
-            f"{target} takes a whole number as alpha, but the placement has alpha {alpha:g}. Nearest choice: "
-            f"placement.alpha={max(1, round(alpha))}."
-        )
-    return int(alpha)
-
-
-def number(alpha: float) -> int | float:
-    """Return alpha as an integer where it is one, so that files show 32 and not 32.0."""
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def check_engine(engine: str | None, allowed: tuple[str, ...], target: str) -> str:
-    """Return the engine, the first of `allowed` by default. Raises ExportError for any other."""
-    if engine is None:
-        return allowed[0]
-    if engine not in allowed:
-        raise ExportError(f"--engine is '{engine}', but {target} has: {', '.join(allowed)}.")
-    return engine
-
-
-def refuse_parameters(targets: Targets, target: str) -> None:
-    """Raise ExportError if 3-D parameters are among the targets, for a framework without target_parameters."""
-    if targets.parameters:
-        raise ExportError(
-            f"{target} cannot name parameters, and {', '.join(targets.parameters)} can only be adapted as such "
-            "(target_parameters) beside experts kept as 3-D parameters. Nearest choice: leave these types out "
-            "(placement.exclude), or export to peft, trl, axolotl, ms-swift or verl."
-        )
-
-
-def refuse_other_than_linears(targets: Targets, placement: Placement, adapter: str) -> None:
-    """Raise ExportError for what is no nn.Linear; `adapter` says of what adapts linears only."""
-    # Where a family has Conv1D at all (GPT-2), its fused c_attn is one too.
-    has_conv1d = any(part.storage == "conv1d" for part in known_projections(placement))
-    unfit = {"conv1d", "expert_parameter"} | ({"fused"} if has_conv1d else set())
-    for holder in targets.holders:
-        first = holder.projections[0]
-        if first.storage in unfit:
-            kind = "conv1d" if first.storage == "fused" else first.storage
-            types = ",".join(sorted({part.type for part in holder.projections}, key=natural_key))
-            raise ExportError(
-                f"{adapter} nn.Linear only, and {holder.path} is none ({kind}). Nearest choice: leave it out "
-                f"(placement.exclude=[{types}]), or export to peft."
-            )
-
-
-def fused_count_note(
-    placement: Placement, items: Iterable[Projection], fused: Callable[[Projection], str | None], rank: int
-) -> tuple[str, ...]:
-    """Return a note when adapters on `items` at `rank` have another number of parameters than the placement.
-
-    fused: the linear beside this projection that holds it in the target framework and gets one adapter for all its
-    rows, or None where the target holds it as the Hugging Face model does.
-    """
-
-    def in_target(item: Projection) -> Projection:
-        name = fused(item)
-        if name is None:
-            return item
-        return item.model_copy(update={"storage": "fused", "stored_in": f"{item.fqn.rpartition('.')[0]}.{name}"})
-
-    count = num_trainable_parameters(map(in_target, items), lambda _: rank)
-    if count == placement.num_trainable_parameters:
-        return ()
-    return (f"{count:,} trainable parameters instead of the placement's {placement.num_trainable_parameters:,}.",)
-
-
-def shortest_names(wanted: Iterable[str], known: Iterable[str], min_parts: int = 1) -> tuple[str, ...]:
-    """Return the names that match all wanted paths and no other known one, by equality or as a dotted suffix.
-
-    The shortest suffix that does; one that would reach up to a layer's number becomes the full path.
-
-    >>> shortest_names(["m.0.mlp.up", "m.1.mlp.up"], ["m.0.mlp.up", "m.1.mlp.up", "m.0.shared.up"])
-    ('mlp.up',)
-    """
-    wanted_paths = sorted(set(wanted), key=natural_key)
-    foreign = {suffix for path in set(known) - set(wanted_paths) for suffix in _suffixes(path)}
-    names: dict[str, None] = {}
-    for path in wanted_paths:
-        names.setdefault(_shortest_name(path, foreign, min_parts))
-    return tuple(names)
-
-
-def matcher(names: Iterable[str]) -> Callable[[str], bool]:
-    """Return the predicate that PEFT applies to a list of names."""
-    wanted = set(names)
-    return lambda path: any(suffix in wanted for suffix in _suffixes(path))
-
-
-def _shortest_name(path: str, foreign: set[str], min_parts: int) -> str:
-    parts = path.split(".")
-    in_layer = (
-        next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), -1) if layer_index(path) is not None else -1
-    )
-    for length in range(min(min_parts, len(parts)), len(parts) - in_layer):
-        suffix = ".".join(parts[-length:])
-        # A bare number would match the layers themselves.
-        if suffix not in foreign and not parts[-length].isdigit():
-            return suffix
-    return path
-
-
-def _suffixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _holder(path: str, parts: tuple[Projection, ...], rank: int, has_experts: bool) -> Holder:
