@@ -86,9 +86,9 @@ def score(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
     from plop_dist.values.scores import Scores
 
     loaded = _config(config, overrides)
-    pipeline.score(loaded, pipeline.command_line())
+    run_dir = pipeline.score(loaded, pipeline.command_line())
     if _speaks():
-        terminal.print_types(Scores.from_file(loaded.run_path / "scores.json"))
+        terminal.print_types(Scores.from_file(run_dir.scores))
 
 
 @command(STEPS)
@@ -144,9 +144,10 @@ def export(
 @command(STEPS)
 def report(run_dir: given.RunDirectory) -> None:
     """Write RUN_DIR/report.html: scores, choice, exports and training on one page."""
-    from plop_dist.launch import pipeline
+    from plop_dist.report import write_report
+    from plop_dist.rundir.layout import RunDir
 
-    print(pipeline.report(run_dir))
+    print(write_report(RunDir(run_dir)))
 
 
 @command(WHOLE)
@@ -154,16 +155,15 @@ def run(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
     """Score, place, export, train (where `train.method` says so) and report."""
     from plop_dist.launch import pipeline
     from plop_dist.report import terminal
-    from plop_dist.rundir.layout import RunDir
     from plop_dist.values.placement import Placement
 
     loaded = _config(config, overrides)
-    page = pipeline.run(loaded, pipeline.command_line())
+    run_dir = pipeline.run(loaded, pipeline.command_line())
     if _speaks():
-        placement = Placement.from_file(loaded.run_path / "placement.json")
+        placement = Placement.from_file(run_dir.placement)
         terminal.print_types(placement.source, placement)
-        terminal.print_training(RunDir(loaded.run_dir))
-        print(page)
+        terminal.print_training(run_dir)
+        print(run_dir.report)
 
 
 @command(WHOLE)

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from plop_dist.config.schema import Config
-from plop_dist.errors import LayoutError
+from plop_dist.errors import LayoutError, PlopError, WorkerError
 
 _T = TypeVar("_T")
 
@@ -76,11 +76,27 @@ def barrier() -> None:
 
 
 def agree(decide: Callable[[], _T]) -> _T:
-    """Return rank 0's decision on every rank; only rank 0 decides. Collective over the world."""
+    """Return rank 0's decision on every rank; only rank 0 decides. Collective over the world.
+
+    What rank 0 raises is raised on every rank, so that nobody waits for it.
+    """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         return decide()
-    box: list[Any] = [decide() if dist.get_rank() == 0 else None]
+    box: list[Any] = [None, None]
+    cause: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            box[0] = decide()
+        except Exception as error:
+            cause = error
+            # Other ranks may not be able to unpickle what is none of ours.
+            is_ours = isinstance(error, PlopError)
+            box[1] = error if is_ours else WorkerError(f"rank 0: {type(error).__name__}: {error}")
     dist.broadcast_object_list(box, src=0)
+    if cause is not None:
+        raise cause
+    if box[1] is not None:
+        raise box[1]
     return box[0]

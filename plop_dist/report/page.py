@@ -10,25 +10,24 @@ from typing import Any
 from plop_dist.choose.diagnostics import diagnose
 from plop_dist.choose.explain import explain
 from plop_dist.choose.sweep import sweep
-from plop_dist.errors import ScoresError
 from plop_dist.registry import missing_extra
 from plop_dist.report import figures
 from plop_dist.report.redact import redact
 from plop_dist.report.terminal import interval_text, percent, short_list
-from plop_dist.rundir.layout import RunDir, is_of_placement
-from plop_dist.values.files import read_json, write_text
+from plop_dist.rundir.layout import RunDir
+from plop_dist.rundir.trained import read_trained
+from plop_dist.values.files import write_text
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Scores
 
 
-def write_report(run_dir: Path | str) -> Path:
+def write_report(run_dir: RunDir) -> Path:
     """Write report.html into a run directory and return its path.
 
     Reads scores.json (required) and samples.safetensors, placement.json, train/log.jsonl, train/summary.json,
     config.yaml and command.txt where they exist. plotly.js is part of the page; secrets are left out of it.
     Raises ScoresError when scores.json is missing or malformed, MissingExtraError without plotly or jinja2.
     """
-    directory = Path(run_dir)
     try:
         import jinja2
         from markupsafe import Markup
@@ -44,23 +43,20 @@ def write_report(run_dir: Path | str) -> Path:
     )
     environment.filters.update(interval=interval_text, percent=percent, short_list=short_list)
     template = environment.get_template("report.html.j2")
-    path = directory / "report.html"
-    write_text(path, template.render(plotly_js=Markup(get_plotlyjs()), **build_context(directory)))
-    return path
+    write_text(run_dir.report, template.render(plotly_js=Markup(get_plotlyjs()), **build_context(run_dir)))
+    return run_dir.report
 
 
-def build_context(directory: Path) -> dict[str, Any]:
+def build_context(run_dir: RunDir) -> dict[str, Any]:
     """Return everything the template shows, without secrets. Raises ScoresError as write_report does."""
-    scores = Scores.from_file(directory / "scores.json")
-    placement = None
-    if (directory / "placement.json").is_file():
-        placement = Placement.from_file(directory / "placement.json")
-        scores = placement.source
-    log, num_unreadable = _read_log(directory / "train" / "log.jsonl")
-    summary = _read_summary(directory / "train" / "summary.json")
-    is_earlier = not is_of_placement(summary, RunDir(directory))
+    placement = Placement.from_file(run_dir.placement) if run_dir.placement.is_file() else None
+    scores = placement.source if placement is not None else Scores.from_file(run_dir.scores)
+    log, num_unreadable = _read_log(run_dir.training_log)
+    trained = read_trained(run_dir)
+    is_earlier = trained is not None and not trained.is_of_placement
     if is_earlier:
-        log, summary = [], None
+        log = []
+    summary = trained.summary if trained is not None and not is_earlier else None
     policy = placement.policy if placement is not None else {}
     swept = sweep(scores, **policy)
     charts = {
@@ -71,8 +67,8 @@ def build_context(directory: Path) -> dict[str, Any]:
         "reward": figures.training_figure(log, "reward", "reward"),
         "nfn": figures.tracked_nfn_figure(log),
     }
-    config = _read_text(directory / "config.yaml")
-    command = _read_text(directory / "command.txt")
+    config = _read_text(run_dir.config)
+    command = _read_text(run_dir.command)
     return {
         "scores": redact(scores.model_dump(mode="json", by_alias=True, exclude={"modules", "left_out"})),
         "num_modules": len(scores.modules),
@@ -108,15 +104,6 @@ def _read_log(path: Path) -> tuple[list[Mapping[str, Any]], int]:
             num_unreadable += 1
     last = {(entry.get("step"), frozenset(entry)): entry for entry in entries}
     return list(last.values()), num_unreadable
-
-
-def _read_summary(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    summary = read_json(path, what="training summary", remedy="run plop-dist run again")
-    if not isinstance(summary, dict):
-        raise ScoresError(f"{path} holds a {type(summary).__name__}, expected an object; run plop-dist run again.")
-    return summary
 
 
 def _held_out(summary: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

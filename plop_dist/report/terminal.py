@@ -11,9 +11,9 @@ from plop_dist.choose.diagnostics import Diagnostic
 from plop_dist.choose.explain import Explanation
 from plop_dist.choose.sweep import Sweep
 from plop_dist.report.grid import Grid, show, show_line
-from plop_dist.rundir.layout import RunDir, is_of_placement
+from plop_dist.rundir.layout import RunDir
+from plop_dist.rundir.trained import read_trained
 from plop_dist.values.adapter_size import num_trainable_parameters
-from plop_dist.values.files import read_json
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Scores, TypeScore
 
@@ -99,15 +99,15 @@ def print_diagnostics(diagnostics: Iterable[Diagnostic], console: Console | None
             show_line(f"{finding.severity}: {finding.text}", console)
 
 
-def print_training(run: RunDir, console: Console | None = None) -> None:
+def print_training(run_dir: RunDir, console: Console | None = None) -> None:
     """Print what a training's summary.json says: steps, held-out loss before and after, adapter. Nothing if absent."""
-    path = run.train / "summary.json"
-    if not path.is_file():
+    trained = read_trained(run_dir)
+    if trained is None:
         return
-    summary = read_json(path, what="training summary", remedy="run plop-dist run again")
-    if not is_of_placement(summary, run):
-        show_line(f"Not trained: {run.train} holds the training of an earlier placement.", console)
+    if not trained.is_of_placement:
+        show_line(f"Not trained: {run_dir.train} holds the training of an earlier placement.", console)
         return
+    summary = trained.summary
     parts = [f"Trained: {summary.get('method', 'adapter')}"]
     if summary.get("num_steps") is not None:
         parts.append(f"{summary['num_steps']} steps")

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from plop_dist.errors import UserError
 from plop_dist.rundir.layout import RunDir
+from plop_dist.values.files import write_json
 
 _SECONDS_FOR_PEERS = 5.0
 
@@ -21,7 +23,7 @@ def begin_attempt(records: Path) -> int:
     """Return the number of the attempt that begins, counted from 1, or 0 if an earlier one found bad input."""
     if any(record["user"] for record in read_records(records)):
         return 0
-    for path in records.glob("error-rank-*.json"):
+    for path in _paths(records):
         path.unlink()
     records.mkdir(parents=True, exist_ok=True)
     attempt = 1 + len(list(records.glob("attempt-*")))
@@ -29,21 +31,38 @@ def begin_attempt(records: Path) -> int:
     return attempt
 
 
-def all_found_it(records: Path, world_size: int) -> bool:
+def all_found_it(records: Path, rank: int, world_size: int) -> bool:
     """Wait a moment for the other ranks' records; tell whether every rank found bad input.
 
-    If so all can end in peace. If not, the others wait in a collective, and only raising makes Ray end them.
+    If so all can end in peace. If not, the others wait in a collective, and only raising makes Ray end them. Rank 0
+    alone looks through the records, and leaves a mark for the others.
     """
+    mark = records / "all-found-it"
     deadline = time.monotonic() + _SECONDS_FOR_PEERS
     while time.monotonic() < deadline:
-        found = read_records(records)
-        if len(found) == world_size:
-            return all(record["user"] for record in found)
+        if rank != 0:
+            if mark.exists():
+                return True
+        elif len(_paths(records)) == world_size:
+            if all(record["user"] for record in read_records(records)):
+                mark.touch()
+                return True
+            return False
         time.sleep(0.1)
     return False
 
 
+def write_record(records: Path, rank: int, error: Exception) -> None:
+    """Leave what a rank has failed on. Raises RunDirError."""
+    record = {"rank": rank, "kind": type(error).__name__, "message": str(error), "user": isinstance(error, UserError)}
+    write_json(records / f"error-rank-{rank}.json", record)
+
+
 def read_records(records: Path) -> list[dict[str, Any]]:
     """Return the error records of the last attempt, the oldest, which is the cause of the others, first."""
-    paths = sorted(records.glob("error-rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    paths = sorted(_paths(records), key=lambda path: path.stat().st_mtime_ns)
     return [json.loads(path.read_text()) for path in paths]
+
+
+def _paths(records: Path) -> list[Path]:
+    return list(records.glob("error-rank-*.json"))

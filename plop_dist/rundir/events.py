@@ -148,19 +148,19 @@ def shown(events: Path) -> Iterator[None]:
 
 
 def _follow(events: Path, position: int, ended: threading.Event, display: EventDisplay) -> None:
-    rest = ""
+    rest = b""  # a line may still be in the writing, even in the middle of a letter
     is_last = False
     while not is_last:
         is_last = ended.wait(0.2)
         if not events.is_file():
             continue
-        with events.open(encoding="utf-8") as handle:
+        with events.open("rb") as handle:
             handle.seek(position)
             rest += handle.read()
             position = handle.tell()
-        *lines, rest = rest.split("\n")
+        *lines, rest = rest.split(b"\n")
         for line in lines:
-            with suppress(json.JSONDecodeError):
+            with suppress(ValueError):
                 event = json.loads(line)
                 kind = event.pop("event")
                 event.pop("time", None)

@@ -1,12 +1,16 @@
-"""The placement section of a run directory's own configuration, with overrides laid over it."""
+"""The configuration that a run directory keeps beside its results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from plop_dist.config.loading import load_config, parse_section, split_override
 from plop_dist.config.schema import Config, PlacementConfig
+from plop_dist.errors import RunDirError
 from plop_dist.rundir.layout import RunDir
+from plop_dist.rundir.stages import Stages
+from plop_dist.values.files import content_hash, write_text, write_together
 
 
 def load_stored(run_dir: RunDir) -> Config | None:
@@ -25,3 +29,26 @@ def placement_config(run_dir: RunDir, overrides: Sequence[str]) -> PlacementConf
         key, value = split_override(override)
         section[key.removeprefix("placement.")] = value
     return parse_section(PlacementConfig, section, source=str(run_dir.path))
+
+
+@contextmanager
+def kept_config(stages: Stages, command: str) -> Iterator[None]:
+    """Write the resolved configuration and the command that reproduces the run.
+
+    A block that raises before any stage is done leaves those that belong to the results that are there.
+    """
+    from omegaconf import OmegaConf
+
+    run_dir = stages.run_dir
+    files = (run_dir.config, run_dir.command)
+    before = {path: path.read_bytes() for path in files if path.is_file()}
+    results = (stages.done(), content_hash(run_dir.scores))
+    write_text(run_dir.config, OmegaConf.to_yaml(OmegaConf.create(stages.config.model_dump(mode="json"))))
+    write_text(run_dir.command, command + "\n")
+    try:
+        yield
+    except BaseException:
+        if results[0] and results == (stages.done(), content_hash(run_dir.scores)):
+            with suppress(RunDirError):  # what is being raised says more
+                write_together(before)
+        raise

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from plop_dist import ranks
 from plop_dist.config.schema import Config
-from plop_dist.rundir.layout import input_files
+from plop_dist.rundir.stages import input_files
 from plop_dist.values.files import write_bytes, write_json
 from plop_dist.values.placement import Placement
 

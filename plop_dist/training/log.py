@@ -12,8 +12,7 @@ from typing import Any
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, MissingExtraError, first_line
-from plop_dist.rundir.layout import RunDir, content_hash
-from plop_dist.values.files import write_json, write_text
+from plop_dist.values.files import write_text
 
 
 def _step_of(line: str) -> float:
@@ -62,15 +61,6 @@ class TrainingLog:
         if "loss" in entry or "reward" in entry:
             shown = ", ".join(f"{key} {entry[key]:.4f}" for key in ("loss", "reward") if key in entry)
             self._notify("training", done=step, total=self._config.train.max_steps, note=shown)
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Write train/summary.json, and tell the user its note if it has one."""
-        if self._notify is not None:
-            if "note" in summary:
-                self._notify("status", text=summary["note"])
-            placement = content_hash(RunDir(self._config.run_dir).placement)
-            about = {"method": self._config.train.method, "placement": placement}
-            write_json(self._directory / "summary.json", {**about, **summary})
 
     def _take_over_from(self, step: int) -> None:
         """Take out what an earlier run wrote of this step, now trained (again), of later ones, and of its end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -83,6 +84,11 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise ScoresError(f"{path} is nested too deeply to be {what}; {remedy}.") from None
     except (OSError, ValueError) as error:  # not UTF-8, or a path with a null byte
         raise ScoresError(f"{path} cannot be read: {error}; {remedy}.") from error
+
+
+def content_hash(path: Path) -> str | None:
+    """Return a short hash of a file's content, None if it is absent."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def array_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

@@ -63,15 +63,16 @@ class Case:
 def make_case(directory: Path) -> Case:
     """Write model and rows, and score them in this process."""
     from plop_dist.config.loading import parse_config
-    from plop_dist.rundir.layout import RunDir
+    from plop_dist.rundir.stages import Stages
 
     save_tiny("llama", directory / "model")
     rows = [{"question": f"add {a} and {a * 7 % 23}", "answer": f"is {a + a * 7 % 23}"} for a in range(200)]
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one_rank = {"backend": "transformers", "dp": 1, "zero_stage": 0}
     config = parse_config(Case(directory, None).tree("one", parallel=one_rank, data={"batch_size": 16}))  # type: ignore[arg-type]
-    RunDir(config.run_dir).prepare()
-    run_rank(config, ["score"], lambda kind, **fields: None)
+    stages = Stages(config)
+    stages.run_dir.prepare()
+    run_rank(stages, ["score"], lambda kind, **fields: None)
     return Case(directory, Scores.from_file(directory / "one" / "scores.json"))
 
 

@@ -16,8 +16,9 @@ import pytest
 
 from plop_dist.config.loading import parse_config
 from plop_dist.errors import ConfigError, DataError, LayoutError, WorkerError
-from plop_dist.launch import cluster
+from plop_dist.launch import cluster, workers
 from plop_dist.rundir.attempts import begin_attempt
+from plop_dist.rundir.stages import Stages
 from tests.launch.cluster_case import BIN, ROOT, Case, environment, events, make_case, processes_with, run, session
 from tests.launch.ray_head import Head, kill_rank_1_in_the_middle, ray_head, wait_for
 
@@ -128,7 +129,7 @@ def test_an_interrupted_run_says_so_leaves_no_process_and_goes_on(case: Case) ->
 def test_more_ranks_than_this_machine_takes_are_refused_before_ray_starts(case: Case) -> None:
     config = parse_config(case.tree("many", parallel={"dp": 10**6}))
     with pytest.raises(LayoutError, match=r"make 1000000 ranks, but without cluster\.address .* lower them"):
-        cluster.run_workers(config, ["score"])
+        workers.run_workers(Stages(config), ["score"])
 
 
 def assert_nothing_left(mark: str) -> None:
@@ -140,23 +141,23 @@ def assert_nothing_left(mark: str) -> None:
 
 def test_the_oldest_record_of_the_last_attempt_is_the_cause(tmp_path: Path) -> None:
     assert begin_attempt(tmp_path) == 1
-    assert cluster._cause(tmp_path, {}) is None
+    assert workers._cause(tmp_path, {}) is None
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
     _record(tmp_path, 1, "WorkerError", "rank 1: scoring step 3 failed", age_s=2)
-    found = cluster._cause(tmp_path, {})
+    found = workers._cause(tmp_path, {})
     assert type(found) is WorkerError
     assert str(found) == "rank 1: scoring step 3 failed"
 
     assert begin_attempt(tmp_path) == 2, "an error that is not the user's is worth another attempt"
-    assert cluster._cause(tmp_path, {}) is None, "records of the first attempt were kept"
+    assert workers._cause(tmp_path, {}) is None, "records of the first attempt were kept"
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
-    assert str(cluster._cause(tmp_path, {})) == "rank 0: Connection closed by peer"
+    assert str(workers._cause(tmp_path, {})) == "rank 0: Connection closed by peer"
 
 
 def test_bad_input_is_raised_as_its_own_class_and_stops_further_attempts(tmp_path: Path) -> None:
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
     _record(tmp_path, 1, "DataError", "row 3 has no field 'text'", user=True, age_s=2)
-    found = cluster._cause(tmp_path, {0: RuntimeError("collateral")})
+    found = workers._cause(tmp_path, {0: RuntimeError("collateral")})
     assert type(found) is DataError
     assert begin_attempt(tmp_path) == 0
 
@@ -165,7 +166,7 @@ def test_a_dead_process_is_named_before_what_its_peers_saw(tmp_path: Path) -> No
     from ray.exceptions import RayActorError
 
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
-    found = cluster._cause(tmp_path, {0: RuntimeError("Connection closed by peer"), 1: RayActorError()})
+    found = workers._cause(tmp_path, {0: RuntimeError("Connection closed by peer"), 1: RayActorError()})
     assert type(found) is WorkerError
     assert str(found).startswith("rank 1: its process died")
 
@@ -199,11 +200,13 @@ def test_workers_get_threads_by_cores_and_this_process_caches(monkeypatch: pytes
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PLOP_DIST_CACHE", "/somewhere")
     tree = {"model": {"name_or_path": "m"}, "data": {"path": "d"}, "cluster": {"cpus_per_worker": 3}}
-    variables = cluster._environment(parse_config(tree))
+    variables = cluster.worker_environment(parse_config(tree))
     assert variables["OMP_NUM_THREADS"] == "3"
     assert variables["TORCH_EXTENSIONS_DIR"] == "/somewhere/torch_extensions"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert cluster._environment(parse_config(tree))["OMP_NUM_THREADS"] == "1", "the user's own choice was overruled"
+    assert cluster.worker_environment(parse_config(tree))["OMP_NUM_THREADS"] == "1", (
+        "the user's own choice was overruled"
+    )
 
 
 def _record(directory: Path, rank: int, kind: str, message: str, *, age_s: float, user: bool = False) -> None:

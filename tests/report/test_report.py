@@ -15,7 +15,8 @@ from plop_dist.errors import MissingExtraError, ScoresError
 from plop_dist.report import write_report
 from plop_dist.report.redact import redact
 from plop_dist.report.terminal import print_training
-from plop_dist.rundir.layout import RunDir, content_hash
+from plop_dist.rundir.layout import RunDir
+from plop_dist.values.files import content_hash
 from plop_dist.values.scores import Scores
 from tests.choose.cases import make_scores
 
@@ -77,7 +78,7 @@ def make_run(directory: Path, name: str = "made/by-hand", placed: bool = True) -
 
 
 def test_page_shows_the_run_and_fetches_nothing(tmp_path: Path) -> None:
-    path = write_report(make_run(tmp_path))
+    path = write_report(RunDir(make_run(tmp_path)))
     assert path == tmp_path / "report.html"
     page = Page(path.read_text())
     assert page.fetched == []
@@ -97,7 +98,7 @@ def test_page_shows_the_run_and_fetches_nothing(tmp_path: Path) -> None:
 
 
 def test_names_are_inert_and_secrets_absent(tmp_path: Path) -> None:
-    page = Page(write_report(make_run(tmp_path, name=ATTACK)).read_text())
+    page = Page(write_report(RunDir(make_run(tmp_path, name=ATTACK))).read_text())
     assert ATTACK in page.text
     assert page.tags.count("script") == 3
     assert "img" not in page.tags
@@ -108,29 +109,29 @@ def test_names_are_inert_and_secrets_absent(tmp_path: Path) -> None:
 
 def test_a_training_of_an_earlier_placement_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(make_run(tmp_path))
-    path = run.train / "summary.json"
+    path = run.training_summary
     path.write_text(json.dumps({**json.loads(path.read_text()), "placement": content_hash(run.placement)}))
     print_training(run)
     assert "held-out loss 2.0000 -> 1.4000" in capsys.readouterr().out
-    assert "held-out loss" in write_report(tmp_path).read_text()
+    assert "held-out loss" in write_report(RunDir(tmp_path)).read_text()
     plop_dist.place(Scores.from_file(run.scores), k=1).to_file(run.placement)
     print_training(run)
     assert "holds the training of an earlier placement" in capsys.readouterr().out
-    page = write_report(tmp_path).read_text()
+    page = write_report(RunDir(tmp_path)).read_text()
     assert "Not shown: train/ holds the training of an earlier placement" in page
     assert "held-out loss" not in page
 
 
 def test_scores_alone_make_a_page(tmp_path: Path) -> None:
     make_scores(with_samples=False).to_file(tmp_path / "scores.json")
-    page = Page(write_report(tmp_path).read_text())
+    page = Page(write_report(RunDir(tmp_path)).read_text())
     assert "nothing is chosen yet" in page.text
     assert "chart-samples" not in page.ids
 
 
 def test_missing_scores_and_missing_package_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ScoresError, match=r"scores\.json does not exist"):
-        write_report(tmp_path)
+        write_report(RunDir(tmp_path))
     real = builtins.__import__
 
     def without_plotly(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +141,7 @@ def test_missing_scores_and_missing_package_are_named(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(builtins, "__import__", without_plotly)
     with pytest.raises(MissingExtraError, match=r"pip install 'plop-dist\[report\]'"):
-        write_report(tmp_path)
+        write_report(RunDir(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from plop_dist.config.loading import load_config
-from plop_dist.launch.rank import reason_to_run, run_rank
-from plop_dist.rundir.layout import RunDir
+from plop_dist.launch.rank import run_rank
+from plop_dist.rundir.stages import Stages
 from plop_dist.training.checkpoint import Checkpoints, fingerprint
 from plop_dist.values.scores import Scores
 from tests.cli.cases import assert_one_message, events, modules_of, plop_dist, results, write_case
@@ -44,10 +44,10 @@ def run_until(config: Path, step: int) -> None:
         if kind == "scoring" and fields["step"] == step:
             raise KeyboardInterrupt
 
-    loaded = load_config(config)
-    RunDir(loaded.run_dir).prepare()
+    stages = Stages(load_config(config))
+    stages.run_dir.prepare()
     with pytest.raises(KeyboardInterrupt):
-        run_rank(loaded, ["score"], notify)
+        run_rank(stages, ["score"], notify)
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])
@@ -181,10 +181,10 @@ def test_an_edited_data_file_and_a_deleted_result_rerun(model: Path, tmp_path: P
 
 @pytest.mark.parametrize("content", ["{", '{"score": 3}', '{"score": {"inputs": [1], "outputs": 3}}'])
 def test_damaged_notes_of_finished_stages_count_for_nothing(model: Path, tmp_path: Path, content: str) -> None:
-    config = load_config(write_case(tmp_path, model))
-    RunDir(config.run_dir).prepare()
-    (config.run_path / "stages.json").write_text(content)
-    assert reason_to_run(config, "score") == "it has not run yet"
+    stages = Stages(load_config(write_case(tmp_path, model)))
+    stages.run_dir.prepare()
+    stages.run_dir.stages.write_text(content)
+    assert stages.reason_to_run("score") == "it has not run yet"
 
 
 def test_training_does_not_go_on_from_a_checkpoint_of_other_weights(model: Path, tmp_path: Path) -> None:

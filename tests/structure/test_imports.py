@@ -18,7 +18,7 @@ ROOT = Path(plop_dist.__file__).parent
 
 # Where a framework may be imported: files, or folders with a closing slash.
 HOMES = {
-    "ray": ("launch/cluster.py", "launch/jobs.py"),
+    "ray": ("launch/",),
     "deepspeed": ("backends/", "training/", "exporters/deepspeed.py"),
     "megatron": (
         "backends/megatron/",

@@ -17,6 +17,7 @@ from plop_dist.data.builtin import arithmetic_rows
 from plop_dist.data.rows import load_rows
 from plop_dist.errors import ConfigError, DataError, MissingExtraError
 from plop_dist.launch.rank import run_rank
+from plop_dist.rundir.stages import Stages
 from plop_dist.training import grpo, rewards
 from plop_dist.values.placement import Placement
 from tests.models import save_tiny, tiny, tiny_tokenizer
@@ -285,7 +286,7 @@ def test_the_stage_ends_well_and_says_that_nothing_was_trained(tmp_path: Path) -
     save_tiny("llama", tmp_path / "model")
     config = make_config(tmp_path, train={"engine": "verl", "rewards": ["builtin:number"]})
     told: list[str] = []
-    run_rank(config, ["score", "place", "train"], lambda kind, **fields: told.append(fields.get("text", "")))
+    run_rank(Stages(config), ["score", "place", "train"], lambda kind, **fields: told.append(fields.get("text", "")))
     summary = json.loads((tmp_path / "run" / "train" / "summary.json").read_text())
     assert summary["method"] == "grpo"
     assert "nothing was trained" in summary["note"]

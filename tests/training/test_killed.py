@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from plop_dist.config.loading import load_config
 from plop_dist.launch import pipeline
+from plop_dist.rundir.stages import Stages
 from tests.launch.cluster_case import BIN, Case, environment, events, make_case, session
 from tests.launch.ray_head import Head, kill_rank_1_in_the_middle, ray_head
 from tests.spawn import run_ranks
@@ -51,7 +52,7 @@ def head() -> Iterator[Head]:
 
 
 def _train(rank: int, config: str) -> None:
-    pipeline.launch(load_config(config), ["score", "place", "train"], "plop-dist run")
+    pipeline.launch(Stages(load_config(config)), ["score", "place", "train"], "plop-dist run")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, ExportError, RunDirError
 from plop_dist.launch.rank import run_rank
+from plop_dist.rundir.stages import Stages
 from plop_dist.training import sft
 from plop_dist.training.data import TrainingData, collate
 from plop_dist.training.loop import learning_rate_at
@@ -68,7 +69,7 @@ def make_config(
 
 def run_stages(config: Config, stages: tuple[str, ...] = ("score", "place", "train")) -> dict[str, Any]:
     """Run the stages on this rank and return the training's log by kind, and its summary."""
-    run_rank(config, stages, lambda kind, **fields: None)
+    run_rank(Stages(config), stages, lambda kind, **fields: None)
     ranks.barrier()
     directory = config.run_path / "train"
     entries = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
@@ -116,7 +117,7 @@ def score_of_merged(config: Config, adapter: Path) -> dict[str, float]:
     tree = config.model_dump(mode="json")
     tree |= {"run_dir": str(directory / "run"), "parallel": {}}
     tree["model"]["name_or_path"] = str(directory)
-    run_rank(parse_config(tree), ["score"], lambda kind, **fields: None)
+    run_rank(Stages(parse_config(tree)), ["score"], lambda kind, **fields: None)
     return {entry.type: entry.nfn for entry in Scores.from_file(directory / "run" / "scores.json").types}
 
 

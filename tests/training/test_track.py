@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.launch.rank import run_rank
+from plop_dist.rundir.stages import Stages
 from plop_dist.training import sft
 from plop_dist.values.placement import Placement
 from tests.models import save_tiny
@@ -70,7 +71,7 @@ def test_tracked_nfn_is_that_of_one_process_and_disturbs_nothing(tmp_path: Path,
     save_tiny(FAMILY, tmp_path / "model")
     rows = [json.dumps({"text": f"{i} and {7 * i} make {8 * i}" * (1 + i % 3)}) for i in range(19)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    run_rank(make_config(tmp_path, "one", True), ["score", "place"], lambda kind, **fields: None)
+    run_rank(Stages(make_config(tmp_path, "one", True)), ["score", "place"], lambda kind, **fields: None)
     expected = {entry["step"]: entry["nfn"] for entry in _trained(tmp_path, "one", True) if "nfn" in entry}
     assert sorted(expected) == [0, 2, 4]
     moved = {name for name, value in expected[4].items() if abs(value / expected[0][name] - 1) > 1e-2}

@@ -18,7 +18,7 @@ from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config, ModelConfig
 from plop_dist.errors import ModelError
 from plop_dist.launch.rank import run_rank
-from plop_dist.rundir.layout import stage_inputs
+from plop_dist.rundir.stages import Stages
 from tests.models import random_tokens, save_tiny, tiny
 from tests.spawn import run_ranks
 
@@ -259,7 +259,7 @@ def _config(root: Path, run: str, layout: str, checkpoint: str | None) -> Config
 
 def _run(config: Config, rank: int, stages: tuple[str, ...]) -> dict[str, Any]:
     """Return the scores, and the losses where it trains."""
-    run_rank(config, stages, lambda kind, **fields: None)
+    run_rank(Stages(config), stages, lambda kind, **fields: None)
     ranks.barrier()
     scores = json.loads((config.run_path / "scores.json").read_text())
     log = config.run_path / "train" / "log.jsonl"
@@ -312,10 +312,10 @@ def test_a_changed_checkpoint_makes_scoring_run_again(root: Path, tmp_path: Path
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"checkpoint": str(tmp_path / "zero2")})}
     )
-    before = stage_inputs("score", config)
-    assert stage_inputs("score", config) == before
+    before = Stages(config).inputs("score")
+    assert Stages(config).inputs("score") == before
     (tmp_path / "zero2" / "global_step2" / "mp_rank_00_model_states.pt").touch()
-    assert stage_inputs("score", config)["files"] != before["files"]
+    assert Stages(config).inputs("score")["files"] != before["files"]
 
 
 class _Evil:

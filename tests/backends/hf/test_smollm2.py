@@ -49,7 +49,7 @@ def test_a_run_trains_exactly_the_chosen_modules_and_reports(tmp_path: Path) -> 
     config = config_for(tmp_path, template="{question}\n{answer}")
     train = {"method": "sft", "max_steps": 4, "learning_rate": 2e-3, "micro_batch_size": 2, "max_length": 64}
     config = parse_config({**config.model_dump(), "train": {**train, "eval_samples": 4}})
-    report = pipeline.run(config, "plop-dist run test.yaml")
+    report = pipeline.run(config, "plop-dist run test.yaml").report
     assert report.stat().st_size > 100_000
     summary = json.loads((tmp_path / "train" / "summary.json").read_text())
     assert summary["held_out_after"] < summary["held_out_before"]

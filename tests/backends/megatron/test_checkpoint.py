@@ -19,6 +19,7 @@ from plop_dist.config.loading import parse_config
 from plop_dist.errors import ModelError
 from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.layout import RunDir
+from plop_dist.rundir.stages import Stages
 from plop_dist.values.scores import Scores
 from tests.backends.megatron.models import config, fresh
 from tests.models import save_tiny
@@ -59,7 +60,7 @@ def _configured(root: Path, run: str, model: str, *, checkpoint: bool = False, *
 def _run(configured: Any, *stages: str) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         RunDir(configured.run_dir).prepare()
-    run_rank(configured, stages, lambda kind, **fields: None)
+    run_rank(Stages(configured), stages, lambda kind, **fields: None)
 
 
 class _Trap:
