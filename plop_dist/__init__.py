@@ -1,6 +1,15 @@
 """Exact Normalized Feature Norms of sharded models, and LoRA placement from them (PLoP, arXiv 2506.20629).
 
-Importing this package imports no framework: not torch, Ray, DeepSpeed, Megatron or PEFT.
+Inside a job that already runs, whatever shards its model:
+
+    import plop_dist
+
+    scores = plop_dist.score(model, batches)              # collective: every rank calls it
+    placement = plop_dist.place(scores, k=3)              # the three types with the lowest NFN
+    peft_config = placement.to_peft(r=16, lora_alpha=32)  # likewise to_megatron(), to_deepspeed()
+
+Without a job there is the command line, `plop-dist --help`. Importing this package imports no framework: not torch,
+Ray, DeepSpeed, Megatron or PEFT.
 """
 
 from __future__ import annotations

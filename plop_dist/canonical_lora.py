@@ -1,7 +1,7 @@
 """Megatron-Bridge's CanonicalLoRA for a part of q, k, v or of gate, up: an adapter that is not there counts as zero.
 
-Importing this module is enough: it mends Bridge's own class too, so a framework that builds that class by itself (verl
-through `actor_rollout_ref.model.external_lib=plop_dist.canonical_lora`) needs nothing else. In Megatron-Bridge 0.6.2 a
+Importing this module is enough: it mends Bridge's own class too, so a framework that builds that class by itself (verl,
+where `actor_rollout_ref.model.external_lib` names this module) needs nothing else. In Megatron-Bridge 0.6.2 a
 partial choice fails in forward, in the distributed checkpoint and in the export of merged weights, and the gate and up
 adapters' checkpoints do not load at another tensor-parallel size.
 """

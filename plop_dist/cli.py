@@ -182,6 +182,27 @@ def submit(
 
 
 @command(LOOK_UP)
+def targets(run_dir: given.OptionalRunDirectory = None, to: given.AnyTarget = None) -> None:
+    """List the frameworks that `export` writes for: what each can and cannot express."""
+    from plop_dist.registry import EXPORTERS, names
+    from plop_dist.report.catalogue import print_targets
+    from plop_dist.rundir.layout import RunDir
+    from plop_dist.values.placement import Placement
+
+    placement = Placement.from_file(RunDir(run_dir).placement) if run_dir is not None else None
+    print_targets(names(EXPORTERS) if to is None else (to,), placement)
+
+
+@command(LOOK_UP)
+def backends(name: given.BackendName = None) -> None:
+    """List the frameworks that shard models (`parallel.backend`): the layouts of each, and what it cannot do."""
+    from plop_dist.registry import BACKENDS, names
+    from plop_dist.report.catalogue import print_backends
+
+    print_backends(names(BACKENDS) if name is None else (name,))
+
+
+@command(LOOK_UP)
 def diff(run_dir: given.RunDirectory, adapter_config: given.AdapterConfig) -> None:
     """Compare the placement with adapters that you have already."""
     from plop_dist.exporters.diff import diff as compare

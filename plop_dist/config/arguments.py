@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from plop_dist.registry import EXPORTERS, names
+from plop_dist.registry import BACKENDS, EXPORTERS, names
 
 
 def complete_run_dir(incomplete: str) -> list[str]:
@@ -21,6 +21,11 @@ def complete_run_dir(incomplete: str) -> list[str]:
 def complete_target(incomplete: str) -> list[str]:
     """Return the export targets that begin so."""
     return [name for name in names(EXPORTERS) if name.startswith(incomplete)]
+
+
+def complete_backend(incomplete: str) -> list[str]:
+    """Return the backends that begin so."""
+    return [name for name in names(BACKENDS) if name.startswith(incomplete)]
 
 
 def complete_override(incomplete: str) -> Iterable[tuple[str, str]]:
@@ -64,6 +69,15 @@ RunDirectory = Annotated[
         autocompletion=complete_run_dir,
     ),
 ]
+OptionalRunDirectory = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="RUN_DIR", help="Directory with a placement to be expressed.", autocompletion=complete_run_dir
+    ),
+]
+BackendName = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="Only this one.", autocompletion=complete_backend)
+]
 AdapterConfig = Annotated[Path, typer.Argument(metavar="ADAPTER_CONFIG", help="An adapter_config.json of PEFT's.")]
 
 ModelName = Annotated[str | None, typer.Option("--model", help="Hugging Face id or directory of the model.")]
@@ -83,8 +97,9 @@ Explain = Annotated[bool, typer.Option("--explain", help="Also say why each type
 Sweep = Annotated[bool, typer.Option("--sweep", help="Also show the choice for every k, and for fewer samples.")]
 Target = Annotated[
     str,
-    typer.Option("--to", help="Framework to write for, e.g. `peft`, `trl`, `verl`.", autocompletion=complete_target),
+    typer.Option("--to", help="Framework to write for, one of `plop-dist targets`.", autocompletion=complete_target),
 ]
+AnyTarget = Annotated[str | None, typer.Option("--to", help="Only this one.", autocompletion=complete_target)]
 Engine = Annotated[
     str | None, typer.Option("--engine", help="Engine of the framework, where it has several: `fsdp`, `megatron`, ...")
 ]

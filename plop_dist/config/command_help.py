@@ -105,6 +105,23 @@ Example:
 
     plop-dist submit config.yaml --address http://head-node:8265
 """,
+    "targets": """\
+With RUN_DIR also what each can express of the placement there: exactly, with `export --widen`, or not, and why.
+
+Examples:
+
+    plop-dist targets
+    plop-dist targets runs/gsm8k
+    plop-dist targets runs/gsm8k --to verl
+""",
+    "backends": """\
+The keys of a layout are those of the configuration's `parallel` section.
+
+Examples:
+
+    plop-dist backends
+    plop-dist backends megatron
+""",
     "diff": """\
 Says which modules both adapt, and which only one of them.
 

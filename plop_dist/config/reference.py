@@ -72,7 +72,7 @@ def markdown() -> str:
             row = " | ".join(cell.replace("|", r"\|") for cell in cells)
             lines.append(f"| {row} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def completions(incomplete: str, only: str = "") -> Iterator[tuple[str, str]]:

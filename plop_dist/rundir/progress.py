@@ -1,6 +1,6 @@
 """What scoring has done so far on disk, so that a restarted job goes on from the last completed micro-batch.
 
-Each rank keeps its own sums of every step in RUN_DIR/progress/<fingerprint>/; a step counts as done when every rank
+Each rank keeps its own sums of every step in RUN_DIR/progress/FINGERPRINT/; a step counts as done when every rank
 has it. The fingerprint covers whatever the sums depend on, so that sums of another model, data or layout never mix.
 """
 

@@ -22,8 +22,8 @@ _FUSED = "experts.gate_up_proj"
 def fuse_experts(tensors: Mapping[str, Tensor], peft_config: Any, whole: nn.Module) -> dict[str, Tensor]:
     """Return the adapter's tensors as PEFT names and shapes them; peft_config gets the rank of gate and up together.
 
-    tensors: lora_A (R, I) and lora_B (O, R) under base_model.model.<path>.<expert>.<name>_proj. whole: the Hugging Face
-    model on the meta device; PEFT's layers are put into it.
+    tensors: lora_A (R, I) and lora_B (O, R) under `base_model.model.<path>.<expert>.<name>_proj`. whole: the Hugging
+    Face model on the meta device; PEFT's layers are put into it.
     """
     from peft import get_peft_model
 
