@@ -8,9 +8,12 @@ shared MLP and their scores rest on other tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
-_EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
+# Nine digits at most: paths also come from files, and int() refuses thousands of them.
+_EXPERT = re.compile(r"(?:^|\.)experts\.(\d{1,9})\.")
+_NUMBER = re.compile(r"\d{1,9}")
 _WRAPPER = re.compile(r"(?:^|\.)(?:_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
 
 
@@ -50,7 +53,7 @@ def layer_index(fqn: str) -> int | None:
     True
     """
     for part in fqn.split(".")[:-1]:
-        if part.isdigit():
+        if _NUMBER.fullmatch(part):
             return int(part)
     return None
 
@@ -76,13 +79,72 @@ def path_matches(fqn: str, pattern: str) -> bool:
     >>> path_matches("model.layers.10.mlp.up_proj", "*.layers.1.*")
     False
     """
-    regex = "".join(".*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", pattern))
-    return re.fullmatch(rf"(?:.*\.)?{regex}", fqn) is not None
+    return _compiled(pattern).fullmatch(fqn) is not None
 
 
-def natural_key(fqn: str) -> tuple[tuple[int, int, str], ...]:
-    """Return a sort key that puts layer 2 before layer 10; total and the same on every machine."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in fqn.split("."))
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    # What lies between two stars is taken where it first comes, and never looked for again (atomic groups): with plain
+    # `.*` a pattern of many stars would try every way to share a path out between them.
+    whole, *rest = (re.escape(part) for part in re.split(r"\*+", pattern))
+    if rest:
+        whole += "".join(f"(?>.*?{part})" for part in rest[:-1]) + f".*{rest[-1]}"
+    return re.compile(rf"(?:.*\.)?{whole}")
+
+
+class NameList:
+    """Entries that name projections by type, path, dotted suffix or pattern (`*`), looked up in one go.
+
+    What a projection costs depends on how deep its path is and on how many entries hold a `*`, not on all entries.
+    """
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self.entries = tuple(entries)
+        self._position: dict[str, int] = {}
+        for position, entry in enumerate(self.entries):
+            self._position.setdefault(entry, position)
+        self._patterns = [(entry, position) for entry, position in self._position.items() if "*" in entry]
+
+    def first(self, type_: str, fqn: str) -> str | None:
+        """Return the first entry that names a projection, or None.
+
+        >>> NameList(["q_proj", "mlp.*"]).first("up_proj", "layers.0.mlp.up_proj")
+        'mlp.*'
+        """
+        found = self.positions(type_, fqn)
+        return self.entries[min(found)] if found else None
+
+    def positions(self, type_: str, fqn: str) -> list[int]:
+        """Return the positions of all entries that name a projection; of equal ones the first."""
+        if not self._position:
+            return []
+        known = self._position
+        found = [known[name] for name in {type_, *_suffixes(fqn)} if name in known]
+        return found + [position for entry, position in self._patterns if path_matches(fqn, entry)]
+
+
+def _suffixes(fqn: str) -> Iterator[str]:
+    yield fqn
+    while "." in fqn:
+        fqn = fqn.partition(".")[2]
+        yield fqn
+
+
+def natural_key(fqn: str) -> str:
+    """Return a sort key that puts layer 2 before layer 10, and numbers before names; the same on every machine.
+
+    >>> sorted(["h.10.a", "h.2.a", "h.b", "h"], key=natural_key)
+    ['h', 'h.2.a', 'h.10.a', 'h.b']
+    """
+    return "\0".join(map(_component_key, fqn.split(".")))
+
+
+@lru_cache(maxsize=1 << 14)
+def _component_key(part: str) -> str:
+    if not (part.isascii() and part.isdigit()):
+        return f"1{part}"
+    digits = part.lstrip("0")
+    return f"0{len(digits):04d}{digits}"
 
 
 def common_prefix(fqns: Iterable[str]) -> str:
