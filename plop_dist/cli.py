@@ -99,10 +99,11 @@ def place(
     sweep: given.Sweep = False,
 ) -> None:
     """Choose the modules that get adapters, from the scores; writes RUN_DIR/placement.json."""
+    from plop_dist.choose.decision import decide
     from plop_dist.choose.diagnostics import diagnose
     from plop_dist.choose.explain import explain as build_explanation
-    from plop_dist.choose.place import place as choose
-    from plop_dist.choose.sweep import sweep as build_sweep
+    from plop_dist.choose.place import placement_of
+    from plop_dist.choose.sweep import sweep_of
     from plop_dist.report import terminal
     from plop_dist.rundir.layout import RunDir
     from plop_dist.rundir.stored_config import placement_config
@@ -110,15 +111,15 @@ def place(
 
     paths = RunDir(run_dir)
     scores = Scores.from_file(paths.scores)
-    policy = placement_config(paths, overrides or [])
-    placement = choose(scores, policy)
+    decision = decide(scores, placement_config(paths, overrides or []))
+    placement = placement_of(decision)
     placement.to_file(paths.placement)
     terminal.print_types(scores, placement)
     if explain:
-        terminal.print_explanation(build_explanation(scores, placement))
+        terminal.print_explanation(build_explanation(scores, placement, decision))
     if sweep:
-        terminal.print_sweep(build_sweep(scores, policy))
-    terminal.print_diagnostics(diagnose(scores, placement))
+        terminal.print_sweep(sweep_of(decision))
+    terminal.print_diagnostics(diagnose(scores, placement, decision))
     print(paths.placement)
 
 

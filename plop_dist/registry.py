@@ -79,6 +79,21 @@ TRAINING_ENGINES = Kind(
     },
 )
 
+# In the order in which they are listed, and compared with a placement by --explain.
+POLICIES = Kind(
+    "policy",
+    "plop_dist.policies",
+    {
+        "lowest_k": "plop_dist.choose.policies.lowest_highest:LOWEST_K",
+        "highest_k": "plop_dist.choose.policies.lowest_highest:HIGHEST_K",
+        "attention": "plop_dist.choose.policies.blocks:ATTENTION",
+        "mlp": "plop_dist.choose.policies.blocks:MLP",
+        "all": "plop_dist.choose.policies.blocks:ALL",
+        "threshold": "plop_dist.choose.policies.threshold:THRESHOLD",
+        "budget": "plop_dist.choose.policies.budget:BUDGET",
+    },
+)
+
 TRAINERS = Kind(
     "train.method",
     None,

@@ -1,19 +1,19 @@
 """How sure the scores are: calibration samples drawn again with replacement, exactly, from the per-sample sums."""
 
-# M modules, S samples, B resamples, b resamples of one block, G groups (types or other units)
+# M modules, S samples, B resamples, b resamples of one block, G groups (types or other units), D distinct rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from plop_dist.values.scores import ModuleScore, SampleTotals
+from plop_dist.values.sample_totals import SampleTotals
+from plop_dist.values.scores import ModuleScore
 
 NUM_RESAMPLES = 1000
 _BLOCK_VALUES = 4_000_000  # float64 values per (b, M) block: 32 MB, whatever the model's size
-
-PolicyFunction = Callable[[np.ndarray], np.ndarray]
+_CHUNK_VALUES = 1 << 17  # of a block, worked on at once: 1 MB stays in a core's cache
 
 
 def draw_counts(num_samples: int, num_resamples: int, seed: int, sample_size: int | None = None) -> np.ndarray:
@@ -30,21 +30,57 @@ def resampled_nfn(modules: Sequence[ModuleScore], samples: SampleTotals, counts_
     has no token in a resample. Raises ScoresError if `samples` lacks a module.
     """
     rows = samples.select(module.fqn for module in modules)
-    gain_MS = rows.gain_total
-    tokens_MS = rows.num_tokens.astype(np.float64)
     baseline_M = np.array([module.baseline for module in modules])
-    # Dense modules all see the same tokens: one row of counts then serves them all.
-    if (tokens_MS == tokens_MS[:1]).all():
-        tokens_MS = tokens_MS[:1]
+    tokens_DS, row_M = _distinct_rows(rows.num_tokens)
     block = max(1, _BLOCK_VALUES // len(modules))
     for start in range(0, len(counts_BS), block):
         counts_bS = counts_BS[start : start + block]
-        gain_bM = counts_bS @ gain_MS.T
-        tokens_bM = counts_bS @ tokens_MS.T
-        with np.errstate(invalid="ignore", divide="ignore"):
-            nfn_bM = gain_bM / tokens_bM / baseline_M
-        nfn_bM[np.broadcast_to(tokens_bM == 0, nfn_bM.shape)] = np.nan
+        nfn_bM = counts_bS @ rows.gain_total.T
+        _divide(nfn_bM, counts_bS @ tokens_DS.T, row_M, baseline_M)
         yield nfn_bM
+
+
+def _divide(gain_bM: np.ndarray, tokens_bD: np.ndarray, row_M: np.ndarray, baseline_M: np.ndarray) -> None:
+    """Divide sums of gains by their numbers of tokens and by the baselines, in place; NaN where there is no token."""
+    has_gaps = bool((tokens_bD == 0).any())
+    for columns in _chunks(gain_bM):
+        part = gain_bM[:, columns]
+        tokens = tokens_bD[:, row_M[columns]] if tokens_bD.shape[1] > 1 else tokens_bD
+        with np.errstate(invalid="ignore", divide="ignore"):
+            part /= tokens
+            part /= baseline_M[columns]
+        if has_gaps:
+            part[np.broadcast_to(tokens == 0, part.shape)] = np.nan
+
+
+def _chunks(block_bM: np.ndarray) -> Iterator[slice]:
+    width = max(1, _CHUNK_VALUES // len(block_bM))
+    return (slice(start, start + width) for start in range(0, block_bM.shape[1], width))
+
+
+def _distinct_rows(tokens_MS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct rows, (D, S) float64, and which of them each module has: (M,).
+
+    Dense modules all see the same tokens, and so do the projections of one expert: what is the same for several
+    modules is added up once.
+    """
+    tokens = tokens_MS.astype(np.float64)
+    key_M = tokens @ np.random.default_rng(0).random(tokens.shape[1])
+    _, first_D, row_M = np.unique(key_M, return_index=True, return_inverse=True)
+    num_rows = max(1, _CHUNK_VALUES // tokens.shape[1])
+    for start in range(0, len(tokens), num_rows):
+        rows = slice(start, start + num_rows)
+        if not np.array_equal(tokens[first_D[row_M[rows]]], tokens[rows]):  # two rows with one key
+            return tokens, np.arange(len(tokens))
+    return tokens[first_D], row_M
+
+
+def round_scores(values_bU: np.ndarray) -> np.ndarray:
+    """Round in place to 12 decimals, so that equal scores tie whatever the order of their summation; return it."""
+    for columns in _chunks(values_bU):
+        part = values_bU[:, columns]
+        np.round(part, 12, out=part)
+    return values_bU
 
 
 def group_means(nfn_bM: np.ndarray, group_M: np.ndarray, num_groups: int) -> np.ndarray:
@@ -55,29 +91,16 @@ def group_means(nfn_bM: np.ndarray, group_M: np.ndarray, num_groups: int) -> np.
     order = np.argsort(group_M, kind="stable")
     order = order[group_M[order] >= 0]
     values = nfn_bM[:, order]
-    present = ~np.isnan(values)
+    if len(order) == num_groups:  # each group is one module
+        return values
     starts = np.searchsorted(group_M[order], np.arange(num_groups))
-    totals = np.add.reduceat(np.where(present, values, 0.0), starts, axis=1)
-    counts = np.add.reduceat(present, starts, axis=1, dtype=np.int64)
+    absent = np.isnan(values)
+    if not absent.any():
+        return np.add.reduceat(values, starts, axis=1) / np.diff(starts, append=len(order))
+    totals = np.add.reduceat(np.where(absent, 0.0, values), starts, axis=1)
+    counts = np.add.reduceat(~absent, starts, axis=1, dtype=np.int64)
     with np.errstate(invalid="ignore"):
         return np.where(counts > 0, totals / np.maximum(counts, 1), np.nan)
-
-
-def resample(
-    modules: Sequence[ModuleScore],
-    samples: SampleTotals,
-    function: Callable[[np.ndarray], np.ndarray],
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-    sample_size: int | None = None,
-) -> np.ndarray:
-    """Return what a function of the NFN, (b, M) to (b, U), gives on every resample: (B, U).
-
-    sample_size: draw so many samples per resample instead of all, to see what fewer would have given. Raises
-    ScoresError if `samples` lacks a module.
-    """
-    counts_BS = draw_counts(len(samples.sample_ids), num_resamples, seed, sample_size)
-    return np.concatenate([function(nfn_bM) for nfn_bM in resampled_nfn(modules, samples, counts_BS)])
 
 
 def type_intervals(
@@ -91,23 +114,8 @@ def type_intervals(
     types = sorted({module.type for module in modules})
     index = {name: position for position, name in enumerate(types)}
     group_M = np.array([index[module.type] for module in modules])
-    means_BG = resample(modules, samples, lambda nfn_bM: group_means(nfn_bM, group_M, len(types)), num_resamples, seed)
+    counts_BS = draw_counts(len(samples.sample_ids), num_resamples, seed)
+    blocks = resampled_nfn(modules, samples, counts_BS)
+    means_BG = np.concatenate([group_means(nfn_bM, group_M, len(types)) for nfn_bM in blocks])
     low_G, high_G = np.nanquantile(means_BG, [0.025, 0.975], axis=0)
     return {name: (float(low_G[i]), float(high_G[i])) for name, i in index.items()}
-
-
-def selection_confidence(
-    modules: Sequence[ModuleScore],
-    samples: SampleTotals,
-    policy: PolicyFunction,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> float:
-    """Return the fraction of resamples in which the policy makes the same choice as on the scores themselves.
-
-    policy: maps NFN (b, M), in the order of `modules`, to choices (b, U), bool, between any units;
-    `plop_dist.choose.place.policy_function` builds one from a PlacementConfig.
-    """
-    reference_U = policy(np.array([[module.nfn for module in modules]]))[0]
-    choices_BU = resample(modules, samples, policy, num_resamples, seed)
-    return float((choices_BU == reference_U).all(axis=1).mean())

@@ -1,19 +1,22 @@
 """Which modules a policy may choose from, grouped into the units it chooses between, and why the others are out."""
 
-# M scored modules, U units (types, layers or modules), b rows of NFN values
+# M scored modules, U units (types, layers or modules), N units or modules in some order, b rows of NFN values
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from plop_dist.choose.bootstrap import group_means
+from plop_dist.choose.bootstrap import NUM_RESAMPLES, draw_counts, group_means, resampled_nfn, round_scores
+from plop_dist.choose.policy import Policy, Rule, policy_of, rank_function
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import PlacementError, suggest
-from plop_dist.values.names import natural_key, path_matches
+from plop_dist.values.adapter_size import AdapterSizes
+from plop_dist.values.names import NameList, natural_key
+from plop_dist.values.sample_totals import SampleTotals
 from plop_dist.values.scores import LeftOut, ModuleScore, Projection
 
 # Input and output embeddings under names other than lm_head, which the default `exclude` covers.
@@ -22,13 +25,9 @@ _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "embed_out", "wte", "wpe", 
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 # DeepSeek V3.2's selection of tokens: its output is a top-k.
 _INDEXER = "indexer"
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP = re.compile(r"mlp|ffn|feed_?forward|experts?\b|moe|dense_?relu_?dense|intermediate", re.IGNORECASE)
-_ATTENTION_TYPES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
-_MLP_TYPES = frozenset({"fc1", "fc2", "fc_in", "fc_out", "up_proj", "gate_proj", "down_proj", "w1", "w2", "w3"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidates:
     """The units a policy chooses between, in natural order of their names.
 
@@ -40,20 +39,158 @@ class Candidates:
     units: tuple[str, ...]
     unit_M: np.ndarray
     reasons: dict[str, str]
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[LeftOut, ...]
+    config: PlacementConfig
+
+    @cached_property
+    def module_nfn(self) -> np.ndarray:
+        """The NFN of every scored module: (M,), float64."""
+        return np.array([module.nfn for module in self.modules])
+
+    @cached_property
+    def unit_nfn(self) -> np.ndarray:
+        """The NFN of every unit: (U,), float64."""
+        return self.values(self.module_nfn[None])[0]
 
     def values(self, nfn_bM: np.ndarray) -> np.ndarray:
         """Return the mean NFN of each unit: (b, U), float64, NaN without a token.
 
-        Rounded to 12 decimals, so that equal scores tie whatever the order of their summation.
+        nfn_bM: (b, M), in the order of `modules`. Rounded, so that equal scores tie.
         """
-        return np.round(group_means(nfn_bM, self.unit_M, len(self.units)), 12)
+        return round_scores(group_means(nfn_bM, self.unit_M, len(self.units)))
+
+    def resampled(
+        self, samples: SampleTotals, sample_size: int | None = None, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    ) -> Iterator[np.ndarray]:
+        """Yield the mean NFN of each unit in bootstrap resamples, block by block: (b, U), as `values` gives them.
+
+        sample_size: draw so many samples per resample instead of all, to see what fewer would have given. Raises
+        ScoresError if `samples` lacks a module.
+        """
+        yield from self.weighted(samples, draw_counts(len(samples.sample_ids), num_resamples, seed, sample_size))
+
+    def weighted(self, samples: SampleTotals, counts_BS: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the mean NFN of each unit where the samples count so often, block by block: (b, U)."""
+        # In the order of their units, so that nothing is put in order again in every block.
+        members = self._members_by_unit
+        unit_N = self.unit_M[members]
+        for nfn_bN in resampled_nfn([self.modules[index] for index in members.tolist()], samples, counts_BS):
+            yield round_scores(group_means(nfn_bN, unit_N, len(self.units)))
+
+    def share_of(
+        self, chosen_U: np.ndarray, rule: Rule, samples: SampleTotals, sample_size: int | None = None
+    ) -> float:
+        """Return in which share of resamples a rule makes this choice. Arguments as of `resampled`."""
+        same = [(rule(values_bU) == chosen_U).all(axis=1) for values_bU in self.resampled(samples, sample_size)]
+        return float(np.concatenate(same).mean())
+
+    @cached_property
+    def num_modules(self) -> np.ndarray:
+        """How many modules each unit has: (U,), int64."""
+        return np.diff(self._starts)
+
+    @cached_property
+    def sizes(self) -> AdapterSizes:
+        """The parameters of adapters on the scored modules, at the ranks of the configuration."""
+        return AdapterSizes(self.modules, rank_function(self.config), self.left_out)
+
+    @cached_property
+    def costs(self) -> np.ndarray:
+        """The trainable parameters of adapters on each unit alone: (U,), int64."""
+        return self.sizes.totals(self.unit_M, len(self.units))
+
+    def cost_of(self, units: np.ndarray) -> int:
+        """Return the trainable parameters of adapters on several units. units: (N,), their indices."""
+        running = self.running_costs(units)
+        return int(running[-1]) if len(running) else 0
+
+    def running_costs(self, units: np.ndarray) -> np.ndarray:
+        """Return the trainable parameters of the first, the first two, ... of these units together: (N,), int64."""
+        starts, stops = self._starts[units], self._starts[units + 1]
+        num = stops - starts
+        ends = np.cumsum(num)
+        # Where each unit's modules lie among all units' modules, one unit after the other.
+        position_N = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - num), num)
+        return self.sizes.running(self._members_by_unit[position_N])[ends - 1]
+
+    def sharing(self, units: np.ndarray) -> list[np.ndarray]:
+        """Return which of these units (positions in `units`) have parts of the same fused linears, directly or not."""
+        groups: list[tuple[set[str], list[int]]] = []
+        for position, unit in enumerate(units.tolist()):
+            holders, together = set(self._holders[unit]), [position]
+            apart = [group for group in groups if holders.isdisjoint(group[0])]
+            for others, positions in (group for group in groups if not holders.isdisjoint(group[0])):
+                holders |= others
+                together += positions
+            groups = [*apart, (holders, together)]
+        return [np.array(sorted(together)) for _, together in groups]
+
+    def chosen_modules(self, chosen_U: np.ndarray) -> np.ndarray:
+        """Return which modules belong to the chosen units: (M,), bool. chosen_U: (U,), bool."""
+        return (self.unit_M >= 0) & chosen_U[self.unit_M]
 
     def members(self, chosen_U: np.ndarray) -> tuple[ModuleScore, ...]:
         """Return the modules of the chosen units, in natural order. chosen_U: (U,), bool."""
-        chosen_M = (self.unit_M >= 0) & chosen_U[self.unit_M]
-        members = [module for module, chosen in zip(self.modules, chosen_M, strict=True) if chosen]
+        members = [self.modules[index] for index in np.flatnonzero(self.chosen_modules(chosen_U)).tolist()]
         return tuple(sorted(members, key=lambda module: natural_key(module.fqn)))
+
+    @cached_property
+    def _holders(self) -> list[set[str]]:
+        """What holds the weights of each unit's modules."""
+        holders: list[set[str]] = [set() for _ in self.units]
+        for module, unit in zip(self.modules, self.unit_M.tolist(), strict=True):
+            if unit >= 0:
+                holders[unit].add(module.holder)
+        return holders
+
+    @cached_property
+    def _members_by_unit(self) -> np.ndarray:
+        """The indices of the modules that may be chosen, unit by unit."""
+        order = np.argsort(self.unit_M, kind="stable")
+        return order[self.unit_M[order] >= 0]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Where each unit begins in _members_by_unit, and the end of the last one: (U + 1,)."""
+        return np.searchsorted(self.unit_M[self._members_by_unit], np.arange(len(self.units) + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Eligible:
+    """What the section `placement` leaves to every policy: why each other module is out, by path."""
+
+    modules: tuple[ModuleScore, ...]
+    left_out: tuple[LeftOut, ...]
+    reasons: dict[str, str]
+
+    def candidates(self, config: PlacementConfig) -> Candidates:
+        """Return what the policy that `config` names chooses between, in units of its granularity.
+
+        Raises PlacementError when nothing is left.
+        """
+        policy = policy_of(config)
+        reasons = dict(self.reasons)
+        unit_of: dict[int, str] = {}
+        for index, module in enumerate(self.modules):
+            if module.fqn in reasons:
+                continue
+            reason = _reason_of_policy(module, policy, config)
+            if reason:
+                reasons[module.fqn] = reason
+            else:
+                unit_of[index] = _unit(module, config)
+        if not unit_of:
+            texts = "; ".join(
+                f"{name}: {text}" for name, text in sorted({(m.type, reasons[m.fqn]) for m in self.modules})
+            )
+            raise PlacementError(
+                f"No module is left to choose from ({texts}); relax placement.exclude, include or policy."
+            )
+        units = tuple(sorted(set(unit_of.values()), key=natural_key))
+        position = {name: index for index, name in enumerate(units)}
+        unit_M = np.full(len(self.modules), -1, dtype=np.int64)
+        unit_M[list(unit_of)] = [position[name] for name in unit_of.values()]
+        return Candidates(self.modules, units, unit_M, reasons, self.left_out, config)
 
 
 def find_candidates(
@@ -64,28 +201,23 @@ def find_candidates(
     Raises PlacementError when an entry of exclude, include or rank_pattern matches no module of the model (entries
     of the default `exclude` may), or when nothing is left.
     """
-    _check_names(modules, config, left_out)
-    reasons: dict[str, str] = {}
-    unit_of: dict[str, str] = {}
-    has_experts = any(projection.type.startswith("experts.") for projection in (*modules, *left_out))
+    return find_eligible(modules, config, left_out).candidates(config)
+
+
+def find_eligible(
+    modules: Sequence[ModuleScore], config: PlacementConfig, left_out: Sequence[LeftOut] = ()
+) -> Eligible:
+    """Return what `config` leaves to every policy. Raises PlacementError as find_candidates does for its entries."""
+    projections: list[Projection] = [*modules, *left_out]
+    _check_names(projections, config)
+    exclude, include = NameList(config.exclude), NameList(config.include)
+    has_experts = any(projection.type.startswith("experts.") for projection in projections)
+    reasons = {}
     for module in modules:
-        reason = _reason_out(module, config, has_experts)
+        reason = _reason_out(module, config, exclude, include, has_experts)
         if reason:
             reasons[module.fqn] = reason
-        else:
-            unit_of[module.fqn] = _unit(module, config)
-    if not unit_of:
-        texts = "; ".join(f"{name}: {text}" for name, text in _reason_per_type(modules, reasons))
-        raise PlacementError(f"No module is left to choose from ({texts}); relax placement.exclude, include or policy.")
-    units = tuple(sorted(set(unit_of.values()), key=natural_key))
-    index = {name: position for position, name in enumerate(units)}
-    unit_M = np.array([index[unit_of[m.fqn]] if m.fqn in unit_of else -1 for m in modules], dtype=np.int64)
-    return Candidates(tuple(modules), units, unit_M, reasons, tuple(left_out))
-
-
-def matches(projection: Projection, entry: str) -> bool:
-    """Tell whether an entry of exclude or include names this projection: its type, path, dotted suffix or pattern."""
-    return entry == projection.type or path_matches(projection.fqn, entry)
+    return Eligible(tuple(modules), tuple(left_out), reasons)
 
 
 def _unit(module: ModuleScore, config: PlacementConfig) -> str:
@@ -94,57 +226,54 @@ def _unit(module: ModuleScore, config: PlacementConfig) -> str:
     return module.type if config.granularity == "type" else f"layer.{module.layer}"
 
 
-def _reason_out(module: ModuleScore, config: PlacementConfig, has_experts: bool) -> str | None:
+def _reason_of_policy(module: ModuleScore, policy: Policy, config: PlacementConfig) -> str | None:
+    reason = policy.reason_out(module, config)
+    if reason is None and config.granularity == "layer" and module.layer is None:
+        return "outside the layers; placement.granularity is layer"
+    return reason
+
+
+def _reason_out(
+    module: ModuleScore, config: PlacementConfig, exclude: NameList, include: NameList, has_experts: bool
+) -> str | None:
     if module.type in _EMBEDDINGS:
         return "embeddings never get an adapter"
     if module.type.startswith("experts.") and not config.experts:
         return "routed expert; placement.experts is false"
-    for entry in config.exclude:
-        if matches(module, entry):
-            return f"excluded by '{entry}'"
-    is_included = any(matches(module, entry) for entry in config.include)
+    entry = exclude.first(module.type, module.fqn)
+    if entry is not None:
+        return f"excluded by '{entry}'"
+    is_included = include.first(module.type, module.fqn) is not None
     if config.include and not is_included:
         return "not in placement.include"
+    if is_included:
+        return None
+    parts = module.fqn.split(".")
     # GraniteMoE's and Hunyuan's are linears inside a module of that name (router.layer, gate.wg).
-    is_named = not _ROUTERS.isdisjoint(module.fqn.split(".")[-2:])
-    is_router = module.storage == "router" or (has_experts and is_named)
-    if is_router and not is_included:
+    is_router = module.storage == "router" or (has_experts and not _ROUTERS.isdisjoint(parts[-2:]))
+    if is_router:
         return "router of experts; only placement.include chooses it"
-    if _INDEXER in module.fqn.split(".") and not is_included:
+    if _INDEXER in parts:
         return "picks tokens for sparse attention, where no gradient reaches it; only placement.include chooses it"
-    if config.policy == "attention" and not is_attention(module):
-        return "not an attention projection"
-    if config.policy == "mlp" and not is_mlp(module):
-        return "not an MLP projection"
-    if config.granularity == "layer" and module.layer is None:
-        return "outside the layers; placement.granularity is layer"
     return None
 
 
-def is_attention(module: Projection) -> bool:
-    """Tell by its path or type whether a projection belongs to an attention block."""
-    return _ATTENTION.search(module.fqn) is not None or module.type in _ATTENTION_TYPES
-
-
-def is_mlp(module: Projection) -> bool:
-    """Tell by its path or type whether a projection belongs to a feed-forward block, routed experts included."""
-    return not is_attention(module) and (_MLP.search(module.fqn) is not None or module.type in _MLP_TYPES)
-
-
-def _reason_per_type(modules: Iterable[ModuleScore], reasons: dict[str, str]) -> list[tuple[str, str]]:
-    return sorted({(module.type, reasons[module.fqn]) for module in modules})
-
-
-def _check_names(modules: Sequence[ModuleScore], config: PlacementConfig, left_out: Sequence[LeftOut]) -> None:
-    projections: list[Projection] = [*modules, *left_out]
+def _check_names(projections: Sequence[Projection], config: PlacementConfig) -> None:
     types = {projection.type for projection in projections}
     optional = set(PlacementConfig.model_validate({}).exclude)
-    entries = [("exclude", entry) for entry in config.exclude if entry not in optional]
-    for field, entry in entries + [("include", entry) for entry in config.include]:
-        if not any(matches(projection, entry) for projection in projections):
-            raise PlacementError(f"placement.{field} '{entry}' matches no module of the model. {suggest(entry, types)}")
+    for field, entries in (("exclude", [e for e in config.exclude if e not in optional]), ("include", config.include)):
+        names = NameList(entries)
+        used: set[str] = set()
+        for projection in projections if entries else ():
+            used |= names.all(projection.type, projection.fqn)
+        unused = [entry for entry in names.entries if entry not in used]
+        if unused:
+            raise PlacementError(
+                f"placement.{field} '{unused[0]}' matches no module of the model. {suggest(unused[0], types)}"
+            )
+    known = types.union(projection.fqn for projection in projections) if config.rank_pattern else types
     for entry in config.rank_pattern:
-        if entry not in types and all(projection.fqn != entry for projection in projections):
+        if entry not in known:
             raise PlacementError(
                 f"placement.rank_pattern '{entry}' is no type or path of the model. {suggest(entry, types)}"
             )

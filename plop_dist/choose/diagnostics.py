@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from plop_dist.choose.candidates import find_candidates
-from plop_dist.choose.policies import resolve_policy
+from plop_dist.choose.decision import Decision, resolve_policy
+from plop_dist.choose.policy import policy_of
 from plop_dist.values.placement import Placement
-from plop_dist.values.scores import ModuleScore, Scores, TypeScore
+from plop_dist.values.scores import ModuleScore, Scores
 
 NEAR_ONE = 0.1
 MIN_IN_FEATURES = 1000
@@ -27,14 +27,15 @@ class Diagnostic:
     text: str
 
 
-def diagnose(scores: Scores, placement: Placement | None = None) -> list[Diagnostic]:
+def diagnose(scores: Scores, placement: Placement | None = None, decision: Decision | None = None) -> list[Diagnostic]:
     """Return what speaks against trusting the scores and, if given, the placement; warnings first.
 
-    Raises ConfigError if the placement's policy is not readable.
+    decision: the one that the placement is of, where it is at hand. Raises ConfigError if the placement's policy is not
+    readable.
     """
     findings = [
         *_near_one(scores),
-        *_cut(scores, placement),
+        *_cut(scores, placement, decision),
         *_narrow(scores, placement),
         *_tokens(scores),
         *_skipped(scores),
@@ -55,7 +56,7 @@ def _near_one(scores: Scores) -> list[Diagnostic]:
     return [Diagnostic("warning", text)]
 
 
-def _cut(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
+def _cut(scores: Scores, placement: Placement | None, decision: Decision | None) -> list[Diagnostic]:
     if placement is None:
         return []
     findings = []
@@ -63,51 +64,19 @@ def _cut(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
     if confidence is not None and confidence < MIN_CONFIDENCE:
         text = f"Only {confidence:.0%} of bootstrap resamples make the same choice; score more samples or change k."
         findings.append(Diagnostic("warning", text))
-    return [*findings, *_overlap(scores, placement)]
+    return [*findings, *_doubt(scores, placement, decision)]
 
 
-def _overlap(scores: Scores, placement: Placement) -> list[Diagnostic]:
-    """Compare the intervals of the types on both sides of the cut, among those that the policy may choose."""
-    policy = resolve_policy(**placement.policy)
-    if policy.granularity != "type":
+def _doubt(scores: Scores, placement: Placement, decision: Decision | None) -> list[Diagnostic]:
+    """Ask the policy whether the types' intervals put its choice in doubt, among those that it may choose."""
+    config = resolve_policy(**placement.policy) if decision is None else decision.config
+    if config.granularity != "type":
         return []
-    candidates = set(find_candidates(scores.modules, policy, scores.left_out).units)
+    found = find_candidates(scores.modules, config, scores.left_out) if decision is None else decision.candidates
+    candidates = set(found.units)
     entries = [entry for entry in scores.types if entry.type in candidates and entry.nfn_ci95 is not None]
-    inside = [entry for entry in entries if entry.type in placement.module_types]
-    outside = [entry for entry in entries if entry.type not in placement.module_types]
-    if policy.policy == "threshold" and policy.threshold is not None:
-        return _straddling(entries, policy.threshold)
-    is_cut = policy.policy in ("lowest_k", "highest_k") or (policy.policy == "budget" and policy.fit == "rank")
-    if not is_cut or not inside or not outside:
-        return []
-    if policy.policy == "highest_k":
-        last, first = min(inside, key=lambda e: e.nfn), max(outside, key=lambda e: e.nfn)
-        (low_in, high_in), (low_out, high_out) = _interval(last), _interval(first)
-        is_apart = low_in >= high_out
-    else:
-        last, first = max(inside, key=lambda e: e.nfn), min(outside, key=lambda e: e.nfn)
-        (low_in, high_in), (low_out, high_out) = _interval(last), _interval(first)
-        is_apart = high_in <= low_out
-    if is_apart:
-        return []
-    text = (
-        f"The intervals at the cut overlap: {last.type} (in) {low_in:.4f} to {high_in:.4f}, {first.type} (out) "
-        f"{low_out:.4f} to {high_out:.4f}."
-    )
-    return [Diagnostic("warning", text)]
-
-
-def _straddling(entries: Sequence[TypeScore], threshold: float) -> list[Diagnostic]:
-    found = [entry for entry in entries if _interval(entry)[0] < threshold <= _interval(entry)[1]]
-    if not found:
-        return []
-    listed = ", ".join(f"{e.type} {_interval(e)[0]:.4f} to {_interval(e)[1]:.4f}" for e in found)
-    return [Diagnostic("warning", f"The threshold {threshold:g} lies inside the interval of: {listed}.")]
-
-
-def _interval(entry: TypeScore) -> tuple[float, float]:
-    assert entry.nfn_ci95 is not None, f"{entry.type} has no interval"
-    return entry.nfn_ci95
+    text = policy_of(config).doubt(entries, placement.module_types, config)
+    return [] if text is None else [Diagnostic("warning", text)]
 
 
 def _narrow(scores: Scores, placement: Placement | None) -> list[Diagnostic]:

@@ -5,22 +5,19 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from plop_dist.choose.bootstrap import PolicyFunction, resample
-from plop_dist.choose.candidates import Candidates, find_candidates
-from plop_dist.choose.place import choose_units, ordered_types
-from plop_dist.choose.policies import build_policy, cost_function, rank_function, resolve_policy
-from plop_dist.config.schema import PlacementConfig
+from plop_dist.choose.decision import Decision, decide, decide_for, share_of
+from plop_dist.choose.place import ordered_types
+from plop_dist.choose.policy import Policy, rank_function
 from plop_dist.errors import ConfigError, PlacementError, ScoresError
-from plop_dist.values.adapter_size import num_trainable_parameters
+from plop_dist.registry import POLICIES, load
+from plop_dist.values.adapter_size import AdapterSizes
 from plop_dist.values.placement import Placement
-from plop_dist.values.scores import ModuleScore, Scores
-
-_OTHER_POLICIES = ("lowest_k", "highest_k", "attention", "mlp", "all")
+from plop_dist.values.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -67,183 +64,141 @@ class Explanation:
     alternatives: tuple[Alternative, ...]
 
 
-def explain(scores: Scores, placement: Placement) -> Explanation:
-    """Return why `placement`, drawn from `scores`, is as it is. Raises ScoresError if its policy is not readable."""
-    try:
-        config = resolve_policy(**placement.policy)
-    except ConfigError as error:
-        raise ScoresError(f"placement.json: policy: {error}") from error
-    # A fitted rank is the one all counts are made at.
-    config = config.model_copy(update={"rank": placement.rank})
-    candidates = find_candidates(scores.modules, config, scores.left_out)
-    choose = build_policy(candidates, config)
-    chosen_U = choose_units(candidates, choose)
-    choices_BU = None if scores.samples is None else resample(scores.modules, scores.samples, choose)
-    next_U, next_text = _next_best(candidates, config, choose, chosen_U)
-    alternatives = [_alternative("this placement", placement.chosen, scores, config, placement.selection_confidence)]
-    if next_U is not None:
-        share = None if choices_BU is None else float((choices_BU == next_U).all(axis=1).mean())
-        alternatives.append(_alternative("next best", candidates.members(next_U), scores, config, share))
-    alternatives += _other_policies(scores, config, len(placement.module_types))
-    return Explanation(
-        rule=_rule_text(config, placement),
-        confidence=placement.selection_confidence,
-        verdicts=tuple(_verdicts(scores, placement, config, candidates, chosen_U, choices_BU)),
-        next_best=next_text,
-        alternatives=tuple(alternatives),
-    )
+def explain(scores: Scores, placement: Placement, decision: Decision | None = None) -> Explanation:
+    """Return why `placement`, drawn from `scores`, is as it is.
 
-
-def _rule_text(config: PlacementConfig, placement: Placement) -> str:
-    unit = config.granularity
-    limit = config.max_trainable_parameters
-    if config.policy == "threshold":
-        return f"every {unit} with an NFN below {config.threshold:g}"
-    if config.policy == "budget" and config.fit == "rank":
-        return f"the {config.k} {unit}s with the lowest NFN, at the highest rank that fits {limit:,} parameters"
-    if config.policy == "budget":
-        return f"the {unit}s with the largest total NFN gap to the mean that fit {limit:,} parameters"
-    if config.policy in ("lowest_k", "highest_k"):
-        return f"the {config.k} {unit}s with the {config.policy.split('_')[0]} NFN"
-    return {"attention": "all attention projections", "mlp": "all MLP projections"}.get(config.policy, "all candidates")
-
-
-def _next_best(
-    candidates: Candidates, config: PlacementConfig, choose: PolicyFunction, chosen_U: np.ndarray
-) -> tuple[np.ndarray | None, str | None]:
-    """Return the choice when its member nearest to the cut may not be chosen, and the difference in words."""
-    nfn_M = np.array([module.nfn for module in candidates.modules])
-    values_U = candidates.values(nfn_M[None])[0]
-    members = np.flatnonzero(chosen_U)
-    sign = -1.0 if config.policy == "highest_k" else 1.0
-    weakest = int(members[(sign * values_U[members]).argmax()])
-    without_M = np.where(candidates.unit_M == weakest, np.nan, nfn_M)
-    other_U = choose(without_M[None])[0]
-    if not other_U.any() or (other_U == chosen_U).all():
-        return None, None
-    added = [candidates.units[unit] for unit in np.flatnonzero(other_U & ~chosen_U)]
-    removed = [candidates.units[unit] for unit in np.flatnonzero(chosen_U & ~other_U)]
-    if not added:
-        return other_U, f"the same without {', '.join(removed)} (NFN {values_U[weakest]:.4f})"
-    added_nfn = ", ".join(f"{values_U[unit]:.4f}" for unit in np.flatnonzero(other_U & ~chosen_U))
-    return other_U, f"{', '.join(added)} (NFN {added_nfn}) instead of {', '.join(removed)} ({values_U[weakest]:.4f})"
-
-
-def _alternative(
-    name: str, modules: Sequence[ModuleScore], scores: Scores, config: PlacementConfig, probability: float | None = None
-) -> Alternative:
-    types = {module.type for module in modules}
-    return Alternative(
-        name=name,
-        module_types=tuple(entry for entry in ordered_types(scores) if entry in types),
-        num_modules=len(modules),
-        num_parameters=num_trainable_parameters(modules, rank_function(config), scores.left_out),
-        nfn=sum(module.nfn for module in modules) / len(modules),
-        probability=probability,
-    )
-
-
-def _other_policies(scores: Scores, config: PlacementConfig, num_types: int) -> list[Alternative]:
-    found = []
-    for policy in _OTHER_POLICIES:
-        if policy == config.policy:
-            continue
-        other = config.model_copy(update={"policy": policy, "granularity": "type", "k": num_types})
+    decision: the one that the placement is of, where it is at hand. Raises ScoresError if its policy is not readable.
+    """
+    if decision is None:
         try:
-            candidates = find_candidates(scores.modules, other, scores.left_out)
-            chosen_U = choose_units(candidates, build_policy(candidates, other))
-        except PlacementError:
-            continue  # a model without MLP projections has no such alternative
-        found.append(_alternative(policy, candidates.members(chosen_U), scores, config))
-    return found
+            decision = decide(scores, **placement.policy)
+        except ConfigError as error:
+            raise ScoresError(f"placement.json: policy: {error}") from error
+    explainer = _Explainer(scores, placement, decision)
+    next_U, next_text = explainer.next_best()
+    alternatives = [explainer.alternative("this placement", explainer.inside_M, placement.selection_confidence)]
+    if next_U is not None:
+        share = None if decision.choices is None else share_of(next_U, decision.choices)
+        alternatives.append(explainer.alternative("next best", decision.candidates.chosen_modules(next_U), share))
+    return Explanation(
+        rule=decision.policy.sentence(decision.config),
+        confidence=placement.selection_confidence,
+        verdicts=tuple(explainer.verdicts()),
+        next_best=next_text,
+        alternatives=(*alternatives, *explainer.other_policies()),
+    )
 
 
-def _verdicts(
-    scores: Scores,
-    placement: Placement,
-    config: PlacementConfig,
-    candidates: Candidates,
-    chosen_U: np.ndarray,
-    choices_BU: np.ndarray | None,
-) -> list[Verdict]:
-    by_type: dict[str, list[int]] = defaultdict(list)
-    for index, module in enumerate(scores.modules):
-        by_type[module.type].append(index)
-    entries = {entry.type: entry for entry in scores.types}
-    inside = set(placement.modules)
-    probability_U = None if choices_BU is None else choices_BU.mean(axis=0)
-    reason_of = _unit_reasons(candidates, config, chosen_U)
-    verdicts = []
-    for name in ordered_types(scores):
-        members = by_type[name]
-        modules = [scores.modules[index] for index in members]
-        units = candidates.unit_M[members]
-        probability = None
-        if probability_U is not None:
-            probability = float(np.where(units >= 0, probability_U[units], 0.0).mean())
-        verdicts.append(
-            Verdict(
-                type=name,
-                nfn=entries[name].nfn,
-                interval=entries[name].nfn_ci95,
-                num_modules=len(modules),
-                num_chosen=sum(module.fqn in inside for module in modules),
-                reason=_reason(modules, units, candidates, config, inside, reason_of),
-                probability=probability,
-                num_parameters=num_trainable_parameters(modules, rank_function(config), scores.left_out),
-            )
+class _Explainer:
+    """What the parts of an explanation have in common: inside_M: (M,), bool, the modules of the placement."""
+
+    def __init__(self, scores: Scores, placement: Placement, decision: Decision) -> None:
+        self._scores = scores
+        self._decision = decision
+        self._num_types = len(placement.module_types)
+        self._nfn_M = decision.candidates.module_nfn
+        self._types = ordered_types(scores)
+        position = {name: index for index, name in enumerate(self._types)}
+        self._type_M = np.array([position[module.type] for module in scores.modules])
+        chosen = set(placement.modules)
+        self.inside_M = np.array([module.fqn in chosen for module in scores.modules])
+        # A fitted rank is the one all counts are made at.
+        config = decision.config.model_copy(update={"rank": placement.rank})
+        self._sizes: AdapterSizes = decision.candidates.sizes
+        if config.rank != decision.config.rank:
+            self._sizes = self._sizes.with_ranks(rank_function(config))
+
+    def next_best(self) -> tuple[np.ndarray | None, str | None]:
+        """Return the choice when its member nearest to the cut may not be chosen, and the difference in words."""
+        decision, candidates = self._decision, self._decision.candidates
+        values_U, chosen_U = candidates.unit_nfn, decision.chosen_U
+        members = np.flatnonzero(chosen_U)
+        weakest = int(members[decision.policy.order(values_U)[members].argmax()])
+        without_U = np.where(np.arange(len(values_U)) == weakest, np.nan, values_U)
+        other_U = decision.rule(without_U[None])[0]
+        if not other_U.any() or (other_U == chosen_U).all():
+            return None, None
+        added = [candidates.units[unit] for unit in np.flatnonzero(other_U & ~chosen_U)]
+        removed = [candidates.units[unit] for unit in np.flatnonzero(chosen_U & ~other_U)]
+        if not added:
+            return other_U, f"the same without {', '.join(removed)} (NFN {values_U[weakest]:.4f})"
+        added_nfn = ", ".join(f"{values_U[unit]:.4f}" for unit in np.flatnonzero(other_U & ~chosen_U))
+        return (
+            other_U,
+            f"{', '.join(added)} (NFN {added_nfn}) instead of {', '.join(removed)} ({values_U[weakest]:.4f})",
         )
-    return verdicts
 
+    def alternative(self, name: str, chosen_M: np.ndarray, probability: float | None = None) -> Alternative:
+        """Return what a choice of modules comes to. chosen_M: (M,), bool."""
+        inside = np.bincount(self._type_M[chosen_M], minlength=len(self._types)) > 0
+        return Alternative(
+            name=name,
+            module_types=tuple(entry for entry, is_inside in zip(self._types, inside, strict=True) if is_inside),
+            num_modules=int(chosen_M.sum()),
+            num_parameters=self._sizes.total(chosen_M),
+            nfn=float(self._nfn_M[chosen_M].mean()),
+            probability=probability,
+        )
 
-def _reason(
-    modules: Sequence[ModuleScore],
-    units: np.ndarray,
-    candidates: Candidates,
-    config: PlacementConfig,
-    inside: set[str],
-    reason_of: Callable[[int], str],
-) -> str:
-    excluded = Counter(candidates.reasons[module.fqn] for module in modules if module.fqn in candidates.reasons)
-    texts = [text if count == len(modules) else f"{text} ({count} modules)" for text, count in excluded.most_common()]
-    remaining = units[units >= 0]
-    if len(remaining):
-        if config.granularity == "type":
-            texts.insert(0, reason_of(int(remaining[0])))
-        else:
-            num_chosen = sum(module.fqn in inside for module in modules)
-            texts.insert(0, f"{num_chosen} of {len(remaining)} lie in the chosen {config.granularity}s")
-    return "; ".join(texts)
+    def other_policies(self) -> list[Alternative]:
+        """Return what the yardsticks among our own policies choose, by types and as many of them."""
+        found = []
+        config = self._decision.config
+        for name in POLICIES.own:
+            policy: Policy = load(POLICIES, name)
+            if policy is self._decision.policy or not policy.is_yardstick:
+                continue
+            update = {"policy": name, "granularity": "type", "k": self._num_types, "options": {}}
+            try:
+                other = decide_for(self._scores, config.model_copy(update=update), self._decision.eligible)
+            except PlacementError:
+                continue  # a model without MLP projections has no such alternative
+            found.append(self.alternative(name, other.candidates.chosen_modules(other.chosen_U)))
+        return found
 
+    def verdicts(self) -> list[Verdict]:
+        """Return why each type is in or out, lowest NFN first."""
+        decision, candidates = self._decision, self._decision.candidates
+        entries = {entry.type: entry for entry in self._scores.types}
+        cost_T = self._sizes.totals(self._type_M, len(self._types))
+        probability_M = None
+        if decision.choices is not None:
+            probability_U = decision.choices.mean(axis=0)
+            probability_M = np.where(candidates.unit_M >= 0, probability_U[candidates.unit_M], 0.0)
+        by_type: dict[int, list[int]] = defaultdict(list)
+        for index, type_ in enumerate(self._type_M.tolist()):
+            by_type[type_].append(index)
+        reason_of = decision.policy.reasons(candidates, candidates.unit_nfn, decision.chosen_U, decision.config)
+        verdicts = []
+        for position, name in enumerate(self._types):
+            members = np.array(by_type[position])
+            verdicts.append(
+                Verdict(
+                    type=name,
+                    nfn=entries[name].nfn,
+                    interval=entries[name].nfn_ci95,
+                    num_modules=len(members),
+                    num_chosen=int(self.inside_M[members].sum()),
+                    reason=self._reason(members, reason_of),
+                    probability=None if probability_M is None else float(probability_M[members].mean()),
+                    num_parameters=int(cost_T[position]),
+                )
+            )
+        return verdicts
 
-def _unit_reasons(candidates: Candidates, config: PlacementConfig, chosen_U: np.ndarray) -> Callable[[int], str]:
-    values_U = candidates.values(np.array([[module.nfn for module in candidates.modules]]))[0]
-    sign = -1.0 if config.policy == "highest_k" else 1.0
-    position_U = np.empty(len(values_U), dtype=np.int64)
-    position_U[np.argsort(sign * values_U, kind="stable")] = np.arange(1, len(values_U) + 1)
-    word = "highest" if config.policy == "highest_k" else "lowest"
-    cost = cost_function(candidates, rank_function(config))
-
-    def ranked(unit: int) -> str:
-        side = "within" if chosen_U[unit] else "beyond"
-        return f"number {position_U[unit]} of {len(values_U)}, {word} NFN first; {side} k = {config.k}"
-
-    def budgeted(unit: int) -> str:
-        mean, limit = np.nanmean(values_U), config.max_trainable_parameters or 0
-        needs = cost([unit])
-        if chosen_U[unit]:
-            return f"gap {mean - values_U[unit]:+.4f} to the mean {mean:.4f} for {needs:,} parameters"
-        if needs > limit:
-            return f"its {needs:,} parameters alone exceed the limit of {limit:,}"
-        if values_U[unit] >= mean:
-            return f"not below the candidates' mean {mean:.4f}"
-        return f"its {needs:,} parameters do not fit beside the set with the larger total gap"
-
-    def constant(unit: int) -> str:
-        if config.policy == "threshold":
-            return f"{'below' if chosen_U[unit] else 'not below'} the threshold {config.threshold:g}"
-        return f"policy {config.policy} takes it"
-
-    if config.policy in ("lowest_k", "highest_k") or (config.policy == "budget" and config.fit == "rank"):
-        return ranked
-    return budgeted if config.policy == "budget" else constant
+    def _reason(self, members: np.ndarray, reason_of: Callable[[int], str]) -> str:
+        candidates, granularity = self._decision.candidates, self._decision.config.granularity
+        modules = (candidates.modules[index] for index in members.tolist())
+        excluded = Counter(candidates.reasons[m.fqn] for m in modules if m.fqn in candidates.reasons)
+        texts = [
+            text if count == len(members) else f"{text} ({count} modules)" for text, count in excluded.most_common()
+        ]
+        units = candidates.unit_M[members]
+        remaining = units[units >= 0]
+        if len(remaining):
+            if granularity == "type":
+                texts.insert(0, reason_of(int(remaining[0])))
+            else:
+                num_chosen = int(self.inside_M[members].sum())
+                texts.insert(0, f"{num_chosen} of {len(remaining)} lie in the chosen {granularity}s")
+        return "; ".join(texts)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from plop_dist.config.schema import Config, DataConfig, ParallelConfig, PlacementConfig, TrainConfig
 from plop_dist.errors import ConfigError, LayoutError, suggest
-from plop_dist.registry import BACKENDS, load
+from plop_dist.registry import BACKENDS, POLICIES, load
 
 _PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 _REWARDS = ("number", "format")
@@ -60,10 +60,23 @@ def _check_data(data: DataConfig, source: str) -> None:
 
 
 def _check_placement(placement: PlacementConfig, source: str) -> None:
-    if placement.policy == "threshold" and placement.threshold is None:
-        raise ConfigError(f"{source}: placement.policy=threshold needs placement.threshold, e.g. 1.0.")
-    if placement.policy == "budget" and placement.max_trainable_parameters is None:
-        raise ConfigError(f"{source}: placement.policy=budget needs placement.max_trainable_parameters.")
+    """Ask the policy itself, which may be of another package, for its options and parameters."""
+    try:
+        policy = load(POLICIES, placement.policy)
+        if isinstance(policy, type) or not callable(getattr(policy, "rule", None)):
+            raise ConfigError(
+                f"policy '{placement.policy}' is {policy!r}, expected an instance of a subclass of "
+                "plop_dist.choose.policy.Policy; tell its author."
+            )
+        unknown = [key for key in placement.options if key not in policy.options]
+        if unknown:
+            takes = (
+                suggest(unknown[0], policy.options) if policy.options else "It takes none: set placement.options={}."
+            )
+            raise ConfigError(f"placement.options: '{unknown[0]}' is no option of policy '{policy.name}'. {takes}")
+        policy.check(placement)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _check_train(train: TrainConfig, source: str) -> None:

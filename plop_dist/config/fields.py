@@ -67,7 +67,7 @@ class NameOf:
         return {**handler(schema), "enum": list(names(self.kind))}
 
     def _check(self, value: str) -> str:
-        known = names(self.kind)
-        if value not in known:
-            raise ConfigError(f"unknown {self.kind.word} '{value}'. {suggest(value, known)}")
+        # Our own first: they need no search through all installed packages.
+        if value not in self.kind.own and value not in names(self.kind):
+            raise ConfigError(f"unknown {self.kind.word} '{value}'. {suggest(value, names(self.kind))}")
         return value

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from plop_dist.config.fields import (
     Amount,
@@ -25,7 +32,7 @@ from plop_dist.config.fields import (
     Seed,
     Share,
 )  # fmt: skip
-from plop_dist.registry import BACKENDS, EXPORTERS
+from plop_dist.registry import BACKENDS, EXPORTERS, POLICIES
 from plop_dist.values.mesh import Layout
 
 
@@ -126,7 +133,7 @@ class EstimatorConfig(_Section):
 class PlacementConfig(_Section):
     """Which modules get an adapter."""
 
-    policy: Literal["lowest_k", "budget", "threshold", "highest_k", "attention", "mlp", "all"] = Field(
+    policy: Annotated[str, NameOf(POLICIES)] = Field(
         default="lowest_k", description="Rule that turns scores into targets."
     )
     k: Count = Field(default=3, description="Number of types (or layers, or modules) to choose: lowest_k, highest_k.")
@@ -145,6 +152,15 @@ class PlacementConfig(_Section):
         default="set",
         description="policy budget: drop types to fit at the given rank, or lower the rank of the k types.",
     )
+    options: dict[str, Any] = Field(default={}, description="Options of a policy of another package.")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Placements and finished stages of run directories from before there were options stay as they are.
+        tree = handler(self)
+        if not tree.get("options"):
+            tree.pop("options", None)
+        return tree
 
 
 class TrainConfig(_Section):

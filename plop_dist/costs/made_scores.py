@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from plop_dist.values.names import layer_index, module_type
+from plop_dist.values.sample_totals import SampleTotals
 from plop_dist.values.scores import (
     DataInfo,
     LeftOut,
     ModelInfo,
     ModuleScore,
     Projection,
-    SampleTotals,
     Scores,
     TypeScore,
 )

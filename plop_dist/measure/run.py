@@ -9,8 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from plop_dist.choose.bootstrap import selection_confidence
-from plop_dist.choose.place import policy_function
+from plop_dist.choose.decision import selection_confidence
 from plop_dist.config.schema import EstimatorConfig, PlacementConfig
 from plop_dist.errors import PlopError, WorkerError
 from plop_dist.measure.aggregate import build_scores, score_modules
@@ -149,5 +148,4 @@ def _is_stable(projections: Any, merged: Any, baselines: Any, placement: Placeme
     """Tell whether the same modules are chosen in 99% of bootstrap resamples; the same answer on every rank."""
     modules, _ = score_modules(projections, merged, baselines)
     samples = merged.observed().select(module.fqn for module in modules)
-    choose = policy_function(modules, placement)
-    return selection_confidence(modules, samples, choose) >= STABLE_CONFIDENCE
+    return selection_confidence(modules, samples, placement) >= STABLE_CONFIDENCE

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plop_dist.choose.decision import decide
 from plop_dist.choose.diagnostics import diagnose
 from plop_dist.choose.explain import explain
-from plop_dist.choose.sweep import sweep
+from plop_dist.choose.sweep import sweep, sweep_of
 from plop_dist.registry import missing_extra
 from plop_dist.report import figures
 from plop_dist.report.redact import redact
@@ -57,8 +58,8 @@ def build_context(run_dir: RunDir) -> dict[str, Any]:
     if is_earlier:
         log = []
     summary = trained.summary if trained is not None and not is_earlier else None
-    policy = placement.policy if placement is not None else {}
-    swept = sweep(scores, **policy)
+    decision = None if placement is None else decide(scores, **placement.policy)
+    swept = sweep(scores) if decision is None else sweep_of(decision)
     charts = {
         "types": figures.types_figure(scores, placement),
         "heatmap": figures.heatmap_figure(scores),
@@ -74,8 +75,8 @@ def build_context(run_dir: RunDir) -> dict[str, Any]:
         "num_modules": len(scores.modules),
         "placement": None if placement is None else redact(placement.model_dump(mode="json", exclude={"modules"})),
         "num_chosen": 0 if placement is None else len(placement.modules),
-        "explanation": None if placement is None else explain(scores, placement),
-        "diagnostics": diagnose(scores, placement),
+        "explanation": None if placement is None else explain(scores, placement, decision),
+        "diagnostics": diagnose(scores, placement, decision),
         "sweep": swept,
         "charts": redact({name: chart for name, chart in charts.items() if chart is not None}),
         "training": redact(summary),

@@ -73,10 +73,11 @@ def print_explanation(explanation: Explanation, console: Console | None = None) 
 def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
     """Print the choice for every k, and for fewer samples."""
     unit = sweep.granularity
-    grid = Grid(f"Choice by k ({unit}s)", [">k", f"adds {unit}", ">NFN", ">modules", ">parameters", ">confidence"])
-    for row in sweep.by_k:
+    headers = [f">{sweep.parameter}", f"adds {unit}", ">NFN", ">modules", ">parameters", ">confidence"]
+    grid = Grid(f"Choice by {sweep.parameter} ({unit}s)", headers)
+    for row in sweep.steps:
         counts = [f"{row.num_modules}", f"{row.num_parameters:,}"]
-        grid.rows.append([f"{row.k}", row.added, f"{row.nfn:.4f}", *counts, percent(row.confidence)])
+        grid.rows.append([f"{row.value}", row.added, f"{row.nfn:.4f}", *counts, percent(row.confidence)])
     show(grid, console)
     if not sweep.by_samples:
         show_line("No samples.safetensors beside the scores: confidence and smaller samples are unknown.", console)

@@ -48,7 +48,7 @@ def is_whole(parts: Iterable[Projection]) -> bool:
 class AdapterSizes:
     """The trainable parameters of adapters on many sets of the same projections, each set counted in linear time.
 
-    Counts as num_trainable_parameters does, whose arguments it takes. Projections are named by their index in `modules`.
+    Counts as num_trainable_parameters does, whose arguments it takes. A projection is named by its index in `modules`.
     """
 
     def __init__(self, modules: Iterable[Projection], rank_of: RankOf, left_out: Iterable[Projection] = ()) -> None:

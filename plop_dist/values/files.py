@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,9 +72,15 @@ def json_bytes(tree: Any) -> bytes:
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:
-    """Return the JSON of a file. Raises ScoresError naming path, line and remedy if it is missing or malformed."""
+    """Return the JSON of a file. Raises ScoresError naming path, line and remedy if it is missing or malformed.
+
+    Malformed is also text that is not whole Unicode: half of a surrogate pair, which nothing could be written with.
+    """
     try:
-        return json.loads(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text)
+        _check_surrogates(text)
+        return tree
     except FileNotFoundError:
         raise ScoresError(f"{path} does not exist: no {what} there; {remedy}.") from None
     except json.JSONDecodeError as error:
@@ -89,6 +96,15 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
 def content_hash(path: Path) -> str | None:
     """Return a short hash of a file's content, None if it is absent."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+
+
+def _check_surrogates(text: str) -> None:
+    """Raise ValueError if an escape in a JSON text stands for half of a surrogate pair."""
+    # Escaped backslashes first: what follows one of these is no escape. Whole pairs second.
+    escapes = re.finditer(r"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u[dD][89a-fA-F]..", text)
+    odd = next((match[0] for match in escapes if len(match[0]) == 6), None)
+    if odd is not None:
+        raise ValueError(f"it holds {odd}, half of a surrogate pair, so that its text is not whole Unicode")
 
 
 def array_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

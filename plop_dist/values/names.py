@@ -8,7 +8,7 @@ shared MLP and their scores rest on other tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 
 # Nine digits at most: paths also come from files, and int() refuses thousands of them.
@@ -95,39 +95,33 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 class NameList:
     """Entries that name projections by type, path, dotted suffix or pattern (`*`), looked up in one go.
 
-    What a projection costs depends on how deep its path is and on how many entries hold a `*`, not on all entries.
+    What a projection costs does not grow with the number of entries, except of those that hold a `*`.
     """
 
     def __init__(self, entries: Iterable[str]) -> None:
-        self.entries = tuple(entries)
-        self._position: dict[str, int] = {}
-        for position, entry in enumerate(self.entries):
-            self._position.setdefault(entry, position)
-        self._patterns = [(entry, position) for entry, position in self._position.items() if "*" in entry]
+        self.entries = tuple(dict.fromkeys(entries))
+        self._position = {entry: position for position, entry in enumerate(self.entries)}
+        self._num_parts = sorted({entry.count(".") + 1 for entry in self.entries})
+        self._patterns = [entry for entry in self.entries if "*" in entry]
+
+    def all(self, type_: str, fqn: str) -> set[str]:
+        """Return the entries that name a projection.
+
+        >>> sorted(NameList(["q_proj", "mlp.up_proj", "mlp.*"]).all("up_proj", "layers.0.mlp.up_proj"))
+        ['mlp.*', 'mlp.up_proj']
+        """
+        found = {name for name in (type_, fqn) if name in self._position}
+        for num in self._num_parts:
+            parts = fqn.rsplit(".", num)
+            suffix = fqn if len(parts) <= num else ".".join(parts[1:])
+            if suffix in self._position:
+                found.add(suffix)
+        found.update(entry for entry in self._patterns if path_matches(fqn, entry))
+        return found
 
     def first(self, type_: str, fqn: str) -> str | None:
-        """Return the first entry that names a projection, or None.
-
-        >>> NameList(["q_proj", "mlp.*"]).first("up_proj", "layers.0.mlp.up_proj")
-        'mlp.*'
-        """
-        found = self.positions(type_, fqn)
-        return self.entries[min(found)] if found else None
-
-    def positions(self, type_: str, fqn: str) -> list[int]:
-        """Return the positions of all entries that name a projection; of equal ones the first."""
-        if not self._position:
-            return []
-        known = self._position
-        found = [known[name] for name in {type_, *_suffixes(fqn)} if name in known]
-        return found + [position for entry, position in self._patterns if path_matches(fqn, entry)]
-
-
-def _suffixes(fqn: str) -> Iterator[str]:
-    yield fqn
-    while "." in fqn:
-        fqn = fqn.partition(".")[2]
-        yield fqn
+        """Return the first entry that names a projection, or None."""
+        return min(self.all(type_, fqn), key=self._position.__getitem__, default=None)
 
 
 def natural_key(fqn: str) -> str:

@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field, PrivateAttr
 from plop_dist.errors import ScoresError
 from plop_dist.registry import EXPORTERS, load, missing_extra
 from plop_dist.values.adapter_size import num_trainable_parameters
-from plop_dist.values.files import read_json, write_json
-from plop_dist.values.scores import ModuleScore, Projection, Scores, Value, parse_value
+from plop_dist.values.files import write_json
+from plop_dist.values.scores import ModuleScore, Projection, Scores, Value, read_value
 
 PLACEMENT_SCHEMA = "plop-dist/placement/1"
 
@@ -80,9 +80,11 @@ class Placement(Value):
         Raises ScoresError if either file is malformed or they do not belong together.
         """
         target = Path(path)
-        tree = read_json(target, what="placement", remedy="run plop-dist place first")
-        placement = parse_value(cls, PLACEMENT_SCHEMA, tree, target)
-        scores = Scores.from_file(target.with_name(Path(placement.scores).name))
+        placement = read_value(cls, PLACEMENT_SCHEMA, target, what="placement", remedy="run plop-dist place first")
+        beside = Path(placement.scores).name
+        if not beside:
+            raise ScoresError(f"{target}: scores is '{placement.scores}', expected the name of a file beside it.")
+        scores = Scores.from_file(target.with_name(beside))
         known = {module.fqn for module in scores.modules}
         if len(set(placement.modules)) < len(placement.modules):
             raise ScoresError(f"{target}: modules are listed twice; the file was edited: run plop-dist place again.")

@@ -1,26 +1,23 @@
-"""What scoring finds: projections, modules, sums per sample, scores. Immutable, equal to their files."""
-
-# M modules, S samples
+"""What scoring finds: projections, modules, scores. Immutable, equal to their files."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from plop_dist.errors import ScoresError
-from plop_dist.values.files import array_bytes, json_bytes, read_arrays, read_json, write_bytes, write_together
+from plop_dist.values.files import json_bytes, read_json, write_together
+from plop_dist.values.sample_totals import SAMPLES_FILE, SampleTotals
 
 SCORES_SCHEMA = "plop-dist/scores/1"
-SAMPLES_FILE = "samples.safetensors"
 
 Storage = Literal["linear", "conv1d", "fused", "expert_parameter", "router"]
-
+# No linear is wider; parameters of 2^15 modules at the highest rank, 2^20, then still are whole numbers of 64 bits.
+Features = Annotated[int, Field(gt=0, le=1 << 26)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -43,8 +40,8 @@ class Projection(Value):
     fqn: str
     type: str
     layer: int | None = None
-    in_features: int = Field(gt=0)
-    out_features: int = Field(gt=0)
+    in_features: Features
+    out_features: Features
     storage: Storage = "linear"
     stored_in: str | None = None
 
@@ -86,7 +83,13 @@ class TypeScore(Value):
     type: str
     num_modules: int = Field(ge=1)
     nfn: float = Field(ge=0, allow_inf_nan=False)
-    nfn_ci95: tuple[float, float] | None = None
+    nfn_ci95: tuple[Finite, Finite] | None = None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of a type that has one."""
+        assert self.nfn_ci95 is not None, f"{self.type} has no interval"
+        return self.nfn_ci95
 
 
 class ModelInfo(Value):
@@ -107,82 +110,6 @@ class DataInfo(Value):
     num_samples: int | None = None
     num_tokens: int | None = None
     max_length: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class SampleTotals:
-    """Sums per module and sample, from which every mean and every bootstrap resample follows exactly.
-
-    fqns: M paths; sample_ids: (S,) int64; gain_total: (M, S) float64, sum of gain over the sample's tokens;
-    num_tokens and num_skipped: (M, S) int64.
-    """
-
-    fqns: tuple[str, ...]
-    sample_ids: np.ndarray
-    gain_total: np.ndarray
-    num_tokens: np.ndarray
-    num_skipped: np.ndarray
-
-    # The generated comparison would ask arrays for one truth value.
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, SampleTotals):
-            return NotImplemented
-        return self.fqns == other.fqns and all(
-            np.array_equal(getattr(self, name), getattr(other, name))
-            for name in ("sample_ids", "gain_total", "num_tokens", "num_skipped")
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def write(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write atomically as safetensors. Raises RunDirError."""
-        write_bytes(path, self.to_bytes(metadata))
-
-    def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
-        """Return the content of a safetensors file; the paths are kept in its metadata."""
-        arrays = {
-            "sample_ids": self.sample_ids,
-            "gain_total": self.gain_total,
-            "num_tokens": self.num_tokens,
-            "num_skipped": self.num_skipped,
-        }
-        return array_bytes(arrays, {**(metadata or {}), "fqns": json.dumps(self.fqns)})
-
-    @classmethod
-    def read(cls, path: Path) -> SampleTotals:
-        """Return the totals of a file. Raises ScoresError if it is missing or malformed."""
-        arrays, metadata = read_arrays(path)
-        try:
-            totals = cls(fqns=tuple(json.loads(metadata["fqns"])), **arrays)
-            shape = (len(totals.fqns), len(totals.sample_ids))
-            if any(array.shape != shape for array in (totals.gain_total, totals.num_tokens, totals.num_skipped)):
-                raise ValueError(f"expected sums of shape {shape}")
-            return totals
-        except (KeyError, TypeError, ValueError) as error:
-            raise ScoresError(f"{path} does not hold sample totals ({error}); score again.") from error
-
-    def observed(self) -> SampleTotals:
-        """Return the totals of the samples that any module has seen a token of (scoring may have stopped early)."""
-        seen = (self.num_tokens + self.num_skipped).any(axis=0)
-        return SampleTotals(
-            self.fqns,
-            self.sample_ids[seen],
-            self.gain_total[:, seen],
-            self.num_tokens[:, seen],
-            self.num_skipped[:, seen],
-        )
-
-    def select(self, fqns: Iterable[str]) -> SampleTotals:
-        """Return the totals of these modules, in this order. Raises ScoresError naming one that is absent."""
-        row = {fqn: index for index, fqn in enumerate(self.fqns)}
-        wanted = tuple(fqns)
-        absent = [fqn for fqn in wanted if fqn not in row]
-        if absent:
-            raise ScoresError(f"{SAMPLES_FILE} has no module '{absent[0]}' that scores.json lists; score again.")
-        index = np.array([row[fqn] for fqn in wanted], dtype=np.int64)
-        return SampleTotals(
-            wanted, self.sample_ids, self.gain_total[index], self.num_tokens[index], self.num_skipped[index]
-        )
 
 
 class Scores(Value):
@@ -227,9 +154,7 @@ class Scores(Value):
         sums beside it.
         """
         target = Path(path)
-        scores = parse_value(
-            cls, SCORES_SCHEMA, read_json(target, what="scores", remedy="run plop-dist score first"), target
-        )
+        scores = read_value(cls, SCORES_SCHEMA, target, what="scores", remedy="run plop-dist score first")
         _check_scores(scores, target)
         samples_file = target.with_name(SAMPLES_FILE)
         if not samples_file.is_file():
@@ -239,8 +164,19 @@ class Scores(Value):
         return scores.with_samples(samples)
 
 
-def parse_value(cls: type[_T], schema: str, tree: Any, path: Path) -> _T:
-    """Return the value that a file holds; `tree` is its JSON. Raises ScoresError naming path, field and value."""
+def read_value(cls: type[_T], schema: str, path: Path, what: str, remedy: str) -> _T:
+    """Return the value that a file holds. Raises ScoresError naming path, field and value, and the remedy."""
+    try:
+        value = cls.model_validate_json(path.read_bytes())
+        if "schema_" in value.model_fields_set:
+            return value
+    except (OSError, ValueError):
+        pass
+    # Read again, slower, to say what is wrong.
+    return _parse_value(cls, schema, read_json(path, what, remedy), path)
+
+
+def _parse_value(cls: type[_T], schema: str, tree: Any, path: Path) -> _T:
     if not isinstance(tree, dict):
         raise ScoresError(f"{path} holds a {type(tree).__name__}, expected an object with schema '{schema}'.")
     if tree.get("schema") != schema:
@@ -268,9 +204,9 @@ def _check_scores(scores: Scores, path: Path) -> None:
                 f"{path}: modules.{index} ('{module.fqn}'): nfn is {module.nfn}, but gain / baseline is {expected}; "
                 "the file was edited: score again."
             )
-    listed = [entry.type for entry in scores.types]
-    if sorted(listed) != sorted(by_type):
-        odd = sorted(set(listed) ^ set(by_type)) or sorted(name for name in listed if listed.count(name) > 1)
+    listed = Counter(entry.type for entry in scores.types)
+    if listed != Counter(dict.fromkeys(by_type, 1)):
+        odd = sorted(set(listed) ^ set(by_type)) or sorted(name for name, count in listed.items() if count > 1)
         raise ScoresError(f"{path}: types and modules disagree about '{odd[0]}'; the file was edited: score again.")
     for entry in scores.types:
         mean = sum(by_type[entry.type]) / len(by_type[entry.type])
@@ -289,11 +225,12 @@ def _check_samples(scores: Scores, samples: SampleTotals, path: Path) -> None:
             f"{path} and {SAMPLES_FILE} disagree about module '{odd[0]}', which only one of them has; one was edited "
             "or is of another model: score again."
         )
-    row = {fqn: index for index, fqn in enumerate(samples.fqns)}
-    for index, module in enumerate(scores.modules):
-        num_tokens = int(samples.num_tokens[row[module.fqn]].sum())
-        gain = float(samples.gain_total[row[module.fqn]].sum()) / max(num_tokens, 1)
-        if module.num_tokens != num_tokens or abs(module.gain - gain) > 1e-6 * max(gain, 1e-30):
+    found = samples.select(module.fqn for module in scores.modules)
+    sums = zip(found.num_tokens.sum(axis=1).tolist(), found.gain_total.sum(axis=1).tolist(), strict=True)
+    for index, (module, (num_tokens, gain_total)) in enumerate(zip(scores.modules, sums, strict=True)):
+        gain = gain_total / max(num_tokens, 1)
+        # a gain that is NaN is not near either
+        if module.num_tokens != num_tokens or not abs(module.gain - gain) <= 1e-6 * max(gain, 1e-30):
             raise ScoresError(
                 f"{path}: modules.{index} ('{module.fqn}') has num_tokens {module.num_tokens} and gain {module.gain}, "
                 f"but {SAMPLES_FILE} gives {num_tokens} and {gain}; the file was edited: score again."

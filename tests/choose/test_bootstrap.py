@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from plop_dist.choose.bootstrap import draw_counts, group_means, resampled_nfn, selection_confidence, type_intervals
-from plop_dist.choose.place import policy_function
+from plop_dist.choose.bootstrap import draw_counts, group_means, resampled_nfn, type_intervals
+from plop_dist.choose.decision import selection_confidence
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import ScoresError
 from plop_dist.values.scores import SampleTotals, Scores
@@ -66,11 +66,10 @@ def test_confidence_is_the_share_of_resamples_with_the_same_lowest() -> None:
     counts = draw_counts(24, 1000, seed=0)
     nfn = (counts @ scores.samples.gain_total.T) / (counts @ scores.samples.num_tokens.T.astype(float)) / 2
     expected = float((nfn.argmin(axis=1) == lowest).mean())
-    policy = policy_function(scores.modules, PlacementConfig(k=1))
-    assert selection_confidence(scores.modules, scores.samples, policy) == expected
+    assert selection_confidence(scores.modules, scores.samples, PlacementConfig(k=1)) == expected
     assert 0.3 < expected < 0.999
     far = make_scores({"a_proj": 1.0, "b_proj": 2.0, "c_proj": 3.0}, num_layers=1)
-    assert selection_confidence(far.modules, far.samples, policy_function(far.modules, PlacementConfig(k=1))) == 1.0
+    assert selection_confidence(far.modules, far.samples, PlacementConfig(k=1)) == 1.0
 
 
 def test_absent_module_is_named() -> None:

@@ -87,9 +87,9 @@ def test_explanation_names_reason_next_best_and_alternatives() -> None:
 
 def test_sweep_covers_every_k_and_fewer_samples() -> None:
     result = sweep(make_scores(), k=2)
-    assert [row.k for row in result.by_k] == list(range(1, 8))
-    assert result.by_k[2].added == "down_proj"
-    assert result.by_k[-1].confidence == 1.0
+    assert [row.value for row in result.steps] == list(range(1, 8))
+    assert result.steps[2].added == "down_proj"
+    assert result.steps[-1].confidence == 1.0
     assert [entry.num_samples for entry in result.by_samples] == [1, 2, 4, 8, 16, 24]
     assert result.by_samples[-1].is_final_choice
     assert sweep(make_scores(with_samples=False)).by_samples == ()
