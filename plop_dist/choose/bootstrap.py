@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -12,8 +14,9 @@ from plop_dist.values.sample_totals import SampleTotals
 from plop_dist.values.scores import ModuleScore
 
 NUM_RESAMPLES = 1000
-_BLOCK_VALUES = 4_000_000  # float64 values per (b, M) block: 32 MB, whatever the model's size
+_BLOCK_VALUES = 2_000_000  # float64 values per (b, M) block: 16 MB, whatever the model's size
 _CHUNK_VALUES = 1 << 17  # of a block, worked on at once: 1 MB stays in a core's cache
+_NUM_THREADS = 2
 
 
 def draw_counts(num_samples: int, num_resamples: int, seed: int, sample_size: int | None = None) -> np.ndarray:
@@ -29,15 +32,33 @@ def resampled_nfn(modules: Sequence[ModuleScore], samples: SampleTotals, counts_
     NFN = (sum_s w_s gain_total_s / sum_s w_s num_tokens_s) / b(W) with w_s the draws of sample s; NaN where a module
     has no token in a resample. Raises ScoresError if `samples` lacks a module.
     """
-    rows = samples.select(module.fqn for module in modules)
+    index_M = samples.rows_of(module.fqn for module in modules)
     baseline_M = np.array([module.baseline for module in modules])
-    tokens_DS, row_M = _distinct_rows(rows.num_tokens)
-    block = max(1, _BLOCK_VALUES // len(modules))
-    for start in range(0, len(counts_BS), block):
-        counts_bS = counts_BS[start : start + block]
-        nfn_bM = counts_bS @ rows.gain_total.T
+    gain_MS = samples.gain_total[index_M]
+    tokens_DS, row_M = _distinct_rows(samples.num_tokens, index_M)
+
+    def add_up(counts_bS: np.ndarray) -> np.ndarray:
+        nfn_bM = counts_bS @ gain_MS.T
         _divide(nfn_bM, counts_bS @ tokens_DS.T, row_M, baseline_M)
-        yield nfn_bM
+        return nfn_bM
+
+    block = max(1, _BLOCK_VALUES // len(modules))
+    return _ahead(add_up, (counts_BS[start : start + block] for start in range(0, len(counts_BS), block)))
+
+
+def _ahead(function: Callable[[np.ndarray], np.ndarray], blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield a function of each block, in their order, while threads work on the next ones; few are kept at a time.
+
+    NumPy lets go of the interpreter while it computes.
+    """
+    pending: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for block in blocks:
+            pending.append(pool.submit(function, block))
+            if len(pending) > _NUM_THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _divide(gain_bM: np.ndarray, tokens_bD: np.ndarray, row_M: np.ndarray, baseline_M: np.ndarray) -> None:
@@ -58,21 +79,22 @@ def _chunks(block_bM: np.ndarray) -> Iterator[slice]:
     return (slice(start, start + width) for start in range(0, block_bM.shape[1], width))
 
 
-def _distinct_rows(tokens_MS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct rows, (D, S) float64, and which of them each module has: (M,).
+def _distinct_rows(tokens: np.ndarray, index_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct ones among the rows index_M, (D, S) float64, and which of them each module has: (M,).
 
     Dense modules all see the same tokens, and so do the projections of one expert: what is the same for several
     modules is added up once.
     """
-    tokens = tokens_MS.astype(np.float64)
-    key_M = tokens @ np.random.default_rng(0).random(tokens.shape[1])
-    _, first_D, row_M = np.unique(key_M, return_index=True, return_inverse=True)
+    weights_S = np.random.default_rng(0).random(tokens.shape[1])
     num_rows = max(1, _CHUNK_VALUES // tokens.shape[1])
-    for start in range(0, len(tokens), num_rows):
-        rows = slice(start, start + num_rows)
-        if not np.array_equal(tokens[first_D[row_M[rows]]], tokens[rows]):  # two rows with one key
-            return tokens, np.arange(len(tokens))
-    return tokens[first_D], row_M
+    parts = [index_M[start : start + num_rows] for start in range(0, len(index_M), num_rows)]
+    key_M = np.concatenate([tokens[part].astype(np.float64) @ weights_S for part in parts])
+    _, first_D, row_M = np.unique(key_M, return_index=True, return_inverse=True)
+    same_M = index_M[first_D[row_M]]  # a row with the same key; with the same values unless chance will have it
+    others = [same_M[start : start + num_rows] for start in range(0, len(index_M), num_rows)]
+    if not all(np.array_equal(tokens[part], tokens[other]) for part, other in zip(parts, others, strict=True)):
+        return tokens[index_M].astype(np.float64), np.arange(len(index_M))
+    return tokens[index_M[first_D]].astype(np.float64), row_M
 
 
 def round_scores(values_bU: np.ndarray) -> np.ndarray:
@@ -90,7 +112,7 @@ def group_means(nfn_bM: np.ndarray, group_M: np.ndarray, num_groups: int) -> np.
     """
     order = np.argsort(group_M, kind="stable")
     order = order[group_M[order] >= 0]
-    values = nfn_bM[:, order]
+    values = nfn_bM if np.array_equal(order, np.arange(nfn_bM.shape[1])) else nfn_bM[:, order]
     if len(order) == num_groups:  # each group is one module
         return values
     starts = np.searchsorted(group_M[order], np.arange(num_groups))

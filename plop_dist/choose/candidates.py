@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from plop_dist.choose.bootstrap import NUM_RESAMPLES, draw_counts, group_means, resampled_nfn, round_scores
-from plop_dist.choose.policy import Policy, Rule, policy_of, rank_function
+from plop_dist.choose.policy import Rule, policy_of, rank_function
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import PlacementError, suggest
 from plop_dist.values.adapter_size import AdapterSizes
@@ -25,32 +25,36 @@ _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "embed_out", "wte", "wpe", 
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 # DeepSeek V3.2's selection of tokens: its output is a top-k.
 _INDEXER = "indexer"
+# What a module is chosen with, by placement.granularity.
+_UNIT: dict[str, Callable[[ModuleScore], str]] = {
+    "type": lambda module: module.type,
+    "layer": lambda module: f"layer.{module.layer}",
+    "module": lambda module: module.fqn,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
     """The units a policy chooses between, in natural order of their names.
 
-    unit_M: (M,) int64, the unit of each scored module, -1 for one that may not be chosen; reasons: why not, by path;
-    left_out: the projections without a score, which are never chosen but may share a fused weight with chosen ones.
+    unit_M: (M,) int64, the unit of each scored module, -1 for one that may not be chosen; reasons: why not, by path.
     """
 
-    modules: tuple[ModuleScore, ...]
+    eligible: Eligible
     units: tuple[str, ...]
     unit_M: np.ndarray
     reasons: dict[str, str]
-    left_out: tuple[LeftOut, ...]
     config: PlacementConfig
 
-    @cached_property
-    def module_nfn(self) -> np.ndarray:
-        """The NFN of every scored module: (M,), float64."""
-        return np.array([module.nfn for module in self.modules])
+    @property
+    def modules(self) -> tuple[ModuleScore, ...]:
+        """Every scored module, whether or not it may be chosen."""
+        return self.eligible.modules
 
     @cached_property
     def unit_nfn(self) -> np.ndarray:
         """The NFN of every unit: (U,), float64."""
-        return self.values(self.module_nfn[None])[0]
+        return self.values(self.eligible.nfn[None])[0]
 
     def values(self, nfn_bM: np.ndarray) -> np.ndarray:
         """Return the mean NFN of each unit: (b, U), float64, NaN without a token.
@@ -92,7 +96,7 @@ class Candidates:
     @cached_property
     def sizes(self) -> AdapterSizes:
         """The parameters of adapters on the scored modules, at the ranks of the configuration."""
-        return AdapterSizes(self.modules, rank_function(self.config), self.left_out)
+        return AdapterSizes(self.modules, rank_function(self.config), self.eligible.left_out)
 
     @cached_property
     def costs(self) -> np.ndarray:
@@ -104,14 +108,18 @@ class Candidates:
         running = self.running_costs(units)
         return int(running[-1]) if len(running) else 0
 
-    def running_costs(self, units: np.ndarray) -> np.ndarray:
-        """Return the trainable parameters of the first, the first two, ... of these units together: (N,), int64."""
+    def running_costs(self, units: np.ndarray, set_N: np.ndarray | None = None) -> np.ndarray:
+        """Return the trainable parameters of the first, the first two, ... of these units together: (N,), int64.
+
+        set_N: (N,), ascending, where they belong to several sets that are counted each by itself.
+        """
         starts, stops = self._starts[units], self._starts[units + 1]
         num = stops - starts
         ends = np.cumsum(num)
         # Where each unit's modules lie among all units' modules, one unit after the other.
         position_N = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - num), num)
-        return self.sizes.running(self._members_by_unit[position_N])[ends - 1]
+        of_sets = None if set_N is None else np.repeat(set_N, num)
+        return self.sizes.running(self._members_by_unit[position_N], of_sets)[ends - 1]
 
     def sharing(self, units: np.ndarray) -> list[np.ndarray]:
         """Return which of these units (positions in `units`) have parts of the same fused linears, directly or not."""
@@ -157,11 +165,20 @@ class Candidates:
 
 @dataclass(frozen=True, eq=False)
 class Eligible:
-    """What the section `placement` leaves to every policy: why each other module is out, by path."""
+    """What the section `placement` leaves to every policy.
+
+    reasons: why other modules are out, by path; left_out: the projections without a score, which are never chosen but
+    may share a fused weight with chosen ones.
+    """
 
     modules: tuple[ModuleScore, ...]
     left_out: tuple[LeftOut, ...]
     reasons: dict[str, str]
+
+    @cached_property
+    def nfn(self) -> np.ndarray:
+        """The NFN of every scored module: (M,), float64."""
+        return np.array([module.nfn for module in self.modules])
 
     def candidates(self, config: PlacementConfig) -> Candidates:
         """Return what the policy that `config` names chooses between, in units of its granularity.
@@ -170,27 +187,33 @@ class Eligible:
         """
         policy = policy_of(config)
         reasons = dict(self.reasons)
-        unit_of: dict[int, str] = {}
-        for index, module in enumerate(self.modules):
-            if module.fqn in reasons:
-                continue
-            reason = _reason_of_policy(module, policy, config)
-            if reason:
-                reasons[module.fqn] = reason
+        members = []
+        for index in self._inside:
+            module = self.modules[index]
+            reason = policy.reason_out(module, config)
+            if reason is None and config.granularity == "layer" and module.layer is None:
+                reason = "outside the layers; placement.granularity is layer"
+            if reason is None:
+                members.append(index)
             else:
-                unit_of[index] = _unit(module, config)
-        if not unit_of:
+                reasons[module.fqn] = reason
+        if not members:
             texts = "; ".join(
                 f"{name}: {text}" for name, text in sorted({(m.type, reasons[m.fqn]) for m in self.modules})
             )
             raise PlacementError(
                 f"No module is left to choose from ({texts}); relax placement.exclude, include or policy."
             )
-        units = tuple(sorted(set(unit_of.values()), key=natural_key))
+        names = [_UNIT[config.granularity](self.modules[index]) for index in members]
+        units = tuple(sorted(set(names), key=natural_key))
         position = {name: index for index, name in enumerate(units)}
         unit_M = np.full(len(self.modules), -1, dtype=np.int64)
-        unit_M[list(unit_of)] = [position[name] for name in unit_of.values()]
-        return Candidates(self.modules, units, unit_M, reasons, self.left_out, config)
+        unit_M[members] = [position[name] for name in names]
+        return Candidates(self, units, unit_M, reasons, config)
+
+    @cached_property
+    def _inside(self) -> list[int]:
+        return [index for index, module in enumerate(self.modules) if module.fqn not in self.reasons]
 
 
 def find_candidates(
@@ -218,19 +241,6 @@ def find_eligible(
         if reason:
             reasons[module.fqn] = reason
     return Eligible(tuple(modules), tuple(left_out), reasons)
-
-
-def _unit(module: ModuleScore, config: PlacementConfig) -> str:
-    if config.granularity == "module":
-        return module.fqn
-    return module.type if config.granularity == "type" else f"layer.{module.layer}"
-
-
-def _reason_of_policy(module: ModuleScore, policy: Policy, config: PlacementConfig) -> str | None:
-    reason = policy.reason_out(module, config)
-    if reason is None and config.granularity == "layer" and module.layer is None:
-        return "outside the layers; placement.granularity is layer"
-    return reason
 
 
 def _reason_out(

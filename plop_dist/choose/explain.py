@@ -96,7 +96,7 @@ class _Explainer:
         self._scores = scores
         self._decision = decision
         self._num_types = len(placement.module_types)
-        self._nfn_M = decision.candidates.module_nfn
+        self._nfn_M = decision.eligible.nfn
         self._types = ordered_types(scores)
         position = {name: index for index, name in enumerate(self._types)}
         self._type_M = np.array([position[module.type] for module in scores.modules])

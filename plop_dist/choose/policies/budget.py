@@ -109,10 +109,28 @@ class BudgetRule:
 
     def __call__(self, values_bU: np.ndarray) -> np.ndarray:
         """Return the choice for each row of unit NFNs: (b, U), bool."""
+        values_bF = values_bU if len(self._fitting) == values_bU.shape[1] else values_bU[:, self._fitting]
+        means = np.nanmean(values_bU, axis=1)
+        taken_b = [self._choose(values_F, mean) for values_F, mean in zip(values_bF, means, strict=True)]
+        row_N = np.repeat(np.arange(len(taken_b)), [len(taken) for taken in taken_b])
+        unit_N = self._fitting[np.concatenate(taken_b)]
+        if not self._is_additive:
+            fits = self._fit_together(unit_N, row_N)
+            row_N, unit_N = row_N[fits], unit_N[fits]
         chosen_bU = np.zeros(values_bU.shape, dtype=bool)
-        for row, mean in enumerate(np.nanmean(values_bU, axis=1)):
-            chosen_bU[row, self._fitting[self._choose(values_bU[row, self._fitting], mean)]] = True
+        chosen_bU[row_N, unit_N] = True
         return chosen_bU
+
+    def _fit_together(self, unit_N: np.ndarray, row_N: np.ndarray) -> np.ndarray:
+        """Tell which of the units taken in each row, in the order in which they were, fit the budget together: (N,).
+
+        With unequal ranks, or the gates of some experts and the up projections of others, what is fused costs more than
+        its parts: then the last ones taken are left again, until the rest fits.
+        """
+        fits = np.flatnonzero(self._candidates.running_costs(unit_N, row_N) <= self._limit)
+        last = np.full(len(row_N), -1)
+        np.maximum.at(last, row_N[fits], fits)
+        return np.arange(len(row_N)) <= last[row_N]
 
     def _choose(self, values_F: np.ndarray, mean: float) -> np.ndarray:
         """Return which of the units that fit by themselves are chosen: their indices among these."""
@@ -147,12 +165,7 @@ class BudgetRule:
         beyond = np.sort(cheap[values_F[cheap] > last_value])
         if len(beyond):
             taken = np.append(taken, self._take(_lowest_first(beyond, values_F, mean), remaining)[0])
-        if self._is_additive:
-            return taken
-        # With unequal ranks, or the gates of some experts and the up projections of others, what is fused costs more
-        # than its parts: then the last ones taken are left again, until the rest fits.
-        fits = np.flatnonzero(self._candidates.running_costs(self._fitting[taken]) <= self._limit)
-        return taken[: fits[-1] + 1 if len(fits) else 0]
+        return taken
 
     def _take(self, ordered: np.ndarray, remaining: int) -> tuple[np.ndarray, int]:
         """Return the units that are taken in this order, and what is left of the budget."""
