@@ -11,6 +11,7 @@ import numpy as np
 from plop_dist.values.names import layer_index, module_type
 from plop_dist.values.sample_totals import SampleTotals
 from plop_dist.values.scores import (
+    SCORES_SCHEMA,
     DataInfo,
     LeftOut,
     ModelInfo,
@@ -137,6 +138,7 @@ def _scores(modules: list[ModuleScore], left_out: list[LeftOut], num_samples: in
         values.setdefault(module.type, []).append(module.nfn)
     types = [TypeScore(type=name, num_modules=len(v), nfn=sum(v) / len(v)) for name, v in values.items()]
     return Scores(
+        schema=SCORES_SCHEMA,
         model=ModelInfo(name_or_path="made/Qwen3-235B-A22B", architecture="Qwen3MoeForCausalLM"),
         data=DataInfo(source="made", num_samples=num_samples, num_tokens=num_tokens, max_length=256),
         estimator={"baseline": "control_variate", "num_directions": 64, "seed": 0},

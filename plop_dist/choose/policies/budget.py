@@ -111,40 +111,30 @@ class BudgetRule:
         """Return the choice for each row of unit NFNs: (b, U), bool."""
         values_bF = values_bU if len(self._fitting) == values_bU.shape[1] else values_bU[:, self._fitting]
         means = np.nanmean(values_bU, axis=1)
-        taken_b = [self._choose(values_F, mean) for values_F, mean in zip(values_bF, means, strict=True)]
-        row_N = np.repeat(np.arange(len(taken_b)), [len(taken) for taken in taken_b])
-        unit_N = self._fitting[np.concatenate(taken_b)]
-        if not self._is_additive:
-            fits = self._fit_together(unit_N, row_N)
-            row_N, unit_N = row_N[fits], unit_N[fits]
         chosen_bU = np.zeros(values_bU.shape, dtype=bool)
-        chosen_bU[row_N, unit_N] = True
+        filled: dict[int, np.ndarray] = {}
+        for row, (values_F, mean) in enumerate(zip(values_bF, means, strict=True)):
+            first, last_value = self._first_positive(values_F, mean)
+            if len(first) > self._most_exact:
+                filled[row] = self._fitting[self._fill(values_F, mean, first, last_value)]
+            else:
+                chosen_bU[row, self._fitting[self._best_set(values_F, mean, np.sort(first))]] = True
+        if filled:
+            row_N = np.repeat(list(filled), [len(taken) for taken in filled.values()])
+            unit_N = np.concatenate(list(filled.values()))
+            fits_N = self._fit_together(unit_N, row_N)
+            chosen_bU[row_N[fits_N], unit_N[fits_N]] = True
         return chosen_bU
 
-    def _fit_together(self, unit_N: np.ndarray, row_N: np.ndarray) -> np.ndarray:
-        """Tell which of the units taken in each row, in the order in which they were, fit the budget together: (N,).
-
-        With unequal ranks, or the gates of some experts and the up projections of others, what is fused costs more than
-        its parts: then the last ones taken are left again, until the rest fits.
-        """
-        fits = np.flatnonzero(self._candidates.running_costs(unit_N, row_N) <= self._limit)
-        last = np.full(len(row_N), -1)
-        np.maximum.at(last, row_N[fits], fits)
-        return np.arange(len(row_N)) <= last[row_N]
-
-    def _choose(self, values_F: np.ndarray, mean: float) -> np.ndarray:
-        """Return which of the units that fit by themselves are chosen: their indices among these."""
-        first, last_value = self._first_positive(values_F, mean)
-        if len(first) > self._most_exact:
-            return self._fill(values_F, mean, first, last_value)
-        if len(first):
-            positive = np.sort(first)
-            subsets, costs = self._fitting_subsets(positive)
-            total_gap = np.round(subsets @ _gap(values_F[positive], mean), 9)
-            best = np.flatnonzero(total_gap == total_gap.max())
-            return positive[subsets[best[costs[best].argmin()]]]
-        known = np.flatnonzero(~np.isnan(values_F))
-        return known[_gap(values_F[known], mean).argmax()][None] if len(known) else known
+    def _best_set(self, values_F: np.ndarray, mean: float, positive: np.ndarray) -> np.ndarray:
+        """Return the set with the largest total gap, of the few units that lie below the mean, or the nearest to it."""
+        if not len(positive):
+            known = np.flatnonzero(~np.isnan(values_F))
+            return known[_gap(values_F[known], mean).argmax()][None] if len(known) else known
+        subsets, costs = self._fitting_subsets(positive)
+        total_gap = np.round(subsets @ _gap(values_F[positive], mean), 9)
+        best = np.flatnonzero(total_gap == total_gap.max())
+        return positive[subsets[best[costs[best].argmin()]]]
 
     def _first_positive(self, values_F: np.ndarray, mean: float) -> tuple[np.ndarray, float]:
         """Return the units below the mean, lowest NFN first, and the NFN up to which these are all of them.
@@ -166,6 +156,19 @@ class BudgetRule:
         if len(beyond):
             taken = np.append(taken, self._take(_lowest_first(beyond, values_F, mean), remaining)[0])
         return taken
+
+    def _fit_together(self, unit_N: np.ndarray, row_N: np.ndarray) -> np.ndarray:
+        """Tell which of the units taken in each row, in the order in which they were, fit the budget together: (N,).
+
+        With unequal ranks, or the gates of some experts and the up projections of others, what is fused costs more than
+        its parts: then the last ones taken are left again, until the rest fits.
+        """
+        if self._is_additive:
+            return np.ones(len(unit_N), dtype=bool)
+        fits = np.flatnonzero(self._candidates.running_costs(unit_N, row_N) <= self._limit)
+        last = np.full(int(row_N[-1]) + 1, -1)
+        np.maximum.at(last, row_N[fits], fits)
+        return np.arange(len(row_N)) <= last[row_N]
 
     def _take(self, ordered: np.ndarray, remaining: int) -> tuple[np.ndarray, int]:
         """Return the units that are taken in this order, and what is left of the budget."""
