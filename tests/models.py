@@ -84,10 +84,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny(family: str, directory: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """Save tiny(family) as safetensors with its tokenizer beside it, and return the directory."""
+def save_tiny(
+    family: str, directory: str | Path, *, seed: int = 0, shard_size: str | None = None, **overrides: Any
+) -> Path:
+    """Save tiny(family) as safetensors with its tokenizer beside it, and return the directory.
+
+    shard_size: largest file, e.g. "40KB"; the default leaves one.
+    """
     target = Path(directory)
-    tiny(family, seed=seed, **overrides).save_pretrained(target)
+    options = {} if shard_size is None else {"max_shard_size": shard_size}
+    tiny(family, seed=seed, **overrides).save_pretrained(target, **options)
     tiny_tokenizer().save_pretrained(target)
     return target
 

@@ -63,6 +63,7 @@ def build_plan(config: Config) -> Plan:
     """
     from plop_dist.backends.hf.layout import num_experts
     from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+    from plop_dist.backends.hf.stored_weights import check_stored_weights
     from plop_dist.backends.hf.whole import whole_sites
 
     hf_config = load_hf_config(config.model)
@@ -71,6 +72,7 @@ def build_plan(config: Config) -> Plan:
     notes: list[str] = []
     data = _look_at_data(config, notes)
     model = meta_model(config.model, hf_config)
+    notes += check_stored_weights(config.model, model)
     sites = whole_sites(model, needs_head(config.placement.exclude))
     projections = [projection for site in sites for projection in site.projections]
     length = data.longest or config.data.max_length
