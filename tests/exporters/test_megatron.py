@@ -21,7 +21,10 @@ from plop_dist.exporters.exporter import find_exporter
 from plop_dist.exporters.suffixes import matcher
 from plop_dist.values.placement import Placement
 from tests.exporters.cases import llama_projections, place, projection, scores_of
+from tests.installed import HAS_BRIDGE
 
+if not HAS_BRIDGE:
+    pytest.skip("Megatron-Bridge is not installed", allow_module_level=True)
 import_bridge()
 from megatron.bridge.peft.canonical_lora import CanonicalLoRA  # noqa: E402
 from megatron.bridge.peft.lora import LoRA  # noqa: E402

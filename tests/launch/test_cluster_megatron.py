@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.installed import needs_bridge
 from tests.launch.cluster_case import BIN, Case, environment, events, make_case, session
 from tests.launch.ray_head import kill_rank_1_in_the_middle
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_bridge]
 PARALLEL = {"backend": "megatron", "tp": 2, "pp": 2, "dp": 1, "zero_stage": 0}
 
 # Python runs sitecustomize.py at its start: here it lets one rank raise in its fifth step.

@@ -22,6 +22,7 @@ from plop_dist.data.samples import tokenize
 from plop_dist.errors import ConfigError, DataError, ModelError, WorkerError
 from plop_dist.launch.rank import score
 from plop_dist.values.scores import Scores
+from tests.installed import needs_bridge
 from tests.models import random_tokens, save_tiny, tiny
 from tests.plugin import hosts as plugin_hosts
 from tests.spawn import run_ranks
@@ -382,6 +383,7 @@ def test_two_ranks_equal_one_process(directory: Path, reference: tuple[Scores, l
     _check(run_ranks(2, _job, list(parallel), directory, samples), expected, parallel)
 
 
+@needs_bridge
 @pytest.mark.slow
 def test_megatron_at_tp2_pp2_equals_one_process(directory: Path, reference: tuple[Scores, list[list[int]]]) -> None:
     expected, samples = reference

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from plop_dist.config.loading import load_config
 from plop_dist.launch import pipeline
 from plop_dist.rundir.stages import Stages
+from tests.installed import needs_bridge
 from tests.launch.cluster_case import BIN, Case, environment, events, make_case, session
 from tests.launch.ray_head import Head, kill_rank_1_in_the_middle, ray_head
 from tests.spawn import run_ranks
@@ -57,7 +58,14 @@ def _train(rank: int, config: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "engine", [name if name in STANDING else pytest.param(name, marks=pytest.mark.rare) for name in ENGINES]
+    "engine",
+    [
+        pytest.param(
+            name,
+            marks=[needs_bridge] * (name == "megatron") + [pytest.mark.rare] * (name not in STANDING),
+        )
+        for name in ENGINES
+    ],
 )
 def test_a_worker_killed_in_training_changes_nothing(case: Case, head: Head, engine: str) -> None:
     parallel, train = ENGINES[engine]

@@ -16,6 +16,7 @@ from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.stages import Stages
 from plop_dist.training import sft
 from plop_dist.values.placement import Placement
+from tests.installed import needs_bridge
 from tests.models import save_tiny
 from tests.spawn import run_ranks
 
@@ -66,7 +67,9 @@ def _job(rank: int, directory: str, names: tuple[str, ...]) -> dict[str, list[li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [("autotp", "hf_tp", "pipeline"), ("megatron_tp", "megatron_pp")])
+@pytest.mark.parametrize(
+    "names", [("autotp", "hf_tp", "pipeline"), pytest.param(("megatron_tp", "megatron_pp"), marks=needs_bridge)]
+)
 def test_tracked_nfn_is_that_of_one_process_and_disturbs_nothing(tmp_path: Path, names: tuple[str, ...]) -> None:
     save_tiny(FAMILY, tmp_path / "model")
     rows = [json.dumps({"text": f"{i} and {7 * i} make {8 * i}" * (1 + i % 3)}) for i in range(19)]

@@ -22,10 +22,11 @@ from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.stages import Stages
 from plop_dist.values.scores import Scores
 from tests.backends.megatron.models import config, fresh
+from tests.installed import needs_bridge
 from tests.models import save_tiny
 from tests.spawn import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_bridge]
 LAYOUTS: dict[str, dict[str, Any]] = {"tp4": {"tp": 4}, "pp2": {"pp": 2, "dp": 2}, "tp1": {"dp": 4}}
 TRAINED = "pp2"
 

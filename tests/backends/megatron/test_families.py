@@ -11,10 +11,11 @@ import torch.distributed as dist
 from plop_dist.config.loading import parse_config
 from plop_dist.errors import ModelError
 from tests.backends.megatron.models import config, fresh, gains, logits, samples, true_logits
+from tests.installed import needs_bridge
 from tests.models import save_tiny
 from tests.spawn import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_bridge]
 TOLERANCE = 1e-5
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

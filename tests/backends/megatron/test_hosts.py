@@ -15,10 +15,11 @@ from torch import nn
 import plop_dist
 from plop_dist.values.scores import Scores
 from tests.backends.megatron.models import config, fresh, samples
+from tests.installed import needs_bridge
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_bridge]
 OLDER = Path(__file__).parents[3] / ".cache" / "older" / "megatron-core"
 LAYOUTS = {"bridge": (2, 2, 1), "plain": (2, 2, 1), "virtual": (2, 2, 1), "wrapped": (2, 1, 2)}
 FIELDS = {"num_hidden_layers": 4, "head_dim": 8}

@@ -13,10 +13,11 @@ from plop_dist.measure.baseline import compute_baselines
 from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.norms import control_variate, directions
 from tests.backends.megatron.models import config, fresh, gains, logits, samples, true_gains, true_logits, worst
+from tests.installed import needs_bridge
 from tests.models import save_tiny
 from tests.spawn import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_bridge]
 TOLERANCE = 1e-5
 
 SP = {"sequence_parallel": True}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.installed import needs_bridge
 from tests.spawn import run_ranks
 from tests.training.cases import (
     CUT_AFTER,
@@ -48,6 +49,7 @@ def _job(rank: int, directory: str, world_size: int) -> dict[str, Any]:
     return out
 
 
+@needs_bridge
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_every_layout_equals_one_process(tmp_path: Path, world_size: int) -> None:

@@ -13,11 +13,12 @@ from plop_dist.training import loop
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModuleScore, TypeScore
+from tests.installed import needs_bridge
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
 from tests.training.cases import Rows, assert_equal, check_run, make_placement, prepare, run_engine
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_bridge]
 ATTENTION = ("q_proj", "v_proj", "o_proj")
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2_ep2": {"dp": 2, "ep": 2},
