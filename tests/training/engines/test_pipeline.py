@@ -69,6 +69,7 @@ def _held(rank: int, directory: str) -> set[str]:
     return {name for name, parameter in loaded[0].named_parameters() if not parameter.is_meta and ".lora_" not in name}
 
 
+@pytest.mark.slow
 def test_no_stage_loads_another_stages_layers(tmp_path: Path) -> None:
     save_tiny("qwen3", tmp_path)
     first, second = run_ranks(2, _held, str(tmp_path))
