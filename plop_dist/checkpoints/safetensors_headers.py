@@ -107,16 +107,18 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
 def _entry(path: Path, name: str, entry: Any) -> tuple[StoredTensor, tuple[int, int]]:
     """Return what a header's entry says, and the stretch of bytes behind the header that the tensor takes."""
     if isinstance(entry, Mapping):
-        dtype, shape, stretch = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
-        if isinstance(dtype, str) and _are_counts(shape) and _are_counts(stretch) and len(stretch) == 2:
+        dtype, shape, stretch = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
+        if isinstance(dtype, str) and shape is not None and stretch is not None and len(stretch) == 2:
             num_bits = 8 * (stretch[1] - stretch[0])
             if dtype not in _NUM_BITS or num_bits == math.prod(shape) * _NUM_BITS[dtype]:
-                return StoredTensor(dtype, tuple(shape)), (stretch[0], stretch[1])
+                return StoredTensor(dtype, shape), (stretch[0], stretch[1])
     raise ModelError(f"'{path}' has a header with a wrong dtype, shape or place of '{name[:80]}'; {_AGAIN}.")
 
 
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+def _counts(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value):
+        return tuple(value)
+    return None
 
 
 def _read(path: Path, start: int, length: int) -> bytes:

@@ -92,11 +92,12 @@ def test_names_and_storage(family: str) -> None:
     layers, names, head = EXPECTED[family]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(family))
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    head = head if head in modules else "lm_head"  # which GPT-NeoX's is called in newer releases
     found = [block.projection for linear in find_linears(model) for block in linear.blocks]
     expected = {f"{layers}.{layer}.{name}" for layer in range(2) for name in names} | {head}
     assert {projection.fqn for projection in found} == expected
     assert len(found) == len(expected)
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for projection in found:
         assert projection.type == ("lm_head" if projection.fqn == head else projection.fqn.rpartition(".")[2])
         assert projection.layer == (None if projection.fqn == head else int(projection.fqn.split(".")[2]))
@@ -152,7 +153,9 @@ def test_gains_and_weights_equal_brute_force(family: str, overrides: dict[str, A
         assert torch.equal(before, during)
         assert torch.equal(before, model(tokens).logits)
     paths = {site: path for path, site in sites.items()}
-    assert {paths[call["site"]] for call in notes.calls} == set(sites)
+    assert {paths[call["site"]] for call in notes.calls} == set(inputs)
+    # Newer releases multiply with the weight of Mamba's dt_proj themselves: neither a hook nor an adapter sees that.
+    assert {path.rpartition(".")[2] for path in sites.keys() - inputs.keys()} <= {"dt_proj"}
     for call in notes.calls:
         linear = next(linear for linear in linears if linear.path == paths[call["site"]])
         z_TI = inputs[linear.path].flatten(0, -2).double()
