@@ -21,6 +21,7 @@ from plop_dist.config.loading import parse_config
 from plop_dist.data.samples import tokenize
 from plop_dist.errors import ConfigError, DataError, ModelError, WorkerError
 from plop_dist.launch.rank import score
+from plop_dist.rundir.stages import Stages
 from plop_dist.values.scores import Scores
 from tests.installed import needs_bridge
 from tests.models import random_tokens, save_tiny, tiny
@@ -55,7 +56,7 @@ def reference(directory: Path) -> tuple[Scores, list[list[int]]]:
             "parallel": {"backend": "transformers"},
         }
     )
-    scores = score(config, 0, lambda kind, **fields: None)
+    scores = score(Stages(config), lambda kind, **fields: None)
     return scores, tokenize([{"text": text} for text in TEXTS], config.data, load_tokenizer(config.model))
 
 

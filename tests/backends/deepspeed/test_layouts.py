@@ -69,11 +69,12 @@ def _config(root: Path, run_dir: str, family: str, parallel: dict[str, Any], sid
 
 def _score(rank: int, root: Path, layouts: list[Any]) -> list[Any]:
     from plop_dist.launch.rank import score
+    from plop_dist.rundir.stages import Stages
 
     found = []
     for number, layout in enumerate(layouts):
         config = _config(root, f"run-{len(layouts)}-{number}", *layout)
-        scores = score(config, rank, lambda kind, **fields: None)
+        scores = score(Stages(config), lambda kind, **fields: None)
         modules = {m.fqn: (m.gain, m.baseline, m.num_tokens, m.in_features, m.out_features) for m in scores.modules}
         found.append((modules, scores.model.num_parameters))
     return found
@@ -91,9 +92,10 @@ def _truth(root: Path, family: str, exclude: str) -> Any:
 
 def _score_alone(root: Path, family: str, exclude: str) -> Any:
     from plop_dist.launch.rank import score
+    from plop_dist.rundir.stages import Stages
 
     config = _config(root, f"truth-{family}-{exclude}", family, {}, "right", exclude)
-    scores = score(config, 0, lambda kind, **fields: None)
+    scores = score(Stages(config), lambda kind, **fields: None)
     modules = {m.fqn: (m.gain, m.baseline, m.num_tokens, m.in_features, m.out_features) for m in scores.modules}
     return modules, scores.model.num_parameters
 
