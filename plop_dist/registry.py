@@ -104,7 +104,7 @@ TRAINERS = Kind(
 )
 
 # Packages that need more than `import` to be imported here, and what does it.
-_IMPORTERS = {"megatron.bridge": "plop_dist.backends.megatron.cpu:import_bridge"}
+_IMPORTERS = {"megatron.bridge": "plop_dist.backends.megatron.bridge:import_bridge"}
 
 # The package whose absence means that an extra was not installed, and that extra's name.
 _EXTRA_OF = {

@@ -32,7 +32,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import HfArgumentParser
 
-from plop_dist.backends.megatron.cpu import import_bridge
+from plop_dist.backends.megatron.bridge import import_bridge
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.values.placement import Export, Placement
 from tests.exporters.cases import (

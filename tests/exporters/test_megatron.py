@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from torch import nn
 
-from plop_dist.backends.megatron.cpu import import_bridge
+from plop_dist.backends.megatron.bridge import import_bridge
 from plop_dist.errors import ExportError
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.exporters.suffixes import matcher

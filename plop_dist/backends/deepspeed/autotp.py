@@ -44,7 +44,7 @@ def load(config: Config) -> HFModel:
     refusal = f"parallel.tp is {tp}, but DeepSpeed's AutoTP cannot shard {type(twin).__name__}"
     remedy = "use parallel.zero_stage=3 with parallel.tp=1, or parallel.backend=megatron."
     try:
-        engine = deepspeed.initialize(model=module, config=settings)[0]
+        engine: Any = deepspeed.initialize(model=module, config=settings)[0]
     except (AssertionError, ValueError) as error:  # what AutoTP raises for a family that it cannot cut
         raise LayoutError(f"{refusal} ({' '.join(str(error).split())}); {remedy}") from error
     body = headless(engine.module)  # the head is cut in any family
@@ -68,7 +68,7 @@ def scorable(module: nn.Module, twin: nn.Module, with_head: bool) -> HFModel:
     """
     from deepspeed.utils import groups
 
-    group = groups.get_tensor_model_parallel_group()
+    group: Any = groups.get_tensor_model_parallel_group()
     sites = [
         *shard_sites(twin, module, _shard_of, group, with_head=with_head),
         *find_expert_sites(module),

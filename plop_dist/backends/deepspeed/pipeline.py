@@ -23,7 +23,7 @@ from plop_dist.backends.hf.model import pick_device
 from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.config.schema import Config, ModelConfig
 from plop_dist.errors import ModelError
-from plop_dist.measure.protocols import Groups, MicroBatch
+from plop_dist.measure.protocols import Groups, MicroBatch, Site
 
 
 def load(config: Config) -> PipelineModel:
@@ -109,7 +109,7 @@ class PipelineModel:
         self._num_parameters = sum(parameter.numel() for parameter in twin.parameters())
         parameter = next(parameter for layer in layers for parameter in layer.parameters())
         self.device, self._dtype = parameter.device, parameter.dtype
-        self.sites = whole_sites(_only_here(copy.deepcopy(twin), layers), with_head, twin=twin)
+        self.sites: Sequence[Site] = whole_sites(_only_here(copy.deepcopy(twin), layers), with_head, twin=twin)
         stage, self.micro_batches_per_step = grid.get_stage_id(), grid.pipe_parallel_size
         replica, num_replicas = grid.get_data_parallel_rank(), grid.data_parallel_size
         self.groups = Groups(

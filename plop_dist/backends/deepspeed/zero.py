@@ -71,7 +71,7 @@ def as_partitioned(engine: Any) -> Iterator[None]:
 
 def _load_partitioned(config: Config) -> HFModel:
     import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     device = pick_device()
     # Before any from_pretrained, or transformers and TRL miscount the ranks.
@@ -83,7 +83,7 @@ def _load_partitioned(config: Config) -> HFModel:
     # While this object lives, from_pretrained builds under zero.Init: each parameter is cut up as soon as it exists.
     partitioning = HfDeepSpeedConfig(settings)
     module = load_model(config.model)
-    engine, *_ = deepspeed.initialize(model=module, config=settings)
+    engine: Any = deepspeed.initialize(model=module, config=settings)[0]
     del partitioning
     engine.eval()
     model = wrap(engine, config.placement.exclude)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -80,7 +80,7 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
         if model.checkpoint is None and drop is None:
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code
-            loaded, info = AutoModelForCausalLM.from_pretrained(name, **options)
+            loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(name, **options)
         else:
             loaded, info = _load_by_class(model, drop, options)
     missing = sorted(info.get("missing_keys") or [])

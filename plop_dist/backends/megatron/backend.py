@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from plop_dist.backends.hf.load import architecture, load_hf_config, meta_model, needs_head, weights_dtype
 from plop_dist.backends.hf.whole import whole_sites
-from plop_dist.backends.megatron import cpu
+from plop_dist.backends.megatron.bridge import import_auto_bridge
 from plop_dist.backends.megatron.checkpoint import load_checkpoint
 from plop_dist.backends.megatron.checks import (
     check_attention,
@@ -25,20 +24,16 @@ from plop_dist.backends.megatron.checks import (
     check_projections,
     check_weights,
 )
+from plop_dist.backends.megatron.chunk_sites import Logical
 from plop_dist.backends.megatron.layout import check_layout
+from plop_dist.backends.megatron.local_layers import use_local_layers
 from plop_dist.backends.megatron.model import MegatronModel
 from plop_dist.backends.megatron.names import bridge_names, conventional_names
+from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.config.schema import Config
-from plop_dist.errors import LayoutError, MissingExtraError, ModelError, PlopError
+from plop_dist.errors import LayoutError, ModelError, PlopError
 from plop_dist.measure.protocols import ScorableModel
-
-logger = logging.getLogger(__name__)
-
-_INSTALL = (
-    "Python 3.12, pip install 'plop-dist[megatron]' and then pip install --no-deps 'megatron-bridge>=0.6,<0.7' "
-    "(its optional dependencies are not needed)"
-)
 
 
 def load(config: Config) -> ScorableModel:
@@ -56,17 +51,16 @@ def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, wi
     hf_config = load_hf_config(config.model)
     whole = meta_model(config.model, hf_config)
     known = {item.fqn: item for site in whole_sites(whole, with_head) for item in site.projections}
+    names = bridge_names(bridge._model_bridge.mapping_registry())
     model = MegatronModel(
         chunks,
-        bridge_names(bridge._model_bridge.mapping_registry()),
-        with_head=with_head,
-        known=known,
-        vocab_size=hf_config.vocab_size,
+        Logical(names, known, hf_config.vocab_size, with_head),
         architecture=type(whole).__name__,
         model_type=hf_config.model_type,
         num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
     )
-    check_projections((item.fqn for site in model.sites for item in site.projections), known, config)
+    found = (item.fqn for site in model.sites for item in site.projections)
+    check_projections(found, known, config, model.device)
     return model
 
 
@@ -78,7 +72,7 @@ def wrap(chunks: Sequence[nn.Module], exclude: Sequence[str] = ("lm_head",)) -> 
     """
     if any(hasattr(module, "to_wrap") for chunk in chunks for module in chunk.modules()):
         raise ModelError("the model already carries Megatron-Bridge's adapters; score it before they are added.")
-    return MegatronModel(list(chunks), conventional_names, with_head=needs_head(list(exclude)))
+    return MegatronModel(chunks, Logical(conventional_names, with_head=needs_head(list(exclude))))
 
 
 def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
@@ -86,7 +80,7 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
     auto_bridge = import_auto_bridge()
     hf_config = load_hf_config(config.model)
     check_layout(hf_config, config.parallel)
-    if config.parallel.cp > 1 and not cpu.has_transformer_engine():
+    if config.parallel.cp > 1 and not has_transformer_engine():
         raise LayoutError(
             f"parallel.cp is {config.parallel.cp}: Megatron's context parallelism needs Transformer Engine, which is "
             "not installed; set parallel.cp=1 or install transformer-engine (CUDA only)."
@@ -119,27 +113,6 @@ def _load_weights(bridge: Any, chunks: list[nn.Module], config: Config) -> list[
     return bridge.load_hf_weights(chunks)
 
 
-def import_auto_bridge() -> Any:
-    """Return Megatron-Bridge's AutoBridge. Raises MissingExtraError saying what to install."""
-    for package, minimum in (("megatron-core", (0, 18)), ("megatron-bridge", (0, 6))):
-        try:
-            found = version(package)
-        except PackageNotFoundError:
-            raise MissingExtraError(
-                f"parallel.backend megatron needs {package}, which is not installed: {_INSTALL}"
-            ) from None
-        if tuple(int(part) for part in found.split(".")[:2]) < minimum:
-            wanted = ".".join(map(str, minimum))
-            raise MissingExtraError(
-                f"parallel.backend megatron needs {package} {wanted} or newer, and {found} is installed (older ones "
-                f"load wrong weights with transformers 5): {_INSTALL}"
-            )
-    try:
-        return cpu.import_bridge().AutoBridge
-    except ImportError as error:
-        raise MissingExtraError(f"Megatron-Bridge cannot be imported ({error}): {_INSTALL}") from error
-
-
 def initialize(config: Config) -> None:
     """Create Megatron's process groups for the layout, unless the host has done so. Collective over the world.
 
@@ -150,7 +123,8 @@ def initialize(config: Config) -> None:
     parallel = config.parallel
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, but not in its __all__
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     if parallel_state.model_parallel_is_initialized():
@@ -195,8 +169,8 @@ def configure(provider: Any, config: Config, dtype: torch.dtype) -> None:
     provider.mtp_num_layers = None
     provider.should_pad_vocab = True
     provider.make_vocab_size_divisible_by = 1
-    if not cpu.has_transformer_engine():
-        _use_local_layers(provider)
+    if not has_transformer_engine():
+        use_local_layers(provider)
     provider.perform_initialization = False  # every weight is loaded
     provider.finalize()
 
@@ -220,17 +194,3 @@ def _explained(hf_config: Any, config: Config) -> Iterator[None]:
             f"model.name_or_path '{name}': Megatron-Bridge cannot build it ({type(error).__name__}: {lines}); use "
             "parallel.backend=deepspeed or transformers for it."
         ) from error
-
-
-def _use_local_layers(provider: Any) -> None:
-    from megatron.core.transformer.enums import AttnBackend
-
-    provider.attention_backend = AttnBackend.auto  # families that ask for flash attention ask Transformer Engine
-    provider.transformer_layer_spec = cpu.local_block_spec
-    for fusion in (
-        "bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm", "bias_dropout_fusion",
-        "apply_rope_fusion", "cross_entropy_loss_fusion", "moe_permute_fusion", "moe_router_fusion",
-        "memory_efficient_layer_norm", "moe_grouped_gemm",
-    ):  # fmt: skip
-        if hasattr(provider, fusion):
-            setattr(provider, fusion, False)

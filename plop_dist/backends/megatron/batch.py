@@ -1,6 +1,6 @@
 """How Megatron takes a micro-batch: padding behind the tokens, packed rows apart, each context rank its chunks."""
 
-# b samples, s tokens of the longest
+# b samples, s tokens of the longest, T tokens
 
 from __future__ import annotations
 
@@ -10,21 +10,64 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from plop_dist.backends.megatron.groups import Place
 from plop_dist.errors import ModelError
 from plop_dist.measure.protocols import MicroBatch
+
+IGNORED = -100  # as torch's cross entropy has it
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A chunk's input. input_ids, position_ids, sample_ids: (b, s); mask: (1 or b, 1, s, s), True = hidden."""
+    """A chunk's input. input_ids, position_ids, sample_ids: (b, s) int64; mask: (1 or b, 1, s, s), True = hidden.
+
+    labels: (b, s) int64, where the micro-batch had some.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
     sample_ids: Tensor
     mask: Tensor | None
+    labels: Tensor | None = None
 
 
-def left_justify(micro_batch: MicroBatch, multiple: int, *, with_mask: bool, device: torch.device) -> Prepared:
+class Batching:
+    """How the chunks of a rank take micro-batches, and in which order their hidden states hold the tokens.
+
+    chunk: one of the rank's, without wrappers. place: the rank's.
+    """
+
+    def __init__(self, chunk: nn.Module, place: Place) -> None:
+        self._place = place
+        self._with_mask = any(type(module).__name__ == "DotProductAttention" for module in chunk.modules())
+        self._device = next(chunk.parameters()).device
+
+    def prepare(self, micro_batch: MicroBatch, labels: Tensor | None = None) -> Prepared:
+        """Return what a chunk is called with; labels, (b, s), move with the tokens. Raises as left_justify does."""
+        place = self._place
+        multiple = place.tp_size if place.is_sequence_parallel else 1
+        multiple *= 2 * place.cp_size if place.cp_size > 1 else 1
+        prepared = left_justify(micro_batch, multiple, with_mask=self._with_mask, device=self._device, labels=labels)
+        return prepared if place.cp_size == 1 else context_share(prepared, place.cp_rank, place.cp_size)
+
+    def token_layout(self, micro_batch: MicroBatch) -> Tensor:
+        """Return sample ids (s, b) in the order of this rank's hidden states: padding last, -1 where nothing counts."""
+        return self.prepare(micro_batch).sample_ids.T.contiguous()
+
+    def routed_layout(self, micro_batch: MicroBatch) -> Tensor:
+        """Return (T_local,) sample ids of the tokens this rank's routers see.
+
+        Under sequence parallelism its share; otherwise all, but -1 on tensor ranks that hold copies of rank 0's.
+        """
+        ids_T, place = self.token_layout(micro_batch).reshape(-1), self._place
+        if place.is_sequence_parallel:
+            return ids_T.chunk(place.tp_size)[place.tp_rank]
+        return ids_T if place.tp_rank == 0 else torch.full_like(ids_T, -1)
+
+
+def left_justify(
+    micro_batch: MicroBatch, multiple: int, *, with_mask: bool, device: torch.device, labels: Tensor | None = None
+) -> Prepared:
     """Return the micro-batch with every row's padding moved behind its real tokens, s rounded up to `multiple`.
 
     Real tokens then see exactly what they would see alone under causal attention, whatever the side of padding, and
@@ -57,7 +100,8 @@ def left_justify(micro_batch: MicroBatch, multiple: int, *, with_mask: bool, dev
             mask = mask | (segment[:, None, :, None] != segment[:, None, None, :])
     if segment is not None:
         places = arrange(micro_batch.position_ids, 0)  # type: ignore[arg-type]
-    return Prepared(input_ids, places.contiguous(), sample_ids, mask)
+    moved = None if labels is None else arrange(labels, IGNORED).where(real, IGNORED)
+    return Prepared(input_ids, places.contiguous(), sample_ids, mask, moved)
 
 
 def _segments(micro_batch: MicroBatch, arrange: Callable[[Tensor, int], Tensor], real: Tensor) -> Tensor | None:
@@ -78,4 +122,5 @@ def context_share(prepared: Prepared, cp_rank: int, cp_size: int) -> Prepared:
         chunks = tensor.chunk(2 * cp_size, dim=1)
         return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]], dim=1)
 
-    return Prepared(share(prepared.input_ids), share(prepared.position_ids), share(prepared.sample_ids), None)
+    labels = None if prepared.labels is None else share(prepared.labels)
+    return Prepared(share(prepared.input_ids), share(prepared.position_ids), share(prepared.sample_ids), None, labels)

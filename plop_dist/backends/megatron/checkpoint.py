@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,11 +39,11 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
         )
     _check_index(directory)
     keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    wanted = {key: chunk.sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}
+    wanted = {key: cast(Any, chunk).sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}
     _check_keys(wanted, directory)
     try:
         with _weights_alone():
-            loaded = dist_checkpointing.load(wanted, str(directory))
+            loaded: Any = dist_checkpointing.load(wanted, str(directory))
         for key, chunk in zip(keys, chunks, strict=True):
             chunk.load_state_dict(loaded[key], strict=True)
     except (Exception, CheckpointException) as error:  # torch's own kind is a BaseException

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plop_dist.backends.hf.load import architecture
-from plop_dist.backends.megatron import cpu
-from plop_dist.backends.megatron.model import unwrap
+from plop_dist.backends.megatron.chunks import unwrap
+from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
 from plop_dist.config.schema import Config
-from plop_dist.errors import ModelError
+from plop_dist.errors import LayoutError, ModelError
 
 # Families whose logits were found equal to transformers' with Megatron's own layers, i.e. without Transformer Engine.
 LOCAL_FAMILIES = (
@@ -32,13 +32,41 @@ _ELSEWHERE = "use parallel.backend=deepspeed or transformers for it"
 
 def check_family(hf_config: Any, config: Config) -> None:
     """Raise ModelError if the family needs Transformer Engine's layers and they are not installed."""
-    if cpu.has_transformer_engine() or architecture(hf_config) in LOCAL_FAMILIES:
+    if has_transformer_engine() or architecture(hf_config) in LOCAL_FAMILIES:
         return
     raise ModelError(
         f"model.name_or_path '{config.model.name_or_path}' is a {architecture(hf_config)}: Megatron's layers without "
         f"Transformer Engine (CUDA only, not installed here) are known to be right for {', '.join(LOCAL_FAMILIES)} "
         f"alone; {_ELSEWHERE}."
     )
+
+
+def check_experts(config: Any) -> None:
+    """Raise LayoutError or ModelError where the norms of routed experts are nowhere to be seen. Local."""
+    from megatron.core import parallel_state
+
+    if not config.num_moe_experts:
+        return
+    etp = parallel_state.get_expert_tensor_parallel_world_size()
+    if etp is not None and etp > 1:
+        raise LayoutError(
+            f"expert_tensor_parallel_size is {etp}: Megatron then adds up an expert's output only after mixing it with "
+            "other experts', so its norm is nowhere to be seen; use expert_tensor_parallel_size=1."
+        )
+    if config.moe_token_dispatcher_type not in ("allgather", "alltoall"):
+        raise ModelError(
+            f"moe_token_dispatcher_type is '{config.moe_token_dispatcher_type}': the order in which its experts "
+            "receive tokens is not known; use 'alltoall' or 'allgather'."
+        )
+    if config.moe_pad_expert_input_to_capacity:
+        raise ModelError(
+            "moe_pad_expert_input_to_capacity is on: experts then also see tokens that were never routed to them; turn "
+            "it off for scoring."
+        )
+    if config.moe_shared_expert_overlap:
+        raise ModelError(
+            "moe_shared_expert_overlap is on: shared experts then leave their sums to another stream; turn it off."
+        )
 
 
 def check_weights(bridge: Any, chunks: Sequence[nn.Module], config: Config) -> None:
@@ -68,8 +96,8 @@ def _check_biases(bridge: Any, tasks: Sequence[Any], config: Config) -> None:
     for task in tasks:
         if task is not None:
             names = task.mapping.hf_param
-            read |= set(names.values()) if isinstance(names, dict) else {names}
-    read = gather_set(read)
+            read.update(names.values() if isinstance(names, dict) else [names])
+    read = gather_set(name for name in read if name.endswith(".bias"))
     unread = sorted(name for name in bridge.hf_pretrained.state if name.endswith(".bias") and name not in read)
     if unread:
         raise ModelError(
@@ -78,18 +106,23 @@ def _check_biases(bridge: Any, tasks: Sequence[Any], config: Config) -> None:
         )
 
 
-def check_projections(found: Iterable[str], expected: Iterable[str], config: Config) -> None:
+def check_projections(found: Iterable[str], expected: Iterable[str], config: Config, device: torch.device) -> None:
     """Raise ModelError, on every rank, unless all ranks' projections are the Hugging Face model's. Collective.
 
-    found: this rank's paths; expected: the whole model's.
+    found: this rank's paths; expected: the whole model's, the same on every rank. device: one that collectives reach.
+    What is sent does not grow with the number of ranks.
     """
-    have, want = gather_set(found), set(expected)
-    if have == want:
+    here, want = set(found), sorted(expected)
+    seen = torch.tensor([path in here for path in want], dtype=torch.uint8, device=device)
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    missing = [path for path, is_seen in zip(want, seen.tolist(), strict=True) if not is_seen]
+    foreign = gather_set(here.difference(want))
+    if not missing and not foreign:
         return
-    path, what = min([(path, "no") for path in want - have] + [(path, "a") for path in have - want])
+    path, what = min([(path, "no") for path in missing] + [(path, "a") for path in foreign])
     raise ModelError(
         f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge builds another model than transformers: "
-        f"{len(want - have)} projections are missing and {len(have - want)} are too many; it has {what} '{path}'. "
+        f"{len(missing)} projections are missing and {len(foreign)} are too many; it has {what} '{path}'. "
         f"{_ELSEWHERE.capitalize()}."
     )
 
@@ -144,7 +177,7 @@ def _window(text: Any, layer: int) -> int | None:
 
 
 def _check_rotary(hf_model: nn.Module, chunk: nn.Module, length: int, config: Config) -> None:
-    theirs = next((m for name, m in hf_model.named_modules() if name.endswith("rotary_emb")), None)
+    theirs: Any = next((m for name, m in hf_model.named_modules() if name.endswith("rotary_emb")), None)
     ours: Any = next((m for m in chunk.modules() if "RotaryEmbedding" in type(m).__name__), None)
     if theirs is None or ours is None or not hasattr(theirs, "inv_freq"):
         return  # no rotary embedding, or one per kind of layer, which families' own layers take care of

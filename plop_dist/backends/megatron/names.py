@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from plop_dist.backends.hf.linears import Rows
+from plop_dist.backends.megatron.modules import grouped
 from plop_dist.values.names import expert_index, layer_index, module_type
 from plop_dist.values.scores import Projection
 
@@ -38,7 +40,7 @@ _CONVENTION: dict[str, dict[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Part:
+class NamedPart:
     """One projection inside a Megatron linear: its Hugging Face path, and its rows among this rank's outputs."""
 
     fqn: str
@@ -54,7 +56,7 @@ class NamedLinear:
 
     path: str
     module: nn.Module
-    parts: tuple[Part, ...]
+    parts: tuple[NamedPart, ...]
     expert: int | None = None
     router: str | None = None
     slot: int | None = None  # which weight of a grouped linear
@@ -82,8 +84,9 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
         global_path = _global_path(path, modules)
         router = _router_path(path, global_path)
         if kind.startswith("grouped"):
-            first = ep_rank * module.num_gemms
-            for slot in range(module.num_gemms):
+            num_experts = grouped(module).num_gemms
+            first = ep_rank * num_experts
+            for slot in range(num_experts):
                 names = _names(hf_names, f"{global_path}.weight{first + slot}", global_path)
                 parts = _parts(path, names, module, config)
                 yield NamedLinear(path, module, parts, first + slot, router, slot, modules[path])
@@ -91,7 +94,8 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
         match = _LOCAL_EXPERT.search(global_path)
         expert = None
         if match:
-            num_local = len(modules[path[: path.index(".local_experts.") + len(".local_experts")]])
+            holder = modules[path[: path.index(".local_experts.") + len(".local_experts")]]
+            num_local = len(cast(nn.ModuleList, holder))
             expert = ep_rank * num_local + int(match.group(1))
             global_path = f"{global_path[: match.start(1)]}{expert}{global_path[match.end(1) :]}"
         names = _names(hf_names, f"{global_path}.weight", global_path)
@@ -189,22 +193,22 @@ def _names(hf_names: HFNames, parameter: str, global_path: str) -> Mapping[str, 
     return {part: name.removesuffix(".weight") for part, name in found.items()}
 
 
-def _parts(path: str, names: Mapping[str, str], module: nn.Module, config: Any) -> tuple[Part, ...]:
+def _parts(path: str, names: Mapping[str, str], module: nn.Module, config: Any) -> tuple[NamedPart, ...]:
     if "q" in names and "k" in names:
         return _query_group_parts(names, config)
     if set(names) == set(_GATED):
         if not config.gated_linear_unit:
-            return (Part(names["up"], None),)
+            return (NamedPart(names["up"], None),)
         period = local_out_features(module)
         half = period // 2
-        return (Part(names["gate"], Rows(period, 0, half)), Part(names["up"], Rows(period, half, period)))
+        return (NamedPart(names["gate"], Rows(period, 0, half)), NamedPart(names["up"], Rows(period, half, period)))
     if len(names) != 1:
         owner = next(iter(names.values())).rpartition(".")[0]
-        return (Part(f"{owner}.{path.rpartition('.')[2]}", None),)  # rows of an unknown layout: scored as one
-    return (Part(next(iter(names.values())), None),)
+        return (NamedPart(f"{owner}.{path.rpartition('.')[2]}", None),)  # rows of an unknown layout: scored as one
+    return (NamedPart(next(iter(names.values())), None),)
 
 
-def _query_group_parts(names: Mapping[str, str], config: Any) -> tuple[Part, ...]:
+def _query_group_parts(names: Mapping[str, str], config: Any) -> tuple[NamedPart, ...]:
     """Each query group's rows are [its query heads, (their output gates,) its key head, its value head]."""
     groups = config.num_query_groups or config.num_attention_heads
     head = config.kv_channels or config.hidden_size // config.num_attention_heads
@@ -213,18 +217,16 @@ def _query_group_parts(names: Mapping[str, str], config: Any) -> tuple[Part, ...
         queries *= 2  # query and gate are one projection in Hugging Face
     period = queries + 2 * head
     return (
-        Part(names["q"], Rows(period, 0, queries)),
-        Part(names["k"], Rows(period, queries, queries + head)),
-        Part(names["v"], Rows(period, queries + head, period)),
+        NamedPart(names["q"], Rows(period, 0, queries)),
+        NamedPart(names["k"], Rows(period, queries, queries + head)),
+        NamedPart(names["v"], Rows(period, queries + head, period)),
     )
 
 
 def local_out_features(module: nn.Module) -> int:
     """Return how many output features this rank holds, for local and Transformer Engine linears alike."""
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        weight = getattr(module, "weight0", None)
-    return module.output_size_per_partition if weight is None else weight.shape[0]
+    weight = next(filter(torch.is_tensor, (getattr(module, name, None) for name in ("weight", "weight0"))), None)
+    return cast(int, module.output_size_per_partition) if weight is None else weight.shape[0]
 
 
 def _global_path(path: str, modules: Mapping[str, nn.Module]) -> str:
@@ -249,7 +251,7 @@ def logical_projection(
     """Return the projection of a path: as the Hugging Face model holds it where `known`, else as its own linear."""
     if known and fqn in known:
         return known[fqn]
-    storage = {}
+    storage: dict[str, Any] = {}
     if known and expert_index(fqn) is not None:
         owner, leaf = re.sub(r"\.experts\.\d+\.", ".experts.", fqn).rsplit(".", 1)
         storage = {

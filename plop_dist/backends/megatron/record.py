@@ -64,7 +64,7 @@ class Megatron(BackendRecord):
         if not all(isinstance(chunk, nn.Module) for chunk in chunks) or not any(map(_is_megatron, chunks)):
             return None
         from plop_dist.backends.megatron.backend import wrap
-        from plop_dist.backends.megatron.model import unwrap
+        from plop_dist.backends.megatron.chunks import unwrap
 
         return Found(
             self.name, "megatron", tuple(chunks), lambda exclude: wrap(chunks, exclude),

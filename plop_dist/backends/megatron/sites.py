@@ -6,13 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.hf.linears import Block
-from plop_dist.backends.megatron.cpu import apply_norm
+from plop_dist.backends.megatron.groups import Place
+from plop_dist.backends.megatron.modules import bias_of, fused_norm, grouped, weight_of
+from plop_dist.backends.megatron.norm import apply_norm
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.protocols import LocalWeight, Part, Recorder, Routing
 from plop_dist.values.scores import Projection
@@ -21,10 +24,10 @@ from plop_dist.values.scores import Projection
 class MegatronSite:
     """A Megatron linear: reads z, returns (W z (+ bias), bias or None).
 
-    blocks: the projections in this rank's output rows. kind: see megatron_names.linear_kind. tp_rank and tp_size: of
-    the group that shards it. is_sequence_parallel: whether its input (column) or output (row) is this rank's share of
-    the tokens. num_rows: how many local output rows are real, where a vocabulary is padded. called: the adapter's
-    wrapper around the module, if there is one, whose output holds the adapter's part.
+    blocks: the projections in this rank's output rows. kind: see names.linear_kind. place: this rank's among those that
+    shard it, None for a single one. weight: gives the weight where it is not the module's own. num_rows: how many local
+    output rows are real, where a vocabulary is padded. called: the adapter's wrapper around the module, if there is
+    one, whose output holds the adapter's part.
     """
 
     def __init__(
@@ -32,10 +35,8 @@ class MegatronSite:
         module: nn.Module,
         blocks: Sequence[Block],
         kind: str,
+        place: Place | None = None,
         *,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        is_sequence_parallel: bool = False,
         weight: Callable[[], Tensor] | None = None,
         num_rows: int | None = None,
         called: nn.Module | None = None,
@@ -44,11 +45,11 @@ class MegatronSite:
         self.module, self.blocks, self.kind = module, tuple(blocks), kind
         self.projections: tuple[Projection, ...] = tuple(block.projection for block in blocks)
         self.group = "tp"
-        self._tp_rank, self._tp_size = tp_rank, tp_size
-        self._weight = weight or (lambda: module.weight)
+        self._tp_rank, self._tp_size = (place.tp_rank, place.tp_size) if place else (0, 1)
+        self._weight = weight or (lambda: weight_of(module))
         self._num_rows = num_rows
-        partial = Part.PARTIAL if tp_size > 1 else Part.WHOLE
-        tokens = Part.TOKENS if is_sequence_parallel and tp_size > 1 else Part.WHOLE
+        partial = Part.PARTIAL if self._tp_size > 1 else Part.WHOLE
+        tokens = Part.TOKENS if place is not None and place.is_sequence_parallel else Part.WHOLE
         self._in_part, self._out_part = {
             "column": (tokens, partial), "row": (partial, tokens), "duplicated": (tokens, tokens),
         }[kind]  # fmt: skip
@@ -89,16 +90,25 @@ class MegatronSite:
         return y if self._num_rows is None else y[..., : self._num_rows]
 
 
-class ExpertSite:
+class RoutedSite:
     """One routed expert's linear; its tokens come from any rank of the routing group, in the router's order.
 
     slot: its place in a grouped linear, whose forward takes (z of all experts one after the other, tokens per expert).
+    splits: shared by the sites of one grouped linear.
     """
 
     group = "etp"
 
-    def __init__(self, module: nn.Module, blocks: Sequence[Block], routing: Routing, slot: int | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[Block],
+        routing: Routing,
+        slot: int | None = None,
+        splits: Splits | None = None,
+    ) -> None:
         self.module, self.blocks, self.routing, self.slot = module, tuple(blocks), routing, slot
+        self._splits = splits or Splits()
         self.projections: tuple[Projection, ...] = tuple(block.projection for block in blocks)
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
@@ -110,10 +120,11 @@ class ExpertSite:
             if self.slot is None:
                 y_TO = _without_bias(module, output)
             else:
-                splits = [int(size) for size in (args[1] if len(args) > 1 else kwargs["m_splits"])]
-                start = sum(splits[: self.slot])
-                z_TI, y_TO = (tensor.narrow(0, start, splits[self.slot]) for tensor in (z_TI, y_TO))
-                if not getattr(module, "te_return_bias", True) and module.use_bias:
+                bounds = self._splits.bounds(args[1] if len(args) > 1 else kwargs["m_splits"])
+                start, stop = bounds[self.slot], bounds[self.slot + 1]
+                z_TI, y_TO = z_TI[start:stop], y_TO[start:stop]
+                linear = grouped(module)
+                if not getattr(linear, "te_return_bias", True) and linear.use_bias:
                     y_TO = y_TO - getattr(module, f"bias{self.slot}")
             recorder.record(
                 self,
@@ -127,8 +138,23 @@ class ExpertSite:
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         """Give access to one LocalWeight per projection; nothing is communicated."""
-        weight_OI = (self.module.weight if self.slot is None else getattr(self.module, f"weight{self.slot}")).detach()
+        weight_OI = weight_of(self.module, self.slot).detach()
         yield (LocalWeight(block.projection, block.take_rows(weight_OI)) for block in self.blocks)
+
+
+class Splits:
+    """Where each expert's tokens begin in what a grouped linear reads: worked out once a call, for all its experts."""
+
+    def __init__(self) -> None:
+        self._of: Any = None
+        self._bounds = [0]
+
+    def bounds(self, splits: Any) -> list[int]:
+        """Return the first token of every expert and the end of the last. splits: tokens per expert, as the call."""
+        if splits is not self._of:
+            sizes = splits.tolist() if torch.is_tensor(splits) else splits
+            self._of, self._bounds = splits, [0, *accumulate(map(int, sizes))]
+        return self._bounds
 
 
 class RouterSite:
@@ -182,7 +208,7 @@ class RouterSite:
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         """Give access to the router's weight; nothing is communicated."""
-        yield iter([LocalWeight(self.projections[0], self.module.weight.detach())])
+        yield iter([LocalWeight(self.projections[0], weight_of(self.module).detach())])
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -191,16 +217,16 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _in_sq(module: nn.Module, z: Tensor, recorder: Recorder) -> Tensor:
     """Return ||z_t||^2 of what the weight really multiplies: a LayerNorm-fused linear is given the pre-norm input."""
-    weight = getattr(module, "layer_norm_weight", None)
-    if weight is None:
+    norm = fused_norm(module)
+    if norm is None:
         return recorder.sq_norm(z)
     normed = apply_norm(
         z,
-        weight,
-        getattr(module, "layer_norm_bias", None),
-        module.eps,
-        module.normalization,
-        zero_centered_gamma=module.zero_centered_gamma,
+        norm.layer_norm_weight,
+        getattr(norm, "layer_norm_bias", None),
+        norm.eps,
+        norm.normalization,
+        zero_centered_gamma=norm.zero_centered_gamma,
     )
     return local_sq_norm(normed)
 
@@ -208,7 +234,5 @@ def _in_sq(module: nn.Module, z: Tensor, recorder: Recorder) -> Tensor:
 def _without_bias(module: nn.Module, output: Any) -> Tensor:
     """Return W z: a bias that comes back apart was not added, any other was."""
     y, returned = output if isinstance(output, tuple) else (output, None)
-    bias = getattr(module, "bias", None)
-    if returned is not None or not torch.is_tensor(bias) or bias.numel() == 0:
-        return y
-    return y - bias
+    bias = bias_of(module)
+    return y if returned is not None or bias is None else y - bias

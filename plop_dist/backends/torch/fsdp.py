@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -28,10 +28,10 @@ class FSDPSite(LinearSite):
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         """Give access to one LocalWeight per projection, gathered for the block. Collective over the model's mesh."""
-        weight: Any = self.module.weight.detach()
+        weight = cast(Tensor, self.module.weight).detach()
         if isinstance(weight, DTensor):
             # With CPU offload the shards lie where the mesh's collectives cannot reach them.
-            weight = weight.to(weight.device_mesh.device_type).full_tensor()
+            weight = cast(DTensor, weight.to(weight.device_mesh.device_type)).full_tensor()
         weight_OI = weight.T if self._is_transposed else weight
         yield (LocalWeight(block.projection, block.take_rows(weight_OI)) for block in self.blocks)
 

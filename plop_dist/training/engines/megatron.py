@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from plop_dist.backends.hf.load import load_tokenizer, meta_model
 from plop_dist.backends.megatron.backend import describe_chunks, load_chunks
 from plop_dist.backends.megatron.batch import context_share, left_justify
-from plop_dist.backends.megatron.model import unwrap
+from plop_dist.backends.megatron.chunks import unwrap
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, PlacementError
 from plop_dist.measure.protocols import MicroBatch

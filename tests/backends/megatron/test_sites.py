@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from plop_dist.backends.hf.linears import Block
 from plop_dist.backends.megatron.names import conventional_names, find_named_linears, linear_kind
-from plop_dist.backends.megatron.sites import ExpertSite, MegatronSite, RouterSite
+from plop_dist.backends.megatron.sites import MegatronSite, RoutedSite, RouterSite
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.protocols import Routing
 from plop_dist.values.scores import Projection
@@ -169,7 +169,7 @@ def test_te_grouped_linear_is_scored_expert_by_expert(bias: bool) -> None:
     splits, x_TI = [4, 0, 3], torch.randn(7, HIDDEN)
     for slot, rows in enumerate((x_TI[:4], x_TI[4:4], x_TI[4:])):
         weight = getattr(linear, f"weight{slot}")
-        site = ExpertSite(linear, [Block(projection("up_proj", weight))], Routing("router", slot), slot)
+        site = RoutedSite(linear, [Block(projection("up_proj", weight))], Routing("router", slot), slot)
         in_sq_T, (out_sq_T,) = watch(site, x_TI, splits)
         torch.testing.assert_close(in_sq_T, local_sq_norm(rows))
         torch.testing.assert_close(out_sq_T, local_sq_norm(rows @ weight.T))
