@@ -19,7 +19,7 @@ class DeepSpeed(BackendRecord):
     """ZeRO, AutoTP and PipelineModule, each in a file of its own."""
 
     name = "deepspeed"
-    summary = "DeepSpeed: ZeRO, AutoTP, PipelineModule"
+    summary = "ZeRO, AutoTP or PipelineModule"
     layouts = (
         "dp at zero_stage 0 to 3; at 3 no rank holds the whole model",
         "tp, times dp, at zero_stage 0 or 1: AutoTP",

@@ -16,7 +16,7 @@ class Transformers(BackendRecord):
     """Whole replicas, and transformers' own tensor parallelism."""
 
     name = "transformers"
-    summary = "transformers alone: one process, whole replicas, or its own tensor-parallel plan"
+    summary = "one process, whole replicas, or transformers' own tensor-parallel plan"
     layouts = (
         "one process",
         "dp: a whole model on every rank",

@@ -18,7 +18,7 @@ class Megatron(BackendRecord):
     """Megatron-core, loaded by Megatron-Bridge."""
 
     name = "megatron"
-    summary = "Megatron-core through Megatron-Bridge: every axis, in any combination"
+    summary = "Megatron-core, loaded through Megatron-Bridge: every axis, in any combination"
     layouts = (
         "tp, with sequence_parallel or without, times pp, times dp",
         "ep: routed experts over the ranks of tp, cp and dp",

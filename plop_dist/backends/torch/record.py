@@ -16,7 +16,7 @@ class Torch(BackendRecord):
     """A host's FSDP2 model."""
 
     name = "torch"
-    summary = "FSDP2 of torch, in a job that already runs: plop_dist.score(model, batches)"
+    summary = "FSDP2 in a job that already runs: plop_dist.score(model, batches)"
     layouts = ("fully_shard over all ranks, the whole model last",)
     limits = (
         "found in a host's job alone: parallel.backend=torch loads nothing",
