@@ -116,8 +116,10 @@ def _universal(
         content = load_mapped(folder / "fp32.pt")
         tensor = content["param"] if isinstance(content, dict) else content
         target = expected.get(folder.name, known.get(folder.name))
-        fits = target is not None and tensor.dim() == 1 and tensor.numel() == target.numel()
-        yield folder.name, pieced(folder.name, target.shape if fits else tensor.shape, [tensor])
+        shape = tensor.shape
+        if target is not None and tensor.dim() == 1 and tensor.numel() == target.numel():
+            shape = target.shape
+        yield folder.name, pieced(folder.name, shape, [tensor])
 
 
 def _mp_ranks(folder: Path) -> list[int]:

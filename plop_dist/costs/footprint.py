@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class ExpectedTraffic:
     """Collectives of one micro-batch as one rank sees them, and their payload in bytes."""
 
     num_collectives: int = 0
@@ -63,33 +64,31 @@ class Stage:
     num_parameters: int
     weight_bytes: int
     activation_bytes: int
-    scoring: Traffic
-    gathers: Traffic
+    scoring: ExpectedTraffic
+    gathers: ExpectedTraffic
 
 
 def build_stages(
     model: nn.Module, projections: Sequence[Projection], parallel: ParallelConfig, shape: Shape
 ) -> list[Stage]:
-    """Return one Stage per pipeline stage, in order. The layout must divide the model.
+    """Return one Stage per pipeline stage, in order; where sizes do not divide, the largest rank's.
 
     model: on any device, the meta device included. projections: those that are scored.
     """
-    per_stage = _split_parameters(model, parallel, shape)
     stages = []
-    for index in range(parallel.pp):
+    held = zip(_split_parameters(model, parallel, shape), _by_stage(projections, parallel, shape), strict=True)
+    for index, (num_parameters, modules) in enumerate(held):
         layers = share(shape.num_layers, parallel.pp, index)
-        modules = tuple(item for item in projections if _is_here(item, index, parallel, shape))
-        num_parameters = per_stage[index]
-        gathers = Traffic()
+        gathers = ExpectedTraffic()
         if parallel.zero_stage == 3:
-            gathers = Traffic(_num_holders(model), num_parameters * shape.element_size)
+            gathers = ExpectedTraffic(_num_holders(model), num_parameters * shape.element_size)
             num_parameters = -(-num_parameters // parallel.dp)
         stages.append(
             Stage(
                 index,
                 layers,
                 parallel.world_size // parallel.pp,
-                modules,
+                tuple(modules),
                 num_parameters,
                 num_parameters * shape.element_size,
                 activation_bytes(modules, parallel, shape),
@@ -100,7 +99,7 @@ def build_stages(
     return stages
 
 
-def scoring_traffic(modules: Sequence[Projection], parallel: ParallelConfig, shape: Shape) -> Traffic:
+def scoring_traffic(modules: Sequence[Projection], parallel: ParallelConfig, shape: Shape) -> ExpectedTraffic:
     """Return what scoring one micro-batch sends on a rank that holds these modules.
 
     Tensor parallelism: one all-reduce of float32 squared norms, T per row: the output of every column-parallel
@@ -125,7 +124,7 @@ def scoring_traffic(modules: Sequence[Projection], parallel: ParallelConfig, sha
         num_columns = 1 + len(expert_layers) * shape.num_experts
         num_collectives += 2
         num_bytes += parallel.ep * 8 * (1 + per_rank * num_columns)
-    return Traffic(num_collectives, num_bytes)
+    return ExpectedTraffic(num_collectives, num_bytes)
 
 
 def activation_bytes(modules: Sequence[Projection], parallel: ParallelConfig, shape: Shape) -> int:
@@ -139,7 +138,7 @@ def activation_bytes(modules: Sequence[Projection], parallel: ParallelConfig, sh
     for item in modules:
         parent, size = item.fqn.rpartition(".")[0], item.in_features if item.type in ROW_TYPES else item.out_features
         if expert_index(item.fqn) is None:
-            widths[parent] = widths.get(parent, 0) + size // parallel.tp
+            widths[parent] = widths.get(parent, 0) - (-size // parallel.tp)
     widest = max(widths.values(), default=0)
     experts = [item for item in modules if expert_index(item.fqn) is not None]
     if experts:
@@ -157,26 +156,30 @@ def activation_bytes(modules: Sequence[Projection], parallel: ParallelConfig, sh
 
 def on_one_rank(modules: Iterable[Projection], parallel: ParallelConfig, shape: Shape) -> dict[str, int]:
     """Return the largest number of modules of each type that any one rank observes."""
-    counts: dict[str, dict[int, int]] = {}
-    for item in modules:
-        for index in range(parallel.pp):
-            if _is_here(item, index, parallel, shape):
-                by_stage = counts.setdefault(item.type, {})
-                by_stage[index] = by_stage.get(index, 0) + 1
-    return {name: max(by_stage.values()) for name, by_stage in counts.items()}
+    most: Counter[str] = Counter()
+    for held in _by_stage(modules, parallel, shape):
+        most |= Counter(item.type for item in held)
+    return dict(most)
 
 
-def _is_here(item: Projection, stage: int, parallel: ParallelConfig, shape: Shape) -> bool:
-    """Tell whether the first rank of a stage observes a projection: its layers, its share of the experts."""
-    expert = expert_index(item.fqn)
-    if expert is not None and expert not in share(shape.num_experts, parallel.ep, 0):
-        return False
-    return stage == parallel.pp - 1 if item.layer is None else item.layer in share(shape.num_layers, parallel.pp, stage)
+def _by_stage(projections: Iterable[Projection], parallel: ParallelConfig, shape: Shape) -> list[list[Projection]]:
+    """Return what the first rank of every stage observes: its layers, its share of the experts."""
+    stage_of, own_experts = _stages_of_layers(parallel, shape), share(shape.num_experts, parallel.ep, 0)
+    held: list[list[Projection]] = [[] for _ in range(parallel.pp)]
+    for item in projections:
+        expert = expert_index(item.fqn)
+        if expert is None or expert in own_experts:
+            held[-1 if item.layer is None else stage_of.get(item.layer, -1)].append(item)
+    return held
+
+
+def _stages_of_layers(parallel: ParallelConfig, shape: Shape) -> dict[int, int]:
+    return {layer: index for index in range(parallel.pp) for layer in share(shape.num_layers, parallel.pp, index)}
 
 
 def _split_parameters(model: nn.Module, parallel: ParallelConfig, shape: Shape) -> list[int]:
     """Return the number of parameters on one rank of each stage, before ZeRO-3 divides them."""
-    stage_of = {layer: index for index in range(parallel.pp) for layer in share(shape.num_layers, parallel.pp, index)}
+    stage_of = _stages_of_layers(parallel, shape)
     totals = [0] * parallel.pp
     modules = dict(model.named_modules())
     head = _head(model)
@@ -184,10 +187,10 @@ def _split_parameters(model: nn.Module, parallel: ParallelConfig, shape: Shape) 
     for path, parameter in model.named_parameters():
         owner_path = path.rpartition(".")[0]
         layer = layer_index(path)
-        size = parameter.numel() // _num_shards(path, modules[owner_path], parameter, parallel)
+        size = -(-parameter.numel() // _num_shards(path, modules[owner_path], parameter, parallel))
         if layer is not None:
             after_layers = True
-            totals[stage_of[layer]] += size
+            totals[stage_of.get(layer, -1)] += size
             continue
         totals[-1 if after_layers else 0] += size
         is_tied = head is not None and parameter is head.weight and modules[owner_path] is not head
