@@ -16,13 +16,15 @@ class UnreadTensor(torch.Tensor):
     read: returns the tensor, whole, in fresh memory.
     """
 
+    read: Callable[[], Tensor]
+
     # Else torch would make an UnreadTensor of every result.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType] torch's own way
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor]) -> UnreadTensor:
         """Return the stand-in for what read() will return, of this shape and dtype on the CPU."""
-        unread = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device="cpu")
+        unread = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=torch.device("cpu"))
         unread.read = read
         return unread
 

@@ -4,29 +4,28 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plop_dist.config.schema import Config, ParallelConfig
+from plop_dist.config.schema import Config, EstimatorConfig, ParallelConfig
+from plop_dist.costs import peak
 from plop_dist.costs.scaling import Scaling, measure_scaling
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, tokenize
 from plop_dist.measure.baseline import compute_baselines
 from plop_dist.measure.collector import Collector
+from plop_dist.measure.norms import directions
 from plop_dist.measure.protocols import MicroBatch, ScorableModel
+from plop_dist.measure.weight_sums import float_blocks
 
 WITH_LOGITS, HEADLESS, SCORING, STRAIGHTFORWARD = "forward with logits", "forward", "scoring", "straightforward"
 VARIANTS = (WITH_LOGITS, HEADLESS, SCORING, STRAIGHTFORWARD)
@@ -47,7 +46,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Bench:
-    """What `plop-dist bench` prints. costs: by variant; baseline_seconds: once per weight, whatever the data."""
+    """What `plop-dist bench` prints. costs: by variant; baseline_seconds: once per weight, whatever the data.
+
+    product_seconds: of these, what multiplying the weights by their directions takes alone; None for an estimator that
+    draws none.
+    """
 
     model: str
     device: str
@@ -58,11 +61,17 @@ class Bench:
     repeats: int
     costs: dict[str, Cost]
     baseline_seconds: float
+    product_seconds: float | None
     scaling: tuple[Scaling, ...] = ()
 
     def ratio(self, variant: str, other: str, what: str = "seconds") -> float:
         """Return how many times the cost of `other` that of `variant` is."""
         return getattr(self.costs[variant], what) / getattr(self.costs[other], what)
+
+    @property
+    def baseline_ratio(self) -> float | None:
+        """How many times the matmul of their directions the baselines take."""
+        return None if self.product_seconds is None else self.baseline_seconds / self.product_seconds
 
 
 def run_bench(config: Config, *, ranks: int = 1, repeats: int = 5) -> Bench:
@@ -76,8 +85,7 @@ def run_bench(config: Config, *, ranks: int = 1, repeats: int = 5) -> Bench:
     peaks = {variant: measure_peak(single, variant) for variant in VARIANTS}
     subject = Subject(single)
     times = measure_times(subject, repeats)
-    started = time.perf_counter()
-    compute_baselines(subject.model, config.estimator, subject.collector.reducer, subject.fqns)
+    baseline_seconds, product_seconds = measure_baselines(subject, config.estimator, repeats)
     return Bench(
         model=config.model.name_or_path,
         device=str(subject.model.device),
@@ -87,7 +95,8 @@ def run_bench(config: Config, *, ranks: int = 1, repeats: int = 5) -> Bench:
         num_micro_batches=len(subject.micro_batches),
         repeats=repeats,
         costs={variant: Cost(*times[variant], peaks[variant]) for variant in VARIANTS},
-        baseline_seconds=time.perf_counter() - started,
+        baseline_seconds=baseline_seconds,
+        product_seconds=product_seconds,
         scaling=tuple(scaling),
     )
 
@@ -157,6 +166,42 @@ def measure_times(subject: Subject, repeats: int) -> dict[str, tuple[float, floa
     }
 
 
+def measure_baselines(subject: Subject, estimator: EstimatorConfig, repeats: int) -> tuple[float, float | None]:
+    """Return the seconds of all baselines, and of the matmul of their directions alone: medians, taken in turn.
+
+    The latter is None for an estimator without directions.
+    """
+    has_directions = estimator.baseline in ("control_variate", "gaussian")
+    whole, products = [], []
+    for repeat in range(-1, repeats):
+        _wait_for_device()
+        began = time.perf_counter()
+        compute_baselines(subject.model, estimator, subject.collector.reducer, subject.fqns)
+        took = time.perf_counter() - began, _time_products(subject.model, estimator) if has_directions else 0.0
+        if repeat >= 0:  # the first round only warms up
+            whole.append(took[0])
+            products.append(took[1])
+    return statistics.median(whole), statistics.median(products) if has_directions else None
+
+
+def _time_products(model: ScorableModel, estimator: EstimatorConfig) -> float:
+    """Return the seconds that every W u takes, (O, I) by (I, K), with W and u in memory as float32."""
+    seconds = 0.0
+    for site in model.sites:
+        with site.weights() as weights:
+            for local in weights:
+                projection = local.projection
+                u_KI = directions(estimator.seed, projection.fqn, estimator.num_directions, projection.in_features)
+                u_IK = u_KI.to(local.weight.device).T
+                for w_oI in float_blocks(local.weight):
+                    _wait_for_device()
+                    began = time.perf_counter()
+                    _ = w_oI @ u_IK
+                    _wait_for_device()
+                    seconds += time.perf_counter() - began
+    return seconds
+
+
 def measure_peak(config: Config, variant: str) -> int:
     """Return the peak memory of one variant in bytes, in a process of its own."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
@@ -209,36 +254,11 @@ def _peak(config: Config, variant: str) -> int:
     subject = Subject(config)
     # Reads every weight page of a mapped checkpoint before the count begins.
     subject.run(HEADLESS, subject.micro_batches[-1])
-    _give_back_freed_memory()
-    reset: Callable[[], None] = torch.cuda.reset_peak_memory_stats if torch.cuda.is_available() else _reset_max_rss
-    reset()
+    peak.begin()
     with subject.prepared(variant):
         for micro_batch in subject.micro_batches:
             subject.run(variant, micro_batch)
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _max_rss()
-
-
-def _give_back_freed_memory() -> None:
-    """Let the process return what loading has freed: glibc keeps it otherwise, more or less by chance."""
-    gc.collect()
-    if hasattr(trim := ctypes.CDLL(None), "malloc_trim"):
-        trim.malloc_trim(0)
-
-
-def _reset_max_rss() -> None:
-    # Else reading the checkpoint would be the peak of every variant. Linux: proc(5), clear_refs.
-    clear_refs = Path("/proc/self/clear_refs")
-    if os.access(clear_refs, os.W_OK):
-        clear_refs.write_text("5")
-
-
-def _max_rss() -> int:
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak.read()
 
 
 def _wait_for_device() -> None:

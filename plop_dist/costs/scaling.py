@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
@@ -19,8 +20,9 @@ from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, 
 from plop_dist.errors import LayoutError, WorkerError
 from plop_dist.measure.baseline import compute_baselines
 from plop_dist.measure.collectives import Reducer, Traffic
-from plop_dist.measure.collector import Collector, add_totals
+from plop_dist.measure.collector import Collector
 from plop_dist.measure.protocols import ScorableModel
+from plop_dist.measure.sums import add_totals
 from plop_dist.ranks import joined
 from plop_dist.registry import BACKENDS, load
 from plop_dist.values.scores import SampleTotals
@@ -171,10 +173,9 @@ def _score(config: Config, size: int) -> Scaling:
 def _traffic_without_steps(model: ScorableModel, config: Config, totals: SampleTotals, num_samples: int) -> Traffic:
     """Return what scoring communicates before and after its steps: names, baselines, the merge of the sums."""
     reducer = Reducer(model.groups)
-    projections = reducer.merge_projections([projection for site in model.sites for projection in site.projections])
-    fqns = [projection.fqn for projection in projections]
+    fqns = [projection.fqn for projection in reducer.merge_projections(model.sites)]
     compute_baselines(model, config.estimator, reducer, fqns)
-    reducer.merge_totals(totals, fqns, num_samples)
+    reducer.merge_totals(totals, fqns, np.arange(num_samples))
     return reducer.traffic
 
 

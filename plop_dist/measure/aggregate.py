@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from plop_dist.choose.bootstrap import type_intervals
 from plop_dist.errors import DataError, ModelError, NonFiniteWeightsError
 from plop_dist.measure.norms import Baseline
@@ -32,16 +34,16 @@ def score_modules(
     nfn = (sum_t gain_t / num_tokens) / b(W): each real token counts once, whatever batch it was in.
     """
     scored, left_out = [], []
-    for row, projection in enumerate(projections):
-        num_tokens = int(totals.num_tokens[row].sum())
-        num_skipped = int(totals.num_skipped[row].sum())
+    arrays = (totals.gain_total, totals.num_tokens, totals.num_skipped)
+    sums = [np.ascontiguousarray(array).sum(axis=1).tolist() for array in arrays]
+    for projection, gain_total, num_tokens, num_skipped in zip(projections, *sums, strict=True):
         baseline = baselines[projection.fqn]
         known = projection.model_dump()
-        reason = _reason(baseline, num_tokens, num_skipped, float(totals.gain_total[row].sum()))
+        reason = _reason(baseline, num_tokens, num_skipped, gain_total)
         if reason is not None:
             left_out.append(LeftOut(**known, reason=reason, num_skipped_tokens=num_skipped))
             continue
-        gain = float(totals.gain_total[row].sum()) / num_tokens
+        gain = gain_total / num_tokens
         scored.append(
             ModuleScore(
                 **known,

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from plop_dist.errors import CollectiveError, LayoutError, PlopError, WorkerError, first_line
-from plop_dist.measure.protocols import Groups, Part
+from plop_dist.measure.protocols import Groups, Part, Site
+from plop_dist.measure.sums import spread, to_totals
 from plop_dist.values.names import natural_key
 from plop_dist.values.scores import Projection, SampleTotals
 
@@ -141,13 +143,19 @@ class Reducer:
                 raise kind(f"rank {rank}: {text}") from error
         return [value for _, value in gathered]
 
-    def merge_projections(self, local: Sequence[Projection]) -> tuple[Projection, ...]:
-        """Return all ranks' projections in natural order, each once. Collective over the world.
+    def merge_projections(self, sites: Sequence[Site]) -> tuple[Projection, ...]:
+        """Return the projections of all ranks' sites in natural order, each once. Collective over the world.
 
-        Raises LayoutError when two pipeline stages claim the same path.
+        Of the ranks that hold the same modules one alone sends them. Raises LayoutError when two pipeline stages claim
+        the same path.
         """
+        is_sender = {
+            name: self.groups.copies.get(name, (0, 1))[0] == 0 and self.is_owner(name)
+            for name in {site.group for site in sites}
+        }
+        own = tuple(projection for site in sites if is_sender[site.group] for projection in site.projections)
         found: dict[str, tuple[str, Projection]] = {}
-        for stage, projections in self.gather_objects((self.groups.stage, tuple(local)), "merge of module names"):
+        for stage, projections in self.gather_objects((self.groups.stage, own), "merge of module names"):
             for projection in projections:
                 known = found.setdefault(projection.fqn, (stage, projection))
                 if known[0] != stage:
@@ -157,25 +165,14 @@ class Reducer:
                     )
         return tuple(found[fqn][1] for fqn in sorted(found, key=natural_key))
 
-    def merge_totals(self, owned: SampleTotals, fqns: Sequence[str], num_samples: int) -> SampleTotals:
-        """Return the totals of all modules and samples from what each rank owns. Collective over the world.
+    def merge_totals(self, owned: SampleTotals, fqns: Sequence[str], sample_ids: np.ndarray) -> SampleTotals:
+        """Return the totals of all modules and these samples from what each rank owns. Collective over the world.
 
-        owned: this rank's sums; ranks must not hold the same (token, module) twice. Returns (M, S), samples 0..S-1.
+        owned: this rank's sums; ranks must not hold the same (token, module) twice. sample_ids: ascending, the same on
+        every rank, with all that any rank owns among them.
         """
-        row = {fqn: index for index, fqn in enumerate(fqns)}
-        rows = torch.tensor([row[fqn] for fqn in owned.fqns], dtype=torch.int64)
-        columns = torch.from_numpy(owned.sample_ids)
-        dense = torch.zeros(3, len(fqns), num_samples, dtype=torch.float64)
-        for plane, array in enumerate((owned.gain_total, owned.num_tokens, owned.num_skipped)):
-            dense[plane][rows[:, None], columns] = torch.from_numpy(array).double()
-        gain_total, num_tokens, num_skipped = self.sum_world(dense, "merge of the per-sample sums").numpy()
-        return SampleTotals(
-            tuple(fqns),
-            torch.arange(num_samples).numpy(),
-            gain_total,
-            num_tokens.round().astype("int64"),
-            num_skipped.round().astype("int64"),
-        )
+        planes = self.sum_world(spread([owned], fqns, sample_ids), "merge of the per-sample sums")
+        return to_totals(planes, fqns, sample_ids)
 
     def _run(self, collective: Any, payload: Tensor | None, group: Any, what: str) -> None:
         try:

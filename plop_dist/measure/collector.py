@@ -8,9 +8,9 @@ micro-batch makes the norms whole, and the gains are added up per (module, sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,16 +20,18 @@ from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.norms import gains, local_sq_norm
 from plop_dist.measure.note_storage import NoteStorage
 from plop_dist.measure.protocols import MicroBatch, Part, Routing, ScorableModel, Site
+from plop_dist.measure.sums import add_totals, to_totals
+from plop_dist.measure.token_samples import TokenSamples
 from plop_dist.values.scores import SampleTotals
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Call:
-    """One call of one site: its squared norms, local until `in_part` and `out_part` say WHOLE."""
+    """One call of one site: its squared norms, local until completed unless `in_part` and `out_part` say WHOLE."""
 
     site: Site
     in_sq_T: Tensor
-    out_sq: tuple[Tensor, ...]
+    out_sq: list[Tensor]
     in_part: Part
     out_part: Part
     leading_shape: tuple[int, ...] | None
@@ -57,17 +59,19 @@ class Collector:
         self._current = 0
         self._kept = NoteStorage()
         self._remembered: tuple[Tensor, int, Tensor] | None = None
-        self._row: dict[int, int] = {}
+        self._first_row: dict[int, int] = {}
+        self._num_rows = 0
+        owned_rows: list[int] = []
+        owned: list[str] = []
+        is_owner = {name: self.reducer.is_owner(name) for name in {site.group for site in model.sites}}
         for site in model.sites:
-            self._row[id(site)] = sum(len(known.projections) for known in model.sites[: len(self._row)])
-        self._owned = [
-            (row, projection.fqn)
-            for site in model.sites
-            for row, projection in enumerate(site.projections, start=self._row[id(site)])
-            if self.reducer.is_owner(site.group)
-        ]
-        self.owned = tuple(fqn for _, fqn in self._owned)  # the paths whose sums step() returns
-        self._num_rows = sum(len(site.projections) for site in model.sites)
+            self._first_row[id(site)] = self._num_rows
+            if is_owner[site.group]:
+                owned_rows += range(self._num_rows, self._num_rows + len(site.projections))
+                owned += [projection.fqn for projection in site.projections]
+            self._num_rows += len(site.projections)
+        self._owned_rows = torch.tensor(owned_rows, dtype=torch.int64)
+        self.owned = tuple(owned)  # the paths whose sums step() returns
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -125,7 +129,7 @@ class Collector:
         """Note one call of a site (see protocols.Recorder)."""
         self.last_site = site.projections[0].fqn
         shape = None if leading_shape is None else tuple(leading_shape)
-        out_sq = tuple(self._kept.keep(row_T) for row_T in out_sq_T)
+        out_sq = [self._kept.keep(row_T) for row_T in out_sq_T]
         call = _Call(site, in_sq_T, out_sq, in_part, out_part, shape, token_index_T, routing)
         self._notes[self._current].calls.append(call)
 
@@ -146,158 +150,100 @@ class Collector:
 
     def _finish(self, index: int, micro_batch: MicroBatch) -> SampleTotals:
         notes = self._notes.get(index, _Notes())
-        calls = self._complete(notes.calls, index)
-        layout = self.model.token_layout(micro_batch)
-        ids = _TokenIds(layout)
-        if notes.routers:
-            maps = list(notes.routers.values())
-            local_T = self.model.routed_layout(micro_batch)
-            gathered = self.reducer.gather_routing(local_T, maps, f"routing of micro-batch {index}")
-            ids.add_routing(notes.routers, *gathered)
-        in_sq, out_sq, rows, columns = [], [], [], []
-        for call in calls:
-            ids_T = ids.of(call)
+        self._complete(notes.calls, index)
+        samples = self._samples(notes, index, micro_batch)
+        table = _GainTable(samples)
+        for call in notes.calls:
+            numbers_T = _numbers(call, samples)
             sizes = {call.in_sq_T.numel(), *(out_sq_T.numel() for out_sq_T in call.out_sq)}
-            if ids_T is None or sizes != {ids_T.numel()}:
+            if numbers_T is None or sizes != {numbers_T.numel()}:
                 notes.unreadable[id(call.site)] = call.site
                 continue
-            for offset, out_sq_T in enumerate(call.out_sq):
-                in_sq.append(call.in_sq_T)
-                out_sq.append(out_sq_T)
-                rows.append(self._row[id(call.site)] + offset)
-                columns.append(ids_T)
-        totals = self._accumulate(in_sq, out_sq, rows, columns)
-        return self._without(list(notes.unreadable.values()), totals, layout)
+            for row, out_sq_T in enumerate(call.out_sq, start=self._first_row[id(call.site)]):
+                table.add(row, call.in_sq_T, out_sq_T, numbers_T)
+        sample_ids = samples.sample_ids.cpu().numpy()
+        totals = to_totals(table.sum_up(self._num_rows)[:, self._owned_rows], self.owned, sample_ids)
+        return self._without(list(notes.unreadable.values()), totals, samples.count().cpu().numpy())
 
-    def _without(self, sites: Sequence[Site], totals: SampleTotals, layout: Tensor) -> SampleTotals:
+    def _samples(self, notes: _Notes, index: int, micro_batch: MicroBatch) -> TokenSamples:
+        layout = self.model.token_layout(micro_batch)
+        if not notes.routers:
+            return TokenSamples(layout)
+        local_T = self.model.routed_layout(micro_batch)
+        maps = list(notes.routers.values())
+        routed_T, maps = self.reducer.gather_routing(local_T, maps, f"routing of micro-batch {index}")
+        return TokenSamples(layout, routed_T, dict(zip(notes.routers, maps, strict=True)))
+
+    def _complete(self, calls: Sequence[_Call], index: int) -> None:
+        """Make the squared norms of all calls whole: one collective per feature group that has peers."""
+        by_group: dict[str, list[_Call]] = {}
+        for call in calls:
+            by_group.setdefault(call.site.group, []).append(call)
+        for name, members in by_group.items():
+            if self.reducer.size(name) == 1:
+                continue
+            rows: list[tuple[Tensor, Part]] = []
+            for call in members:
+                rows += [(call.in_sq_T, call.in_part), *((row, call.out_part) for row in call.out_sq)]
+            whole = iter(self.reducer.complete(rows, name, f"sum of squared norms of micro-batch {index}"))
+            for call in members:
+                call.in_sq_T, call.out_sq = next(whole), [next(whole) for _ in call.out_sq]
+
+    def _without(self, sites: Sequence[Site], totals: SampleTotals, counts_S: np.ndarray) -> SampleTotals:
         """Return the totals with all tokens of these sites' modules skipped, and their gain NaN.
 
         No sum over batches or ranks loses a NaN: one such call, and a module has no score.
         """
-        fqns = {projection.fqn for site in sites for projection in site.projections}
-        is_out = np.array([fqn in fqns for fqn in self.owned], dtype=bool)
-        samples_S, counts_S = layout[layout >= 0].unique(return_counts=True)
-        if not is_out.any() or not len(samples_S):
+        owned = set(self.owned) if sites else set()
+        fqns = tuple(p.fqn for site in sites for p in site.projections if p.fqn in owned)
+        if not fqns or not len(counts_S):
             return totals
-        shape = (len(self.owned), len(samples_S))
-        gain_total, num_tokens, num_skipped = np.zeros(shape), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        gain_total[is_out], num_skipped[is_out] = np.nan, counts_S.cpu().numpy()
-        marks = SampleTotals(self.owned, samples_S.cpu().numpy(), gain_total, num_tokens, num_skipped)
-        return add_totals([totals, marks], self.owned)
-
-    def _complete(self, calls: Sequence[_Call], index: int) -> list[_Call]:
-        done: dict[int, _Call] = {}
-        for name in dict.fromkeys(call.site.group for call in calls):
-            members = [number for number, call in enumerate(calls) if call.site.group == name]
-            rows: list[tuple[Tensor, Part]] = []
-            for number in members:
-                call = calls[number]
-                rows += [(call.in_sq_T, call.in_part), *[(row, call.out_part) for row in call.out_sq]]
-            whole = iter(self.reducer.complete(rows, name, f"sum of squared norms of micro-batch {index}"))
-            for number in members:
-                call = calls[number]
-                in_sq_T = next(whole)
-                out_sq = tuple(next(whole) for _ in call.out_sq)
-                done[number] = replace(call, in_sq_T=in_sq_T, out_sq=out_sq)
-        return [done[number] for number in sorted(done)]
-
-    def _accumulate(
-        self, in_sq: list[Tensor], out_sq: list[Tensor], rows: list[int], columns: list[Tensor]
-    ) -> SampleTotals:
-        fqns = self.owned
-        if not rows:
-            return _empty(fqns)
-        distinct = {id(ids_T): ids_T for ids_T in columns}
-        samples_S = torch.unique(torch.cat(list(distinct.values())))
-        samples_S = samples_S[samples_S >= 0]
-        if not len(samples_S):
-            return _empty(fqns)
-        local = {key: torch.searchsorted(samples_S, ids_T.clamp_min(0)) for key, ids_T in distinct.items()}
-        real_N = torch.cat(columns) >= 0
-        counts = torch.tensor([ids_T.numel() for ids_T in columns], device=samples_S.device)
-        rows_N = torch.tensor(rows, device=samples_S.device).repeat_interleave(counts)
-        index_N = rows_N * len(samples_S) + torch.cat([local[id(ids_T)] for ids_T in columns])
-        in_sq_N = torch.cat(in_sq)
-        gain_N = gains(in_sq_N, torch.cat(out_sq))
-        valid_N = real_N & gain_N.isfinite() & in_sq_N.isfinite()
-        shape = (self._num_rows, len(samples_S))
-
-        def totals(values_N: Tensor) -> Tensor:
-            flat = values_N.new_zeros(shape[0] * shape[1], dtype=torch.float64)
-            return flat.index_add_(0, index_N, values_N.double()).view(shape)
-
-        planes = torch.stack(
-            [totals(gain_N.where(valid_N, gain_N.new_zeros(()))), totals(valid_N), totals(real_N & ~valid_N)]
-        )
-        gain_total, num_tokens, num_skipped = planes[:, [row for row, _ in self._owned]].cpu().numpy()
-        return SampleTotals(
-            fqns, samples_S.cpu().numpy(), gain_total, num_tokens.astype("int64"), num_skipped.astype("int64")
-        )
+        shape = (len(fqns), len(counts_S))
+        nan, none, every = np.full(shape, np.nan), np.zeros(shape, np.int64), np.tile(counts_S, (len(fqns), 1))
+        return add_totals([totals, SampleTotals(fqns, totals.sample_ids, nan, none, every)], self.owned)
 
 
-class _TokenIds:
-    """The sample id of every token of a call, whatever shape the module saw and whoever routed the tokens to it."""
+class _GainTable:
+    """The gains of one micro-batch's calls, added up per (row, sample) all at once."""
 
-    def __init__(self, layout: Tensor) -> None:
-        self._layout = layout
-        self._flat = layout.reshape(-1)
-        self._by_shape: dict[tuple[int, ...], Tensor | None] = {}
-        self._routing: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, samples: TokenSamples) -> None:
+        self._num_samples, self._device = len(samples.sample_ids), samples.sample_ids.device
+        self._rows: list[int] = []
+        self._in_sq: list[Tensor] = []
+        self._out_sq: list[Tensor] = []
+        self._numbers: list[Tensor] = []
 
-    def add_routing(self, routers: Iterable[str], ids_T: Tensor, maps: Sequence[Tensor]) -> None:
-        """Keep the sample ids and, per router, the maps of all source ranks' tokens, one after the other."""
-        self._routing = {router: (ids_T, map_TE) for router, map_TE in zip(routers, maps, strict=True)}
+    def add(self, row: int, in_sq_T: Tensor, out_sq_T: Tensor, numbers_T: Tensor) -> None:
+        """Put in one projection's tokens, whole squared norms, and the samples' numbers, -1 for padding."""
+        self._rows.append(row)
+        self._in_sq.append(in_sq_T)
+        self._out_sq.append(out_sq_T)
+        self._numbers.append(numbers_T)
 
-    def of(self, call: _Call) -> Tensor | None:
-        """Return (T,) int64, -1 for padding, or None for activations that are not the batch's tokens."""
-        if call.routing is not None:
-            ids_T, map_TE = self._routing[call.routing.router]
-            return ids_T[map_TE[:, call.routing.expert]]
-        if call.token_index_T is not None:
-            return self._flat[call.token_index_T]
-        shape = call.leading_shape or (call.in_sq_T.numel(),)
-        if call.in_part is Part.TOKENS or call.out_part is Part.TOKENS:
-            return self._flat
-        if shape not in self._by_shape:
-            self._by_shape[shape] = self._spread(shape)
-        return self._by_shape[shape]
-
-    def _spread(self, shape: tuple[int, ...]) -> Tensor | None:
-        first, second = self._layout.shape
-        if shape in ((first, second), (first * second,)):
-            return self._flat
-        if len(shape) == 3 and shape[:2] == (first, second):  # one vector per head: (b, s, heads)
-            return self._layout[:, :, None].expand(shape).reshape(-1)
-        if len(shape) == 3 and (shape[0], shape[2]) == (first, second):  # (b, heads, s)
-            return self._layout[:, None, :].expand(shape).reshape(-1)
-        if len(shape) == 2 and shape[0] == first * second:  # (b * s, heads)
-            return self._flat[:, None].expand(shape).reshape(-1)
-        return None  # it pools, cuts or lengthens the sequence
+    def sum_up(self, num_rows: int) -> Tensor:
+        """Return the sums of gains, of tokens, and of skipped tokens, (3, M, S) float64, on the CPU."""
+        planes = torch.zeros(3, num_rows * self._num_samples, dtype=torch.float64, device=self._device)
+        if self._rows and self._num_samples:
+            sample_N = torch.cat(self._numbers)
+            counts = torch.tensor([numbers_T.numel() for numbers_T in self._numbers], device=self._device)
+            row_N = torch.tensor(self._rows, device=self._device).repeat_interleave(counts)
+            index_N = row_N * self._num_samples + sample_N.clamp_min(0)
+            in_sq_N = torch.cat(self._in_sq)
+            gain_N = gains(in_sq_N, torch.cat(self._out_sq))
+            real_N = sample_N >= 0
+            valid_N = real_N & gain_N.isfinite() & in_sq_N.isfinite()
+            parts = (gain_N.where(valid_N, gain_N.new_zeros(())), valid_N, real_N & ~valid_N)
+            for plane, values_N in zip(planes, parts, strict=True):
+                plane.index_add_(0, index_N, values_N.double())
+        return planes.view(3, num_rows, self._num_samples).cpu()
 
 
-def _empty(fqns: tuple[str, ...]) -> SampleTotals:
-    none = torch.zeros(len(fqns), 0, dtype=torch.int64).numpy()
-    return SampleTotals(fqns, torch.zeros(0, dtype=torch.int64).numpy(), none.astype("float64"), none, none)
-
-
-def add_totals(parts: Sequence[SampleTotals], fqns: Sequence[str]) -> SampleTotals:
-    """Return the sum of totals over these modules; samples are united, and without parts there are none."""
-    if not parts:
-        return _empty(tuple(fqns))
-    if len(parts) == 1:
-        return parts[0]
-    samples = sorted({int(sample) for part in parts for sample in part.sample_ids})
-    column = {sample: index for index, sample in enumerate(samples)}
-    planes = torch.zeros(3, len(fqns), len(samples), dtype=torch.float64)
-    for part in parts:
-        columns = torch.tensor([column[int(sample)] for sample in part.sample_ids], dtype=torch.int64)
-        for plane, array in enumerate((part.gain_total, part.num_tokens, part.num_skipped)):
-            planes[plane].index_add_(1, columns, torch.from_numpy(array).double())
-    gain_total, num_tokens, num_skipped = planes.numpy()
-    return SampleTotals(
-        tuple(fqns),
-        torch.tensor(samples, dtype=torch.int64).numpy(),
-        gain_total,
-        num_tokens.astype("int64"),
-        num_skipped.astype("int64"),
-    )
+def _numbers(call: _Call, samples: TokenSamples) -> Tensor | None:
+    """Return the sample number of each token of a call, (T,), or None where they are not the batch's tokens."""
+    if call.routing is not None:
+        return samples.of_routed(call.routing)
+    if call.token_index_T is not None:
+        return samples.of_all()[call.token_index_T]
+    if Part.TOKENS in (call.in_part, call.out_part):
+        return samples.of_all()
+    return samples.of_shape(call.leading_shape or (call.in_sq_T.numel(),))

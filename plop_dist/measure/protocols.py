@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
+    from plop_dist.measure.weight import Weight
+
 
 class Part(enum.Enum):
     """How a per-token squared norm on this rank relates to the whole token's."""
@@ -91,14 +93,25 @@ class Recorder(Protocol):
 class LocalWeight:
     """This rank's part of one projection's weight.
 
-    weight_OI: (O_local, I_local), any float dtype. part: WHOLE; PARTIAL with in_index None for column-parallel (rows
-    of out_features); with in_index for row-parallel. in_index: the global in_features that I_local stands for.
+    weight: (O_local, I_local). is_sharded: over the site's group, by rows (column-parallel) where in_index is None, by
+    columns (row-parallel) where it is not. in_index: the global in_features that I_local stands for.
     """
 
     projection: Projection
-    weight_OI: Tensor
+    weight: Weight
     is_sharded: bool = False
     in_index: slice | Tensor | None = None
+
+
+class Holder(Protocol):
+    """A parameter that several sites read their weights from: the experts' matrices in a 3-D one."""
+
+    def opened(self) -> AbstractContextManager[Any]:
+        """Hold the parameter whole for the length of a block, within which its sites' weights() gather nothing.
+
+        Collective where parameters are partitioned.
+        """
+        ...
 
 
 @runtime_checkable
@@ -110,6 +123,11 @@ class Site(Protocol):
 
     projections: tuple[Projection, ...]
     group: str
+
+    @property
+    def holder(self) -> Holder | None:
+        """The parameter in which its weights lie beside those of other sites; None where it shares nothing."""
+        ...
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
         """Install the observation and return the function that removes it. Touches activations only."""
@@ -140,6 +158,20 @@ class Groups:
     replica: int = 0  # which of num_replicas model replicas this rank belongs to: each reads its own samples
     num_replicas: int = 1
     uniform_steps: bool = False  # every replica must run the same number of forward passes (ZeRO-3, experts)
+
+
+class Sited(Protocol):
+    """The sites of a rank and the groups that they are sharded over: all that baselines are computed from."""
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """One per hooked module, in the same order on every rank that holds the same modules."""
+        ...
+
+    @property
+    def groups(self) -> Groups:
+        """The process groups of the axes that matter here."""
+        ...
 
 
 class ScorableModel(Protocol):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from plop_dist.choose.decision import selection_confidence
@@ -15,14 +16,19 @@ from plop_dist.errors import PlopError, WorkerError
 from plop_dist.measure.aggregate import build_scores, score_modules
 from plop_dist.measure.baseline import compute_baselines
 from plop_dist.measure.collectives import Reducer, attempt
-from plop_dist.measure.collector import Collector, add_totals
+from plop_dist.measure.collector import Collector
+from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import MicroBatch, ScorableModel
+from plop_dist.measure.sums import add_totals
 from plop_dist.rundir.progress import ProgressLog
-from plop_dist.values.scores import Scores
+from plop_dist.values.scores import Projection, SampleTotals, Scores
 from plop_dist.values.versions import versions
 
 MIN_STABLE_SAMPLES = 16
 STABLE_CONFIDENCE = 0.99
+# How much more samples there must be before it is asked again whether the choice is stable: a bootstrap costs as much
+# as it has samples, so that asking after every step would cost the square of their number.
+STABLE_GROWTH = 1.04
 
 Notify = Callable[..., None]
 
@@ -65,8 +71,7 @@ def score_model(
     reducer = Reducer(model.groups)
     _, error = attempt(lambda: _check(model, run))
     reducer.gather_or_raise(None, error, "checking the batches")
-    local = [projection for site in model.sites for projection in site.projections]
-    projections = reducer.merge_projections(local)
+    projections = reducer.merge_projections(model.sites)
     fqns = [projection.fqn for projection in projections]
     num_sites = len(model.sites)
     baselines = compute_baselines(
@@ -74,42 +79,23 @@ def score_model(
     )
     after_baselines = time.perf_counter()
 
-    collector = Collector(model, reducer)
-    done = _agreed_start(run.log, reducer)
-    parts = run.log.read(done)
-    if done:
-        notify("resumed", done=run.samples_after(done - 1), total=run.num_samples)
-    num_used = run.num_samples
-    step = done
-    with collector.attached():
-        while step < run.num_steps:
-            totals = _step(collector, run, step)
-            run.log.write(step, totals)
-            parts.append(totals)
-            num_used = run.samples_after(step)
-            notify("scoring", done=num_used, total=run.num_samples, step=step + 1)
-            step += 1
-            if estimator.stop_when_stable and num_used >= MIN_STABLE_SAMPLES and step < run.num_steps:
-                merged = reducer.merge_totals(add_totals(parts, collector.owned), fqns, run.num_samples)
-                if _is_stable(projections, merged, baselines, placement):
-                    notify("stable", done=num_used, total=run.num_samples, confidence=STABLE_CONFIDENCE)
-                    break
-        else:
-            num_used = run.num_samples
-    merged = reducer.merge_totals(add_totals(parts, collector.owned), fqns, run.num_samples)
-    merged = merged.observed()
-    ended = time.perf_counter()
+    def is_stable(totals: SampleTotals) -> bool:
+        return _is_stable(projections, totals, baselines, placement)
+
+    stop = is_stable if estimator.stop_when_stable else None
+    totals, num_used = _collect(Collector(model, reducer), run, fqns, stop, notify)
+    totals = totals.observed()
     timing = {
         "baseline_seconds": round(after_baselines - started, 3),
-        "forward_seconds": round(ended - after_baselines, 3),
+        "forward_seconds": round(time.perf_counter() - after_baselines, 3),
         "num_collectives": reducer.traffic.num_collectives,
         "num_reduced_bytes": reducer.traffic.num_bytes,
     }
     data = {**info["data"], "num_samples": num_used, "stopped_early": num_used < run.num_samples}
-    data["num_tokens"] = int((merged.num_tokens + merged.num_skipped).sum(axis=1).max())
+    data["num_tokens"] = int((totals.num_tokens + totals.num_skipped).sum(axis=1).max())
     return build_scores(
         projections,
-        merged,
+        totals,
         baselines,
         model=info["model"],
         data=data,
@@ -126,11 +112,56 @@ def _check(model: ScorableModel, run: Pass) -> None:
             model.check(micro_batch)
 
 
+def _collect(
+    collector: Collector,
+    run: Pass,
+    fqns: Sequence[str],
+    is_stable: Callable[[SampleTotals], bool] | None,
+    notify: Notify,
+) -> tuple[SampleTotals, int]:
+    """Return the sums of all ranks over all steps, or until `is_stable`, and of how many samples. Collective.
+
+    The first steps come from the log where it has them.
+    """
+    reducer = collector.reducer
+    step = _agreed_start(run.log, reducer)
+    parts = run.log.read(step)  # this rank's sums that are not merged yet
+    merged: list[SampleTotals] = []  # those of all ranks
+    num_used = next_check = 0
+    if step:
+        num_used = run.samples_after(step - 1)
+        notify("resumed", done=num_used, total=run.num_samples)
+    with collector.attached():
+        while step < run.num_steps:
+            parts.append(_step(collector, run, step))
+            run.log.write(step, parts[-1])
+            num_used = run.samples_after(step)
+            step += 1
+            notify("scoring", done=num_used, total=run.num_samples, step=step)
+            if is_stable and step < run.num_steps and num_used >= max(MIN_STABLE_SAMPLES, next_check):
+                merged.append(_merge_seen(reducer, add_totals(parts, collector.owned), fqns))
+                parts, next_check = [], num_used * STABLE_GROWTH
+                if is_stable(add_totals(merged, fqns)):
+                    notify("stable", done=num_used, total=run.num_samples, confidence=STABLE_CONFIDENCE)
+                    break
+        else:
+            num_used = run.num_samples
+    if parts or not merged:
+        merged.append(reducer.merge_totals(add_totals(parts, collector.owned), fqns, np.arange(run.num_samples)))
+    return add_totals(merged, fqns), num_used
+
+
 def _agreed_start(log: ProgressLog, reducer: Reducer) -> int:
     return min(reducer.gather_objects(log.num_done(), "agreement on the first step"))
 
 
-def _step(collector: Collector, run: Pass, step: int) -> Any:
+def _merge_seen(reducer: Reducer, owned: SampleTotals, fqns: Sequence[str]) -> SampleTotals:
+    """Return the totals of all ranks for the samples that any of them has seen. Collective over the world."""
+    seen = reducer.gather_objects(owned.sample_ids, "samples of these steps")
+    return reducer.merge_totals(owned, fqns, np.unique(np.concatenate(seen)))
+
+
+def _step(collector: Collector, run: Pass, step: int) -> SampleTotals:
     micro_batches = run.micro_batches(step)
     try:
         return collector.step(micro_batches) if micro_batches else add_totals([], collector.owned)
@@ -144,8 +175,13 @@ def _step(collector: Collector, run: Pass, step: int) -> Any:
         ) from error
 
 
-def _is_stable(projections: Any, merged: Any, baselines: Any, placement: PlacementConfig) -> bool:
+def _is_stable(
+    projections: Sequence[Projection],
+    totals: SampleTotals,
+    baselines: Mapping[str, Baseline],
+    placement: PlacementConfig,
+) -> bool:
     """Tell whether the same modules are chosen in 99% of bootstrap resamples; the same answer on every rank."""
-    modules, _ = score_modules(projections, merged, baselines)
-    samples = merged.observed().select(module.fqn for module in modules)
+    modules, _ = score_modules(projections, totals, baselines)
+    samples = totals.observed().select(module.fqn for module in modules)
     return selection_confidence(modules, samples, placement) >= STABLE_CONFIDENCE

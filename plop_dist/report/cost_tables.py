@@ -72,8 +72,12 @@ def print_bench(bench: Bench) -> None:
     show(grid)
     show_line(
         f"scoring / forward with logits {bench.ratio(SCORING, WITH_LOGITS):.3f} · straightforward / scoring "
-        f"{bench.ratio(STRAIGHTFORWARD, SCORING):.2f} · baselines, once: {bench.baseline_seconds:.2f} s"
+        f"{bench.ratio(STRAIGHTFORWARD, SCORING):.2f}"
     )
+    times = (
+        "" if bench.baseline_ratio is None else f" · baselines / matmul of their directions {bench.baseline_ratio:.2f}"
+    )
+    show_line(f"baselines, once: {bench.baseline_seconds:.2f} s{times}")
     if not bench.scaling:
         return
     grid = Grid(

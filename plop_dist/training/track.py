@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from plop_dist.config.schema import Config
 from plop_dist.data.rows import load_rows
@@ -20,14 +21,14 @@ from plop_dist.errors import ConfigError
 from plop_dist.measure.aggregate import score_modules
 from plop_dist.measure.baseline import compute_baselines
 from plop_dist.measure.collectives import Reducer
-from plop_dist.measure.collector import Collector, add_totals
+from plop_dist.measure.collector import Collector
 from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import Groups, LocalWeight, Recorder, ScorableModel, Site
+from plop_dist.measure.sums import add_totals
+from plop_dist.measure.weight import Gather, Weight
 from plop_dist.training.adapters.shards import AdapterShard, scaling_of
 from plop_dist.values.names import expert_index
 from plop_dist.values.placement import Placement
-
-Gather = Callable[[list[Parameter]], AbstractContextManager[Any]]
 
 
 class AdaptedSite:
@@ -40,9 +41,9 @@ class AdaptedSite:
     def __init__(
         self, site: Any, shards: Mapping[str, AdapterShard], scaling: float, gather: Gather | None = None
     ) -> None:
-        self.projections, self.group = site.projections, site.group
+        self.projections, self.group, self.holder = site.projections, site.group, site.holder
         self._site, self._shards, self._scaling = site, shards, scaling
-        self._gather: Gather = gather or (lambda _: nullcontext())
+        self._gather: Gather = gather or nullcontext
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
         """Install the site's own hook, which then records as this site; returns what removes it."""
@@ -63,11 +64,16 @@ class AdaptedSite:
             deltas.append(self._scaling * (product_OI if own else block.take_rows(product_OI)))
         with self._site.weights() as weights:
             yield (
-                weight
-                if delta_OI is None
-                else replace(weight, weight_OI=weight.weight_OI.float() + delta_OI.to(weight.weight_OI.device))
+                weight if delta_OI is None else replace(weight, weight=_plus(weight.weight, delta_OI))
                 for weight, delta_OI in zip(weights, deltas, strict=True)
             )
+
+
+def _plus(weight: Weight, delta_OI: Tensor) -> Weight:
+    """Return W + delta, in float32, by rows as W is read."""
+    delta_OI = delta_OI.to(weight.device)
+    read = lambda start, stop: weight.read(start, stop).float() + delta_OI[start:stop]  # noqa: E731
+    return Weight(weight.shape, torch.float32, weight.device, read)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class NfnTracker:
         model.sites = sites
         self._adapted = _Adapted(adapted, model.groups)
         self._reducer = Reducer(model.groups)
-        self._projections = self._reducer.merge_projections([p for site in sites for p in site.projections])
+        self._projections = self._reducer.merge_projections(sites)
         changed = self._reducer.gather_objects([p.fqn for site in adapted for p in site.projections], "adapted modules")
         self._changed = sorted({fqn for part in changed for fqn in part})
         self._frozen = {name: Baseline(known.baseline, known.baseline_stderr) for name, known in scored.items()}
@@ -168,7 +174,7 @@ class NfnTracker:
                 if micro:
                     parts.append(collector.step(micro))
         fqns = [projection.fqn for projection in self._projections]
-        totals = reducer.merge_totals(add_totals(parts, collector.owned), fqns, len(self._samples))
+        totals = reducer.merge_totals(add_totals(parts, collector.owned), fqns, np.arange(len(self._samples)))
         modules, _ = score_modules(self._projections, totals, {**self._frozen, **changed})
         by_type: dict[str, list[float]] = {}
         for module in modules:

@@ -14,7 +14,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
 import plop_dist
 from plop_dist.backends.deepspeed import stack
-from plop_dist.backends.hf import linears
+from plop_dist.backends.hf import fused
 from plop_dist.errors import ModelError
 from tests.models import random_tokens, tiny
 
@@ -70,7 +70,7 @@ def test_a_fused_linear_is_scored_whole_until_a_line_says_how_its_rows_lie(monke
     owner = "model.layers.0.self_attn"
     assert unknown[f"{owner}.qkv_proj"] == pytest.approx(truth["qkv_proj"], rel=1e-5)
     assert f"{owner}.q_proj" not in unknown
-    monkeypatch.setitem(linears._LAYOUTS["qkv_proj"], "ToyAttention", linears._grouped_query)
+    monkeypatch.setitem(fused._LAYOUTS["qkv_proj"], "ToyAttention", fused._grouped_query)
     known = scores(model, tokens)
     assert f"{owner}.qkv_proj" not in known
     for name in ROWS:

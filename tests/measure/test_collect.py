@@ -16,9 +16,10 @@ from plop_dist.backends.hf.model import HFModel
 from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.data.samples import collate, plan_steps, step_micro_batches
 from plop_dist.measure.aggregate import score_modules
-from plop_dist.measure.collector import Collector, add_totals
+from plop_dist.measure.collector import Collector
 from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import MicroBatch
+from plop_dist.measure.sums import add_totals
 from plop_dist.values.scores import SampleTotals
 from tests.models import random_tokens, tiny
 from tests.reference import Truth, brute_force

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.collector import Collector
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.protocols import Groups, LocalWeight, MicroBatch, Part, Recorder, Routing
+from plop_dist.measure.weight import Weight
 from plop_dist.values.mesh import share
 from plop_dist.values.scores import Projection
 from tests.spawn import run_ranks
@@ -45,7 +47,7 @@ def tokens_of(number: int) -> Tensor:
 class ShardedSite:
     """One projection sharded over the ranks as `kind` says; forward records what a framework's linear would show."""
 
-    group = "tp"
+    group, holder = "tp", None
 
     def __init__(self, kind: str, number: int, rank: int) -> None:
         self.kind, self.number, self.rank = kind, number, rank
@@ -76,14 +78,14 @@ class ShardedSite:
         weight_OI, projection = weight_of(self.number), self.projections[0]
         if self.kind == "row":
             index = part(I, self.rank)
-            yield iter([LocalWeight(projection, weight_OI[:, index], True, index)])
+            yield iter([LocalWeight(projection, Weight.of(weight_OI[:, index]), True, index)])
         elif self.kind == "whole":
-            yield iter([LocalWeight(projection, weight_OI)])
+            yield iter([LocalWeight(projection, Weight.of(weight_OI))])
         else:
-            yield iter([LocalWeight(projection, weight_OI[part(O, self.rank)], True)])
+            yield iter([LocalWeight(projection, Weight.of(weight_OI[part(O, self.rank)]), True)])
 
 
-class ExpertSite(ShardedSite):
+class RoutedSite(ShardedSite):
     """One routed expert, alone on its rank; its tokens come from all ranks in the order (source rank, token)."""
 
     group = "etp"
@@ -158,8 +160,8 @@ def sum_up(sites: Sequence[ShardedSite], groups: Groups, *, routes: bool = False
     with collector.attached():
         owned = collector.step([batch])
     num_collectives = reducer.traffic.num_collectives
-    fqns = [p.fqn for p in reducer.merge_projections([p for site in sites for p in site.projections])]
-    totals = reducer.merge_totals(owned, fqns, 2)
+    fqns = [p.fqn for p in reducer.merge_projections(sites)]
+    totals = reducer.merge_totals(owned, fqns, np.arange(2))
     return {
         fqn: (gain.tolist(), tokens.tolist())
         for fqn, gain, tokens in zip(fqns, totals.gain_total, totals.num_tokens, strict=True)
@@ -172,7 +174,7 @@ def on_a_rank(rank: int) -> dict[str, Any]:
     sums, num_collectives = sum_up(sites, sharded)
     _, num_collectives_of_few = sum_up(sites[:3], sharded)
 
-    experts = [ExpertSite(expert) for expert in range(E) if expert % NUM_RANKS == rank]
+    experts = [RoutedSite(expert) for expert in range(E) if expert % NUM_RANKS == rank]
     routed, num_routed = sum_up(experts, Groups(routing=dist.group.WORLD, stage=str(rank)), routes=True)
 
     # Without a group this rank is alone, though there is a world: only rank 0 asks, and must not wait for the other.

@@ -21,6 +21,7 @@ from plop_dist.measure import norms
 from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.protocols import Groups, LocalWeight, MicroBatch, Part, Recorder, Routing
 from plop_dist.measure.run import Pass, score_model
+from plop_dist.measure.weight import Weight
 from plop_dist.values.scores import Projection, Scores
 from tests.models import tiny
 from tests.spawn import run_ranks
@@ -44,7 +45,7 @@ class ScriptedSite:
 
     def __init__(self, layer: int, kind: str, rank: int, size: int) -> None:
         fqn = f"layers.{layer}.{kind}"
-        self.kind, self.rank, self.size, self.group = kind, rank, size, "tp"
+        self.kind, self.rank, self.size, self.group, self.holder = kind, rank, size, "tp", None
         self.projections = (Projection(fqn=fqn, type=kind, layer=layer, in_features=8, out_features=6),)
         self.weight_OI = draw(fqn, 6, 8)
         self.recorder: Recorder | None = None
@@ -57,12 +58,12 @@ class ScriptedSite:
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         (projection,) = self.projections
         if self.kind.endswith("column"):
-            local = LocalWeight(projection, self.weight_OI.chunk(self.size)[self.rank], True)
+            local = LocalWeight(projection, Weight.of(self.weight_OI.chunk(self.size)[self.rank]), True)
         elif self.kind.endswith("row"):
             columns = torch.arange(8).chunk(self.size)[self.rank]
-            local = LocalWeight(projection, self.weight_OI[:, columns], True, columns)
+            local = LocalWeight(projection, Weight.of(self.weight_OI[:, columns]), True, columns)
         else:
-            local = LocalWeight(projection, self.weight_OI)
+            local = LocalWeight(projection, Weight.of(self.weight_OI))
         yield iter([local])
 
     def run(self, micro_batch: int) -> None:
@@ -92,7 +93,7 @@ class ScriptedSite:
         return (z_TI @ self.weight_OI.double().T).norm(dim=1) / z_TI.norm(dim=1)
 
 
-class ExpertSite(ScriptedSite):
+class RoutedSite(ScriptedSite):
     """An expert of which this rank holds a copy; it sees its own replica's tokens only."""
 
     def __init__(self, expert: int, replica: int) -> None:
@@ -167,13 +168,13 @@ def on_a_rank(rank: int) -> dict[str, Scores]:
     sites = [ScriptedSite(layer, kind, rank, 2) for layer in range(2) for kind in KINDS]
     found["shards"] = score(ScriptedModel(sites, Groups(features={"tp": dist.group.WORLD})))
     # Without a routing group nothing is exchanged, so that replicas may run different numbers of steps.
-    experts = [ExpertSite(expert, rank) for expert in range(2)]
+    experts = [RoutedSite(expert, rank) for expert in range(2)]
     found["replicas"] = score(ScriptedModel(experts, Groups(), rank), num_steps=2, num_here=2 - rank)
     # Ranks with copies of the same weights share the baselines' work.
     copies = [ScriptedSite(layer, "replicated", 0, 1) for layer in range(3)]
     found["copies"] = score(ScriptedModel(copies, Groups(copies={"tp": (rank, 2)})))
     with pytest.raises(LayoutError, match=r"'layers\.0\.row' is on pipeline stages 0 and 1"):
-        Reducer(Groups(stage=str(rank))).merge_projections(ScriptedSite(0, "row", 0, 1).projections)
+        Reducer(Groups(stage=str(rank))).merge_projections([ScriptedSite(0, "row", 0, 1)])
     return found
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from plop_dist.backends.hf.load import load_model, needs_head
 from plop_dist.backends.hf.model import HFModel, pick_device
@@ -40,11 +40,13 @@ def wrap(engine: Any, exclude: Sequence[str]) -> HFModel:
     )
 
 
-def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Gather partitioned parameters for the length of a block. Collective: every rank must enter."""
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[Sequence[Tensor]]:
+    """Give partitioned parameters whole for the length of a block (see weight.Gather). Every rank must enter."""
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameters)
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield parameters
 
 
 @contextmanager

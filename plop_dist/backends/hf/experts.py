@@ -1,4 +1,4 @@
-"""The experts that transformers keeps as 3-D parameters, one by one, under logical names; see hf_expert_modules."""
+"""The experts that transformers keeps as 3-D parameters, one by one, under logical names; see expert_modules."""
 
 # T tokens, I in_features, O out_features, E experts
 
@@ -6,36 +6,60 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from plop_dist.backends.hf.expert_modules import ExpertsModule, Stack, experts_module
-from plop_dist.backends.hf.linears import Block, Rows, is_plain, named_modules, parameter_shape
+from plop_dist.backends.hf.expert_kinds import experts_module
+from plop_dist.backends.hf.expert_modules import ExpertsModule, Stack
+from plop_dist.backends.hf.linears import named_modules, parameter_shape, projection_of
 from plop_dist.errors import LayoutError, ModelError
+from plop_dist.measure.blocks import Block, Rows
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.protocols import LocalWeight, Recorder
-from plop_dist.values.names import layer_index, module_type
-from plop_dist.values.scores import Projection
+from plop_dist.measure.weight import Gather, Weight, find_weight, is_readable
 
 _LOCKED = "deepgemm_megamoe"
 
 log = logging.getLogger(__name__)
 
-Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+class StackHolder:
+    """The Holder of one 3-D parameter: gathered once for all of its experts, where it is partitioned."""
+
+    def __init__(self, experts: ExpertsModule, stack: Stack, gather: Gather | None) -> None:
+        self._experts, self._stack, self._gather = experts, stack, gather
+        self._whole: Tensor | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the parameter whole for the length of a block; inside another such block nothing is done."""
+        if self._gather is None or self._whole is not None:
+            yield
+            return
+        with self._gather([self._experts.module.get_parameter(self._stack.parameter)]) as (whole,):
+            self._whole = whole.detach()
+            try:
+                yield
+            finally:
+                self._whole = None
+
+    def weight(self, expert: int) -> Weight:
+        """Return one expert's matrix, (O, I), inside of opened()."""
+        return find_weight(self._experts.stored(self._stack, expert, self._whole))
 
 
-class ExpertSite:
-    """One expert's projections that read the same z: gate and up (or up alone), or down."""
+class StackedExpertSite:
+    """One expert's projections that read the same z, of a 3-D parameter: gate and up (or up alone), or down."""
 
     group = "tp"
 
-    def __init__(self, experts: ExpertsModule, expert: int, stack: Stack, gather: Gather | None):
+    def __init__(self, experts: ExpertsModule, expert: int, stack: Stack, holder: StackHolder) -> None:
         self.blocks = _blocks(experts, expert, stack)
         self.projections = tuple(block.projection for block in self.blocks)
-        self._experts, self._expert, self._stack, self._gather = experts, expert, stack, gather
+        self.holder = holder
+        self._experts, self._expert, self._stack = experts, expert, stack
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
         """Observe the experts module, and return the function that undoes it with the last of its sites."""
@@ -49,22 +73,19 @@ class ExpertSite:
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         """Give access to one LocalWeight per projection. Collective where parameters are partitioned (ZeRO-3, FSDP)."""
-        parameter = getattr(self._experts.module, self._stack.parameter)
-        with _gathered(parameter, self._gather):
-            whole = parameter.detach()
-            weight = (whole.full_tensor() if isinstance(whole, DTensor) else whole)[self._expert]
-            weight_OI = weight.T if self._stack.is_transposed else weight
-            yield (LocalWeight(block.projection, block.take_rows(weight_OI)) for block in self.blocks)
+        with self.holder.opened():
+            weight = self.holder.weight(self._expert)
+            yield (LocalWeight(block.projection, block.take_weight(weight)) for block in self.blocks)
 
 
-def find_expert_sites(model: nn.Module, gather: Gather | None = None) -> list[ExpertSite]:
+def find_expert_sites(model: nn.Module, gather: Gather | None = None) -> list[StackedExpertSite]:
     """Return the sites of every routed expert kept in 3-D parameters, one per expert and parameter.
 
-    gather: gives whole parameters where they are partitioned; ZeRO-3's are recognised without it.
+    gather: gives whole parameters where they are partitioned (ZeRO-3, FSDP).
     Raises ModelError for quantised experts, LayoutError for experts sharded by transformers' tensor parallelism (their
     down_proj is reduced over the ranks only after all experts are mixed, so no expert's own output is ever whole).
     """
-    sites: list[ExpertSite] = []
+    sites: list[StackedExpertSite] = []
     modules = named_modules(model)
     for path, module in modules.items():
         experts = experts_module(path, module, modules)
@@ -72,12 +93,12 @@ def find_expert_sites(model: nn.Module, gather: Gather | None = None) -> list[Ex
             _warn_unknown(path, module)
             continue
         _refuse(path, module, experts)
-        counts = [_shape(experts, stack)[0] for stack in experts.stacks]  # LongCat's are not the same
+        held = [(stack, StackHolder(experts, stack, gather), _shape(experts, stack)[0]) for stack in experts.stacks]
         sites.extend(
-            ExpertSite(experts, expert, stack, gather)
-            for expert in range(max(counts))
-            for stack, count in zip(experts.stacks, counts, strict=True)
-            if expert < count
+            StackedExpertSite(experts, expert, stack, holder)
+            for expert in range(max(count for _, _, count in held))
+            for stack, holder, count in held
+            if expert < count  # LongCat's counts are not the same
         )
     return sites
 
@@ -98,39 +119,18 @@ def _blocks(experts: ExpertsModule, expert: int, stack: Stack) -> tuple[Block, .
         all_rows = [Rows(num_rows, 0, width), Rows(num_rows, width, num_rows)]
     stored_in = f"{experts.holder_path}.{stack.parameter}"
     return tuple(
-        Block(_projection(f"{experts.path}.{expert}.{name}", num_columns, width, stored_in), rows)
+        Block(projection_of(f"{experts.path}.{expert}.{name}", num_columns, width, "expert_parameter", stored_in), rows)
         for name, rows in zip(stack.names, all_rows, strict=True)
     )
 
 
-def _projection(fqn: str, in_features: int, out_features: int, stored_in: str) -> Projection:
-    return Projection(
-        fqn=fqn,
-        type=module_type(fqn),
-        layer=layer_index(fqn),
-        in_features=in_features,
-        out_features=out_features,
-        storage="expert_parameter",
-        stored_in=stored_in,
-    )
-
-
-def _gathered(parameter: nn.Parameter, gather: Gather | None) -> AbstractContextManager[Any]:
-    if gather is not None:
-        return gather([parameter])
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters([parameter])
-    return nullcontext()
-
-
 def _refuse(path: str, module: Any, experts: ExpertsModule) -> None:
-    for parameter in (getattr(module, stack.parameter) for stack in experts.stacks):
-        if not is_plain(parameter):
+    for stack in experts.stacks:
+        if not is_readable(experts.stored(stack, 0)):
+            dtype = getattr(getattr(module, stack.parameter), "dtype", None)
             raise ModelError(
-                f"Experts '{path}' hold quantised weights ({parameter.dtype}), whose norms cannot be read; load the "
-                "model in float32, bfloat16 or float16, without a quantization_config."
+                f"Experts '{path}' hold quantised weights ({dtype}), whose norms cannot be read; load the model in "
+                "float32, bfloat16 or float16, without a quantization_config."
             )
     if getattr(getattr(module, "config", None), "_experts_implementation", None) == _LOCKED:
         raise ModelError(

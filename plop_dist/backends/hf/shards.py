@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import nn
 
 from plop_dist.backends.hf.linears import LinearModule, find_linears
-from plop_dist.backends.hf.sites import LinearSite, local, wrapped
+from plop_dist.backends.hf.sites import LinearSite, wrapped
 from plop_dist.errors import LayoutError
 from plop_dist.measure.protocols import Groups, Part, Site
+from plop_dist.measure.weight import Stored, find_weight
 
 
 class Shard(enum.Enum):
@@ -85,7 +86,7 @@ def meta_twin(module: nn.Module) -> nn.Module:
 def _row_offsets(modules: Sequence[Any], tp_group: dist.ProcessGroup) -> list[tuple[int, int, int]]:
     """Return per module where this rank's input features begin and end if ranks follow one another, and their sum."""
     every: list[Any] = [None] * dist.get_world_size(tp_group)
-    dist.all_gather_object(every, [local(module.weight).shape[1] for module in modules], group=tp_group)
+    dist.all_gather_object(every, [find_weight(Stored(module)).shape[1] for module in modules], group=tp_group)
     rank = dist.get_rank(tp_group)
     found = []
     for widths in zip(*every, strict=True):
@@ -104,7 +105,7 @@ def _check_row(linear: LinearModule, total: int) -> None:
 
 
 def _check_column(linear: LinearModule, shard: Shard, tp_group: dist.ProcessGroup) -> None:
-    rows = local(wrapped(linear.module).weight).shape[0]
+    rows, _ = find_weight(Stored(wrapped(linear.module), path=linear.path)).shape
     is_cut = any(block.rows is not None and rows % block.rows.period for block in linear.blocks)
     is_gathered = shard is Shard.COLUMN_GATHERED
     has_bias = getattr(wrapped(linear.module), "bias", None) is not None

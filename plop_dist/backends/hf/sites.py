@@ -5,17 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from plop_dist.backends.hf.linears import Block, LinearModule
+from plop_dist.backends.hf.linears import LinearModule
+from plop_dist.measure.blocks import Block
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.protocols import LocalWeight, Part, Recorder
-
-Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+from plop_dist.measure.weight import Gather, Stored, find_weight, local, read_weight
 
 
 class LinearSite:
@@ -46,8 +45,7 @@ class LinearSite:
         self.path, self.module, self._base = linear.path, linear.module, wrapped(linear.module)
         self.blocks: Sequence[Block] = linear.blocks
         self.projections = tuple(block.projection for block in linear.blocks)
-        self.group = group
-        self._is_transposed = linear.is_transposed
+        self.group, self.holder = group, None
         self._in_part, self._out_part = in_part, out_part
         self._is_sharded, self._in_index = is_sharded, in_index
         self._gather = gather
@@ -64,8 +62,8 @@ class LinearSite:
         kept = None
         if self._gather is not None and self._base is not self.module and self._base.bias is not None:
             # A wrapper ends after its inner module did, which by then has given its parameters back.
-            with self._gather([self._base.bias]):
-                kept = self._base.bias.detach().clone()
+            with self._gather([self._base.bias]) as (bias,):
+                kept = bias.detach().clone()
 
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             z = args[0] if args else next(iter(kwargs.values()))
@@ -98,17 +96,15 @@ class LinearSite:
 
     def _product(self, z: Tensor) -> Tensor:
         """Return W z, (..., O). The weight is whole while its module's forward runs, under ZeRO-3 and FSDP too."""
-        weight = local(self.module.weight.detach())
-        return nn.functional.linear(z, (weight.T if self._is_transposed else weight).to(z.dtype))
+        return nn.functional.linear(z, read_weight(self._base, self.path).to(z.dtype))
 
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         """Give access to one LocalWeight per projection. Collective where parameters are partitioned."""
-        with self._gather([self._base.weight]) if self._gather else nullcontext():
-            weight = local(self._base.weight.detach())
-            weight_OI = weight.T if self._is_transposed else weight
+        with self._gather([self._base.weight]) if self._gather else nullcontext([None]) as (whole,):
+            weight = find_weight(Stored(self._base, whole=whole, path=self.path))
             yield (
-                LocalWeight(block.projection, block.take_rows(weight_OI), self._is_sharded, self._in_index)
+                LocalWeight(block.projection, block.take_weight(weight), self._is_sharded, self._in_index)
                 for block in self.blocks
             )
 
@@ -126,8 +122,3 @@ def _is_near(y: Tensor, expected: Tensor) -> bool:
     if y.shape != expected.shape:
         return False
     return bool((y.float() - expected.float()).norm() <= 0.02 * expected.float().norm())
-
-
-def local(tensor: Any) -> Tensor:
-    """Return this rank's part of a DTensor, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

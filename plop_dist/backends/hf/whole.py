@@ -15,8 +15,9 @@ from torch import nn
 from plop_dist.backends.hf.experts import find_expert_sites
 from plop_dist.backends.hf.linears import LinearModule, find_linears
 from plop_dist.backends.hf.model import HFModel
-from plop_dist.backends.hf.sites import Gather, LinearSite
+from plop_dist.backends.hf.sites import LinearSite
 from plop_dist.measure.protocols import Groups, Site
+from plop_dist.measure.weight import Gather
 
 
 def whole_model(
@@ -44,21 +45,17 @@ def whole_model(
 
 
 def whole_sites(
-    module: nn.Module,
-    with_head: bool,
-    gather: Gather | None = None,
-    twin: nn.Module | None = None,
-    linear_site: Callable[[LinearModule], Site] | None = None,
+    module: nn.Module, with_head: bool, gather: Gather | None = None, twin: nn.Module | None = None
 ) -> list[Site]:
     """Return the sites of a model none of whose features are sharded.
 
-    gather: see whole_model. twin: where adapters wrap linears of `module`, the same model without them, on the meta
-    device; it may hold layers that `module`, a stage, does not. linear_site: makes the site of a linear in another way.
+    gather: gives whole parameters where they are partitioned between forward passes (ZeRO-3, FSDP). twin: where
+    adapters wrap linears of `module`, the same model without them, on the meta device; it may hold layers that
+    `module`, a stage, does not.
     """
-    make = linear_site or (lambda linear: LinearSite(linear, gather=gather))
     linears = find_linears(module) if twin is None else _of_twin(twin, module)
     linears = [linear for linear in linears if with_head or linear.blocks[0].projection.type != "lm_head"]
-    return [*map(make, linears), *find_expert_sites(module, gather)]
+    return [*(LinearSite(linear, gather=gather) for linear in linears), *find_expert_sites(module, gather)]
 
 
 def replica_per_rank(uniform: bool) -> Groups:

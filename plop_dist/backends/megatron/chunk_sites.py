@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.linears import Block
 from plop_dist.backends.megatron.groups import Place
 from plop_dist.backends.megatron.modules import weight_of
 from plop_dist.backends.megatron.names import (
@@ -20,6 +19,7 @@ from plop_dist.backends.megatron.names import (
     router_fqn,
 )
 from plop_dist.backends.megatron.sites import MegatronSite, RoutedSite, RouterSite, Splits
+from plop_dist.measure.blocks import Block
 from plop_dist.measure.protocols import Routing, Site
 from plop_dist.values.scores import Projection
 

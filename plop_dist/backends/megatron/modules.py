@@ -51,9 +51,14 @@ def fused_norm(module: nn.Module) -> FusedNorm | None:
     return None if getattr(module, "layer_norm_weight", None) is None else cast(FusedNorm, module)
 
 
+def weight_name(slot: int | None) -> str:
+    """Return the attribute that holds a linear's weight; slot: which of a grouped linear's."""
+    return "weight" if slot is None else f"weight{slot}"
+
+
 def weight_of(module: nn.Module, slot: int | None = None) -> Tensor:
-    """Return a linear's weight, (O, I); slot: which of a grouped linear's."""
-    return cast(Tensor, getattr(module, "weight" if slot is None else f"weight{slot}"))
+    """Return the parameter that is a linear's weight, for its shape; slot: which of a grouped linear's."""
+    return cast(Tensor, getattr(module, weight_name(slot)))
 
 
 def bias_of(module: nn.Module) -> Tensor | None:

@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from plop_dist.backends.hf.linears import Rows
 from plop_dist.backends.megatron.modules import grouped
+from plop_dist.measure.blocks import Rows
 from plop_dist.values.names import expert_index, layer_index, module_type
 from plop_dist.values.scores import Projection
 

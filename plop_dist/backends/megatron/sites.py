@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.linears import Block
 from plop_dist.backends.megatron.groups import Place
-from plop_dist.backends.megatron.modules import bias_of, fused_norm, grouped, weight_of
+from plop_dist.backends.megatron.modules import bias_of, fused_norm, grouped, weight_name, weight_of
 from plop_dist.backends.megatron.norm import apply_norm
+from plop_dist.measure.blocks import Block
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.protocols import LocalWeight, Part, Recorder, Routing
+from plop_dist.measure.weight import Stored, find_weight
 from plop_dist.values.scores import Projection
 
 
@@ -44,7 +45,7 @@ class MegatronSite:
         self._called = called or module
         self.module, self.blocks, self.kind = module, tuple(blocks), kind
         self.projections: tuple[Projection, ...] = tuple(block.projection for block in blocks)
-        self.group = "tp"
+        self.group, self.holder = "tp", None
         self._tp_rank, self._tp_size = (place.tp_rank, place.tp_size) if place else (0, 1)
         self._weight = weight or (lambda: weight_of(module))
         self._num_rows = num_rows
@@ -74,13 +75,15 @@ class MegatronSite:
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         """Give access to one LocalWeight per projection; nothing is communicated."""
-        weight_OI = self._weight().detach()[: self._num_rows]
+        weight = find_weight(Stored(self.module, whole=self._weight().detach(), path=self.projections[0].fqn))
+        num_rows, width = weight.shape
+        if self._num_rows is not None:
+            weight = weight.narrow(0, min(self._num_rows, num_rows))
         in_index = None
         if self.kind == "row" and self._tp_size > 1:
-            width = weight_OI.shape[1]
             in_index = slice(self._tp_rank * width, (self._tp_rank + 1) * width)
         is_sharded = self._tp_size > 1 and self.kind != "duplicated"
-        yield (LocalWeight(block.projection, block.take_rows(weight_OI), is_sharded, in_index) for block in self.blocks)
+        yield (LocalWeight(block.projection, block.take_weight(weight), is_sharded, in_index) for block in self.blocks)
 
     def _own_rows(self, y: Tensor) -> Tensor:
         """Return this rank's real output features: of a gathered output its own part, without vocabulary padding."""
@@ -97,7 +100,7 @@ class RoutedSite:
     splits: shared by the sites of one grouped linear.
     """
 
-    group = "etp"
+    group, holder = "etp", None
 
     def __init__(
         self,
@@ -138,8 +141,8 @@ class RoutedSite:
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         """Give access to one LocalWeight per projection; nothing is communicated."""
-        weight_OI = weight_of(self.module, self.slot).detach()
-        yield (LocalWeight(block.projection, block.take_rows(weight_OI)) for block in self.blocks)
+        weight = find_weight(Stored(self.module, weight_name(self.slot), path=self.projections[0].fqn))
+        yield (LocalWeight(block.projection, block.take_weight(weight)) for block in self.blocks)
 
 
 class Splits:
@@ -163,7 +166,7 @@ class RouterSite:
     Every tensor rank holds the whole weight; under sequence parallelism it reads this rank's share of the tokens.
     """
 
-    group = "tp"
+    group, holder = "tp", None
 
     def __init__(
         self, module: nn.Module, name: str, projection: Projection, *, is_sequence_parallel: bool = False
@@ -208,7 +211,8 @@ class RouterSite:
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         """Give access to the router's weight; nothing is communicated."""
-        yield iter([LocalWeight(self.projections[0], weight_of(self.module).detach())])
+        projection = self.projections[0]
+        yield iter([LocalWeight(projection, find_weight(Stored(self.module, path=projection.fqn)))])
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -14,26 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from plop_dist.backends.hf.load import needs_head
 from plop_dist.backends.hf.model import HFModel
-from plop_dist.backends.hf.sites import LinearSite
 from plop_dist.backends.hf.whole import replica_per_rank, whole_sites
 from plop_dist.backends.hosts import bare, check_forward, is_a
 from plop_dist.backends.record import Found
 from plop_dist.errors import LayoutError, ModelError
-from plop_dist.measure.protocols import LocalWeight
-
-
-class FSDPSite(LinearSite):
-    """A linear whose parameters are DTensors between forward passes and whole tensors during one."""
-
-    @contextmanager
-    def weights(self) -> Iterator[Iterator[LocalWeight]]:
-        """Give access to one LocalWeight per projection, gathered for the block. Collective over the model's mesh."""
-        weight = cast(Tensor, self.module.weight).detach()
-        if isinstance(weight, DTensor):
-            # With CPU offload the shards lie where the mesh's collectives cannot reach them.
-            weight = cast(DTensor, weight.to(weight.device_mesh.device_type)).full_tensor()
-        weight_OI = weight.T if self._is_transposed else weight
-        yield (LocalWeight(block.projection, block.take_rows(weight_OI)) for block in self.blocks)
 
 
 class FSDPModel(HFModel):
@@ -79,12 +63,25 @@ def wrap(module: nn.Module, exclude: Sequence[str]) -> FSDPModel:
             "ranks, or call score() before it is combined with tensor or pipeline parallelism."
         )
     with_head = needs_head(list(exclude))
-    sites = whole_sites(module, with_head, linear_site=FSDPSite)
+    sites = whole_sites(module, with_head, gather=gathered)
     # The root and not the part below the head: only the root's own hooks start FSDP's forward.
     model = FSDPModel(module, sites, groups=replica_per_rank(uniform=True), call=module, with_head=with_head)
     if mesh.device_type == "cuda":
         model.device = torch.device("cuda", torch.cuda.current_device())
     return model
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[Sequence[Tensor]]:
+    """Give parameters whole for the length of a block (see weight.Gather). Collective over the model's mesh."""
+    yield [_whole(parameter.detach()) for parameter in parameters]
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    # With CPU offload the shards lie where the mesh's collectives cannot reach them.
+    return cast(DTensor, parameter.to(parameter.device_mesh.device_type)).full_tensor()
 
 
 @contextmanager

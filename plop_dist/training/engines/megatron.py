@@ -155,7 +155,7 @@ class MegatronEngine:
 
         def forward(source: Iterator[Any], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(source)
-            targets = batch.sample_ids  # see _prepare
+            targets = batch.labels
             output = chunk(batch.input_ids, batch.position_ids, batch.mask, labels=targets.clamp_min(0))
 
             def loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -180,12 +180,13 @@ class MegatronEngine:
         return total
 
     def _prepare(self, batch: loop.Batch) -> Any:
-        """Return what the chunk reads, padding last; its sample_ids hold the next token's label, negative: none."""
+        """Return what the chunk reads, padding last, with the next token's label at each place, negative: none."""
         targets = torch.full_like(batch["labels"], loop.IGNORED)
         targets[:, :-1] = batch["labels"][:, 1:]
         multiple = self._tp_size if self._model_config.sequence_parallel else 1
         multiple *= 2 * self._cp[1] if self._cp[1] > 1 else 1
-        micro_batch = MicroBatch(batch["input_ids"], batch["attention_mask"], targets, batch["position_ids"])
+        mask, positions = batch["attention_mask"], batch["position_ids"]
+        micro_batch = MicroBatch(batch["input_ids"], mask, mask.long() - 1, positions, labels=targets)
         prepared = left_justify(micro_batch, multiple, with_mask=self._needs_mask, device=self.device)
         return prepared if self._cp[1] == 1 else context_share(prepared, *self._cp)
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from plop_dist.backends.hf.expert_modules import IMPLEMENTATION
-from plop_dist.backends.hf.experts import ExpertSite, find_expert_sites
+from plop_dist.backends.deepspeed.zero import gathered
+from plop_dist.backends.hf.experts import StackedExpertSite, find_expert_sites
+from plop_dist.backends.hf.registered_experts import IMPLEMENTATION
 from plop_dist.errors import LayoutError, ModelError
 from tests.models import random_tokens, tiny, tiny_config
 from tests.spawn import run_ranks
@@ -34,7 +35,7 @@ class Notes:
     """A recorder that keeps every call."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[ExpertSite, Tensor, list[Tensor], Tensor]] = []
+        self.calls: list[tuple[StackedExpertSite, Tensor, list[Tensor], Tensor]] = []
 
     def record(self, site: Any, in_sq_T: Tensor, out_sq_T: list[Tensor], *, token_index_T: Tensor) -> None:
         self.calls.append((site, in_sq_T, list(out_sq_T), token_index_T))
@@ -53,7 +54,7 @@ class Notes:
 
 
 @contextmanager
-def attached(sites: list[ExpertSite], notes: Any) -> Iterator[None]:
+def attached(sites: list[StackedExpertSite], notes: Any) -> Iterator[None]:
     removers = [site.attach(notes) for site in sites]
     try:
         yield
@@ -173,8 +174,8 @@ def test_names_sizes_and_weights(family: str, overrides: dict[str, Any]) -> None
         with site.weights() as weights:
             for projection, local in zip(site.projections, weights, strict=True):
                 assert local.projection == projection
-                assert torch.equal(local.weight_OI, expected[projection.fqn])
-                assert local.weight_OI.shape == (projection.out_features, projection.in_features)
+                assert torch.equal(local.weight.dense(), expected[projection.fqn])
+                assert local.weight.shape == (projection.out_features, projection.in_features)
                 assert projection.storage == "expert_parameter"
                 assert projection.type == f"experts.{projection.fqn.rpartition('.')[2]}"
                 assert projection.stored_in in parameters
@@ -261,7 +262,7 @@ def zero_three_equals_whole(rank: int, family: str, overrides: dict[str, Any]) -
     parameter = engine.module.get_parameter(str(sites[0].projections[0].stored_in))
     assert parameter.shape == (0,), "not partitioned"
 
-    partitioned, notes = find_expert_sites(engine.module), Notes()
+    partitioned, notes = find_expert_sites(engine.module, gathered), Notes()
     with torch.no_grad(), attached(partitioned, notes):
         engine(tokens)
     assert notes.gains() == expected.gains()
@@ -269,7 +270,7 @@ def zero_three_equals_whole(rank: int, family: str, overrides: dict[str, Any]) -
         assert site.projections == reference.projections
         with site.weights() as weights, reference.weights() as whole_weights:
             for local, known in zip(weights, whole_weights, strict=True):
-                assert torch.equal(local.weight_OI, known.weight_OI), known.projection.fqn
+                assert torch.equal(local.weight.dense(), known.weight.dense()), known.projection.fqn
     assert parameter.shape == (0,), "still gathered"
     return len(notes.calls)
 

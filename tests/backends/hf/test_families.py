@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, Gemma3Config
 
 import plop_dist
-from plop_dist.backends.hf.linears import Block
 from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.choose.candidates import find_candidates
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import DataError, ExportError, ModelError
 from plop_dist.exporters.holders import hugging_face_targets
+from plop_dist.measure.blocks import Block
 from plop_dist.values.names import expert_index
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModuleScore, Scores

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from plop_dist.config.loading import parse_config
-from plop_dist.measure.collector import Collector, add_totals
+from plop_dist.measure.collector import Collector
 from plop_dist.measure.protocols import MicroBatch, ScorableModel
+from plop_dist.measure.sums import add_totals
 from tests.models import random_tokens
 
 LENGTHS = (5, 12, 9, 3, 12, 7)
@@ -100,7 +102,6 @@ def gains(model: ScorableModel, rows: Sequence[Tensor], *, size: int = 2, side: 
     batches = micro_batches([rows[number] for number in ids], ids, size, side)
     step = model.micro_batches_per_step
     collector = Collector(model)
-    local = [projection for site in model.sites for projection in site.projections]
     if model.groups.uniform_steps:
         most = max(collector.reducer.gather_objects(len(batches), "number of micro-batches"))
         filler = micro_batches([rows[0]], [-1], 1, side)
@@ -109,9 +110,8 @@ def gains(model: ScorableModel, rows: Sequence[Tensor], *, size: int = 2, side: 
     with collector.attached():
         for start in range(0, len(batches), step):
             parts.append(collector.step(batches[start : start + step]))
-    fqns = [projection.fqn for projection in collector.reducer.merge_projections(local)]
-    owned = [fqn for _, fqn in collector._owned]
-    merged = collector.reducer.merge_totals(add_totals(parts, owned), fqns, len(rows))
+    fqns = [projection.fqn for projection in collector.reducer.merge_projections(model.sites)]
+    merged = collector.reducer.merge_totals(add_totals(parts, collector.owned), fqns, np.arange(len(rows)))
     totals, counts = merged.gain_total.sum(axis=1), merged.num_tokens.sum(axis=1)
     return {fqn: (total / max(count, 1), int(count)) for fqn, total, count in zip(fqns, totals, counts, strict=True)}
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.linears import Block
 from plop_dist.backends.megatron.names import conventional_names, find_named_linears, linear_kind
 from plop_dist.backends.megatron.sites import MegatronSite, RoutedSite, RouterSite
+from plop_dist.measure.blocks import Block
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.protocols import Routing
 from plop_dist.values.scores import Projection
@@ -174,7 +174,7 @@ def test_te_grouped_linear_is_scored_expert_by_expert(bias: bool) -> None:
         torch.testing.assert_close(in_sq_T, local_sq_norm(rows))
         torch.testing.assert_close(out_sq_T, local_sq_norm(rows @ weight.T))
         with site.weights() as weights:
-            assert torch.equal(next(iter(weights)).weight_OI, weight)
+            assert torch.equal(next(iter(weights)).weight.dense(), weight)
 
 
 class TopKRouter(nn.Module):
