@@ -27,7 +27,10 @@ def placement_config(run_dir: RunDir, overrides: Sequence[str]) -> PlacementConf
     section = {} if stored is None else stored.placement.model_dump(mode="json")
     for override in overrides:
         key, value = split_override(override)
-        section[key.removeprefix("placement.")] = value
+        name, _, below = key.removeprefix("placement.").partition(".")
+        whole = section.get(name, {})
+        # placement.options.share=0.3: one key of a mapping, beside those that are there
+        section[name] = {**whole, below: value} if below and isinstance(whole, dict) else value
     return parse_section(PlacementConfig, section, source=str(run_dir.path))
 
 

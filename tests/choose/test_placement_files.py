@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ def change(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("types", 0, "nfn", value=0.01), "the file was edited"),
         (change("types", 0, "nfn_ci95", value=[1]), r"types\.0\.nfn_ci95"),
         (change("model", value={}), r"model\.name_or_path"),
+        (change("versions", "torch", value="\ud83d"), r"holds .ud83d, half of a surrogate pair"),
+        (change("model", "note", value=["\udc00"]), "not whole Unicode"),
+        (
+            change("modules", 1, "in_features", value=10**30),
+            r"modules\.1\.in_features: .*less than or equal to 67108864",
+        ),
+        (change("types", 0, "nfn_ci95", value=[0.1, float("nan")]), r"types\.0\.nfn_ci95\.1: .*finite"),
     ],
 )
 def test_edited_scores_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], None], match: str) -> None:
@@ -111,6 +119,8 @@ def test_scores_and_their_sums_must_agree(tmp_path: Path, edit: Callable[[dict[s
         (change("rank_pattern", value={"q_proj": 4}), "rank_pattern 'q_proj' is no chosen type or module"),
         (change("alpha", value=1e300), r"alpha: Input should be less than"),
         (change("scores", value="\x00"), "cannot be read"),
+        (change("scores", value="."), r"scores is '\.', expected the name of a file"),
+        (change("policy", "policy", value="\udfff"), "not whole Unicode"),
     ],
 )
 def test_edited_placements_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], None], match: str) -> None:
@@ -132,6 +142,11 @@ def test_edited_placements_are_refused(tmp_path: Path, edit: Callable[[dict[str,
         (b"[1, 2]", "holds a list"),
         (b"[" * 100_000, "is not whole JSON|nested"),
         (b"\xff\xfe\x00", "cannot be read"),
+        (
+            b'{"schema": "plop-dist/scores/1", "versions": {"torch": "\\ud800"}}',
+            r"holds .ud800, half of a surrogate pair",
+        ),
+        (b'["\\\\ud800", "\\ud83d\\ude00"]', "holds a list"),
     ],
 )
 def test_broken_files_are_refused(tmp_path: Path, content: bytes, match: str) -> None:
@@ -139,6 +154,34 @@ def test_broken_files_are_refused(tmp_path: Path, content: bytes, match: str) ->
     path.write_bytes(content)
     with pytest.raises(ScoresError, match=match):
         Scores.from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        ({"gain_total": lambda array: np.where(array == array[0, 0], np.nan, array)}, r"modules\.0 .*gives .* nan"),
+        ({"gain_total": lambda array: array.astype(np.int64)}, "found gain_total of int64"),
+        ({"num_tokens": lambda array: array[:, 1:]}, r"expected sums of shape \(21, 24\)"),
+        ({"sample_ids": lambda array: array[None]}, "one row of sample_ids"),
+        ({"fqns": lambda fqns: (fqns[0], *fqns[:-1])}, "distinct paths"),
+        ({"fqns": lambda fqns: ([1], *fqns[1:])}, "distinct paths"),
+    ],
+)
+def test_odd_sums_are_refused(tmp_path: Path, edit: dict[str, Callable[[Any], Any]], match: str) -> None:
+    scores = make_scores()
+    assert scores.samples is not None
+    odd = {name: change_(getattr(scores.samples, name)) for name, change_ in edit.items()}
+    scores.with_samples(replace(scores.samples, **odd)).to_file(tmp_path / "scores.json")
+    with pytest.raises(ScoresError, match=match):
+        Scores.from_file(tmp_path / "scores.json")
+
+
+def test_files_from_before_there_were_options_are_read(tmp_path: Path) -> None:
+    make_scores().to_file(tmp_path / "scores.json")
+    placement = plop_dist.place(Scores.from_file(tmp_path / "scores.json"))
+    assert "options" not in placement.policy
+    placement.to_file(tmp_path / "placement.json")
+    assert plop_dist.place(placement.source, **Placement.from_file(tmp_path / "placement.json").policy) == placement
 
 
 def test_broken_samples_and_foreign_placement_are_refused(tmp_path: Path) -> None:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import doctest
+import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from plop_dist import errors
 from plop_dist.errors import LayoutError
 from plop_dist.values import mesh, names
 from plop_dist.values.mesh import Layout, divisors, nearest, share
-from plop_dist.values.names import common_prefix, layer_index, module_type, natural_key, path_matches
+from plop_dist.values.names import (
+    NameList,
+    common_prefix,
+    expert_index,
+    layer_index,
+    module_type,
+    natural_key,
+    path_matches,
+)
 
 
 @pytest.mark.parametrize("module", [errors, mesh, names])
@@ -50,6 +61,34 @@ def test_type_and_layer(fqn: str, type_: str, layer: int | None) -> None:
 )
 def test_patterns_never_match_a_part_of_a_component(fqn: str, pattern: str, matches: bool) -> None:
     assert path_matches(fqn, pattern) is matches
+
+
+def test_many_stars_are_matched_in_one_walk() -> None:
+    assert path_matches("layers.1.mlp.up_proj", "*l*a*.1.*_proj")
+    started = time.process_time()
+    assert not path_matches("a" * 400, "*a" * 40 + "*b")
+    assert time.process_time() - started < 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    entries=st.lists(st.text("ab.*", min_size=1, max_size=5), max_size=5),
+    fqn=st.text("ab.", min_size=1, max_size=8),
+    own_type=st.sampled_from(["a", "b", "a.b"]),
+)
+def test_a_list_of_names_finds_what_each_entry_by_itself_does(entries: list[str], fqn: str, own_type: str) -> None:
+    naming = [entry for entry in entries if entry == own_type or path_matches(fqn, entry)]
+    names = NameList(entries)
+    assert names.first(own_type, fqn) == (naming[0] if naming else None)
+    assert names.all(own_type, fqn) == set(naming)
+
+
+def test_what_looks_like_a_number_is_none() -> None:
+    long = "9" * 5000
+    assert layer_index(f"h.{long}.x") is None
+    assert layer_index("h.\u00b2.x") is None
+    assert expert_index(f"experts.{long}.x") is None
+    assert sorted([f"h.{long}.x", "h.2.x", "h.\u00b2.x"], key=natural_key) == ["h.2.x", f"h.{long}.x", "h.\u00b2.x"]
 
 
 def test_natural_order_and_prefix() -> None:

@@ -1,0 +1,122 @@
+"""The budget's rule orders only what it can reach and counts all rows at once, and chooses what the plain rule does."""
+
+from __future__ import annotations
+
+import itertools
+from unittest import mock
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plop_dist.choose.candidates import Candidates, find_candidates
+from plop_dist.choose.policies.budget import BudgetRule
+from plop_dist.choose.policies.lowest_highest import choose_first
+from plop_dist.config.schema import PlacementConfig
+from plop_dist.errors import PlacementError
+from plop_dist.values.adapter_size import num_trainable_parameters
+from plop_dist.values.scores import LeftOut, ModuleScore
+from tests.values.test_adapter_size import expert, fused
+
+
+def candidates_of(rng: np.random.Generator, num_layers: int, granularity: str, ranks: dict[str, int]) -> Candidates:
+    """Return candidates with fused linears, experts of which some are silent, and linears of their own."""
+    parts = []
+    for layer in range(num_layers):
+        parts += [fused(name, rows, layer=layer) for name, rows in (("q_proj", 32), ("k_proj", 16), ("v_proj", 16))]
+        for index, (name, sizes) in itertools.product(
+            range(3), (("gate_proj", (32, 48)), ("up_proj", (32, 48)), ("down_proj", (48, 32)))
+        ):
+            part = expert(index, name, sizes)
+            moved = {"fqn": part.fqn.replace("m.layers.0", f"m.layers.{layer}")}
+            parts.append(
+                part.model_copy(update={**moved, "stored_in": str(part.stored_in).replace(".0.", f".{layer}.")})
+            )
+    scores, left_out = [], []
+    for part in parts:
+        tree = {**part.model_dump(), "layer": part.layer or 0}
+        if part.storage == "expert_parameter" and rng.random() < 0.2:
+            left_out.append(LeftOut(**tree, reason="no_tokens"))
+        else:
+            nfn = float(rng.choice([0.5, 0.75, 1.0])) + float(rng.random() < 0.8) * float(rng.random())
+            scores.append(ModuleScore(**tree, num_tokens=5, gain=nfn, baseline=1.0, nfn=nfn))
+    config = PlacementConfig(
+        policy="budget", max_trainable_parameters=1, granularity=granularity, experts=True, rank=4, rank_pattern=ranks
+    )
+    return find_candidates(scores, config, left_out)
+
+
+def plain_choice(candidates: Candidates, values_U: np.ndarray, limit: int) -> np.ndarray:
+    """The rule as its docstring says it, one unit and one set at a time."""
+    config = candidates.config
+
+    def cost(units: list[int]) -> int:
+        modules = [m for m, unit in zip(candidates.modules, candidates.unit_M, strict=True) if unit in units]
+        rank_of = {
+            m.fqn: config.rank_pattern.get(m.type, config.rank) for m in (*modules, *candidates.eligible.left_out)
+        }
+        return num_trainable_parameters(modules, lambda m: rank_of[m.fqn], candidates.eligible.left_out)
+
+    everything = list(range(len(values_U)))
+    is_additive = sum(cost([unit]) for unit in everything) == cost(everything)
+    gap = np.round(np.nanmean(values_U) - values_U, 12)
+    fits = [unit for unit in everything if cost([unit]) <= limit and not np.isnan(values_U[unit])]
+    positive = [unit for unit in fits if gap[unit] > 0]
+    chosen: list[int] = []
+    if not positive:
+        chosen = sorted(fits, key=lambda unit: (-gap[unit], unit))[:1]
+    elif len(positive) <= (12 if is_additive else 8):
+        # In the order in which a set's bits count, for ties.
+        sets = [[u for bit, u in enumerate(positive) if number >> bit & 1] for number in range(1, 2 ** len(positive))]
+        sets = [units for units in sets if cost(units) <= limit]
+        chosen = min(sets, key=lambda units: (-round(float(sum(gap[unit] for unit in units)), 9), cost(units)))
+    else:
+        for unit in sorted(positive, key=lambda unit: (-gap[unit], unit)):
+            if sum(cost([other]) for other in chosen) + cost([unit]) <= limit:
+                chosen.append(unit)
+        while cost(chosen) > limit:
+            chosen.pop()
+    return np.isin(everything, chosen)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    num_layers=st.integers(1, 3),
+    granularity=st.sampled_from(["type", "module", "layer"]),
+    limit=st.integers(100, 30_000),
+    ranks=st.sampled_from([{}, {"v_proj": 16}, {"experts.up_proj": 1, "q_proj": 8}, {"k_proj": 1, "q_proj": 64}]),
+    num_spare=st.sampled_from([0, 64]),
+)
+def test_the_rule_is_the_plain_rule(
+    seed: int, num_layers: int, granularity: str, limit: int, ranks: dict[str, int], num_spare: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    candidates = candidates_of(rng, num_layers, granularity, ranks)
+    try:
+        # Without spare ones only the units that the budget can reach are put in order, however few there are in all.
+        with mock.patch("plop_dist.choose.policies.budget._SPARE_UNITS", num_spare):
+            rule = BudgetRule(candidates, 4, limit)
+    except PlacementError:
+        assert candidates.costs.min() > limit
+        return
+    values = candidates.unit_nfn * rng.choice([0.9, 1.0, 1.1], (4, len(candidates.units)))
+    values[rng.random(values.shape) < 0.1] = np.nan
+    values[0] = candidates.unit_nfn
+    values = np.round(values[~np.isnan(values).all(axis=1)], 12)
+    for chosen, row in zip(rule(values), values, strict=True):
+        np.testing.assert_array_equal(chosen, plain_choice(candidates, row, limit))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([1.0, 2.0, 2.5, float("nan")]), min_size=5, max_size=5), min_size=1, max_size=6
+    ),
+    k=st.integers(1, 6),
+)
+def test_the_first_k_go_by_value_and_then_by_place(rows: list[list[float]], k: int) -> None:
+    values = np.array(rows)
+    for row, chosen in zip(values, choose_first(values, k), strict=True):
+        known = [index for index in range(len(row)) if not np.isnan(row[index])]
+        assert np.flatnonzero(chosen).tolist() == sorted(sorted(known, key=lambda index: (row[index], index))[:k])
