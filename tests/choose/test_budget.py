@@ -19,8 +19,10 @@ from plop_dist.values.scores import LeftOut, ModuleScore
 from tests.values.test_adapter_size import expert, fused
 
 
-def candidates_of(rng: np.random.Generator, num_layers: int, granularity: str, ranks: dict[str, int]) -> Candidates:
-    """Return candidates with fused linears, experts of which some are silent, and linears of their own."""
+def candidates_of(
+    rng: np.random.Generator, num_layers: int, granularity: str, ranks: dict[str, int], silent: float = 0.0
+) -> Candidates:
+    """Return candidates with fused linears and experts, of which some are silent."""
     parts = []
     for layer in range(num_layers):
         parts += [fused(name, rows, layer=layer) for name, rows in (("q_proj", 32), ("k_proj", 16), ("v_proj", 16))]
@@ -35,7 +37,7 @@ def candidates_of(rng: np.random.Generator, num_layers: int, granularity: str, r
     scores, left_out = [], []
     for part in parts:
         tree = {**part.model_dump(), "layer": part.layer or 0}
-        if part.storage == "expert_parameter" and rng.random() < 0.2:
+        if part.storage == "expert_parameter" and rng.random() < silent:
             left_out.append(LeftOut(**tree, reason="no_tokens"))
         else:
             nfn = float(rng.choice([0.5, 0.75, 1.0])) + float(rng.random() < 0.8) * float(rng.random())
@@ -87,12 +89,13 @@ def plain_choice(candidates: Candidates, values_U: np.ndarray, limit: int) -> np
     limit=st.integers(100, 30_000),
     ranks=st.sampled_from([{}, {"v_proj": 16}, {"experts.up_proj": 1, "q_proj": 8}, {"k_proj": 1, "q_proj": 64}]),
     num_spare=st.sampled_from([0, 64]),
+    silent=st.sampled_from([0.0, 0.2]),
 )
 def test_the_rule_is_the_plain_rule(
-    seed: int, num_layers: int, granularity: str, limit: int, ranks: dict[str, int], num_spare: int
+    seed: int, num_layers: int, granularity: str, limit: int, ranks: dict[str, int], num_spare: int, silent: float
 ) -> None:
     rng = np.random.default_rng(seed)
-    candidates = candidates_of(rng, num_layers, granularity, ranks)
+    candidates = candidates_of(rng, num_layers, granularity, ranks, silent)
     try:
         # Without spare ones only the units that the budget can reach are put in order, however few there are in all.
         with mock.patch("plop_dist.choose.policies.budget._SPARE_UNITS", num_spare):
@@ -106,6 +109,37 @@ def test_the_rule_is_the_plain_rule(
     values = np.round(values[~np.isnan(values).all(axis=1)], 12)
     for chosen, row in zip(rule(values), values, strict=True):
         np.testing.assert_array_equal(chosen, plain_choice(candidates, row, limit))
+
+
+def test_small_units_beyond_those_that_are_ordered_fill_the_budget() -> None:
+    candidates = candidates_of(np.random.default_rng(1), 3, "module", {"k_proj": 1})
+    is_small = np.array([name.endswith("k_proj") for name in candidates.units])
+    values = np.linspace(0.5, 1.0, len(candidates.units))
+    values[np.flatnonzero(~is_small)[-6:]] = 9.0
+    values[is_small] = [1.1, 1.2, 1.3]  # below the mean, and after all others that are
+    lowest = [index for index, name in enumerate(candidates.units) if ".0.mlp" in name and "down_proj" in name]
+    values[lowest] = 0.1
+    # Two of the small ones are worth 48 parameters each.
+    limit = int(candidates.costs[lowest].sum()) + 100
+    with mock.patch("plop_dist.choose.policies.budget._SPARE_UNITS", 0):
+        rule = BudgetRule(candidates, 4, limit)
+    assert rule._num_first < (values < values.mean()).sum() - is_small.sum(), "they lie beyond"
+    chosen = rule(values[None])[0]
+    np.testing.assert_array_equal(chosen, plain_choice(candidates, values, limit))
+    assert (chosen & is_small).sum() == 2
+
+
+def test_what_costs_more_together_is_left_again() -> None:
+    """Gates of some experts and up projections of others make a whole parameter of all these experts."""
+    candidates = candidates_of(np.random.default_rng(1), 3, "module", {})
+    is_gate = np.array(["experts.0.gate" in name or "experts.1.gate" in name for name in candidates.units])
+    is_up = np.array(["experts.2.up" in name for name in candidates.units])
+    values = np.where(is_gate, 0.5, np.where(is_up, 0.6, 1.0 + np.arange(len(is_up)) / 100))
+    limit = int(candidates.costs[is_gate | is_up].sum())
+    chosen = BudgetRule(candidates, 4, limit)(values[None])[0]
+    np.testing.assert_array_equal(chosen, plain_choice(candidates, values, limit))
+    assert chosen[is_gate].all()
+    assert not chosen[is_up].all()
 
 
 @settings(max_examples=200, deadline=None)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import plop_dist
 from plop_dist.choose.decision import decide
 from plop_dist.choose.explain import explain
+from plop_dist.choose.policies.lowest_highest import LOWEST_K, choose_first
 from plop_dist.choose.policy import Policy
-from plop_dist.choose.sweep import sweep_of
+from plop_dist.choose.sweep import _share_of_first, sweep_of
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.registry import POLICIES, load
 from tests.choose.cases import make_scores
@@ -78,6 +83,25 @@ def test_sweeps_over_k_count_as_placing_for_every_k_does(policy: str, noise: flo
         assert step.num_parameters == placement.num_trainable_parameters
         assert step.num_modules == len(placement.modules)
         assert step.added in placement.module_types
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([1.0, 2.0, 3.0, float("nan")]), min_size=6, max_size=6), min_size=1, max_size=5
+    ),
+    order=st.permutations(range(6)),
+    k=st.sets(st.integers(1, 5), max_size=3),
+)
+def test_the_first_are_the_same_where_none_comes_after_another(
+    rows: list[list[float]], order: list[int], k: set[int]
+) -> None:
+    values, order_U, k_K = np.array(rows), np.array(order), np.array([*sorted(k), 6])
+    decision: Any = SimpleNamespace(
+        policy=LOWEST_K, candidates=SimpleNamespace(resampled=lambda _: iter(np.split(values, len(values))))
+    )
+    same = [(choose_first(values, k) == np.isin(range(6), order_U[:k])).all(axis=1).mean() for k in k_K.tolist()]
+    np.testing.assert_allclose(_share_of_first(decision, cast(Any, None), order_U, k_K), same)
 
 
 def test_a_unit_without_tokens_is_never_among_the_first() -> None:
