@@ -39,6 +39,7 @@ def check_consistency(config: Config, source: str) -> None:
 
 def check_section(section: Any, source: str) -> None:
     """Raise ConfigError or LayoutError for keys of one section that do not go together."""
+    _check_text(section.model_dump() if isinstance(section, BaseModel) else section, source)
     check = _CHECKS.get(type(section))
     if check is not None:
         check(section, source)
@@ -103,6 +104,22 @@ _CHECKS: dict[type[BaseModel], Callable[[Any, str], None]] = {
     PlacementConfig: _check_placement,
     TrainConfig: _check_train,
 }
+
+
+def _check_text(tree: Any, source: str) -> None:
+    # Results name the model, the data and the policy's options, and could not be read again.
+    if isinstance(tree, Mapping):
+        tree = [*tree.keys(), *tree.values()]
+    if isinstance(tree, list | tuple):
+        for value in tree:
+            _check_text(value, source)
+    elif isinstance(tree, str):
+        try:
+            tree.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{source}: {tree!r} is not whole Unicode text; give it in UTF-8 (rename a folder or file that is not)."
+            ) from None
 
 
 def _check_secrets(section: Mapping[str, Any], source: str, prefix: str = "") -> None:

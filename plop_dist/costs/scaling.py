@@ -25,7 +25,7 @@ from plop_dist.measure.protocols import ScorableModel
 from plop_dist.measure.sums import add_totals
 from plop_dist.ranks import joined
 from plop_dist.registry import BACKENDS, load
-from plop_dist.values.scores import SampleTotals
+from plop_dist.values.sample_totals import SampleTotals
 
 _GROUPS = (1, 2, 4, 8)
 _MOST_STEPS = 2

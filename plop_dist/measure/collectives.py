@@ -20,7 +20,8 @@ from plop_dist.errors import CollectiveError, LayoutError, PlopError, WorkerErro
 from plop_dist.measure.protocols import Groups, Part, Site
 from plop_dist.measure.sums import spread, to_totals
 from plop_dist.values.names import natural_key
-from plop_dist.values.scores import Projection, SampleTotals
+from plop_dist.values.sample_totals import SampleTotals
+from plop_dist.values.scores import Projection
 
 _T = TypeVar("_T")
 

@@ -22,7 +22,7 @@ from plop_dist.measure.note_storage import NoteStorage
 from plop_dist.measure.protocols import MicroBatch, Part, Routing, ScorableModel, Site
 from plop_dist.measure.sums import add_totals, to_totals
 from plop_dist.measure.token_samples import TokenSamples
-from plop_dist.values.scores import SampleTotals
+from plop_dist.values.sample_totals import SampleTotals
 
 
 @dataclass(slots=True)

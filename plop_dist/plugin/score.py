@@ -20,7 +20,8 @@ from plop_dist.plugin.detect import find
 from plop_dist.plugin.host_batches import read_local, share
 from plop_dist.plugin.host_state import undisturbed
 from plop_dist.values.names import path_matches
-from plop_dist.values.scores import SampleTotals, Scores
+from plop_dist.values.sample_totals import SampleTotals
+from plop_dist.values.scores import Scores
 
 
 def score(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plop_dist.errors import ScoresError
-from plop_dist.values.scores import SampleTotals
+from plop_dist.values.sample_totals import SampleTotals
 
 DIRECTORY = "progress"
 

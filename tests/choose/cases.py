@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from plop_dist.values.scores import DataInfo, ModelInfo, ModuleScore, SampleTotals, Scores, TypeScore
+from plop_dist.values.sample_totals import SampleTotals
+from plop_dist.values.scores import DataInfo, ModelInfo, ModuleScore, Scores, TypeScore
 
 LLAMA = {
     "q_proj": 2.579,

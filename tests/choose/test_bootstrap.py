@@ -9,7 +9,8 @@ from plop_dist.choose.bootstrap import draw_counts, group_means, resampled_nfn, 
 from plop_dist.choose.decision import selection_confidence
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import ScoresError
-from plop_dist.values.scores import SampleTotals, Scores
+from plop_dist.values.sample_totals import SampleTotals
+from plop_dist.values.scores import Scores
 from tests.choose.cases import make_scores
 
 

@@ -120,6 +120,11 @@ def test_later_overrides_win_and_the_rest_of_a_section_stays(tmp_path: Path) -> 
         ),
         ("placement.policy=budget", r"policy=budget needs placement\.max_trainable_parameters"),
         ("placement.policy=threshold", r"policy=threshold needs placement\.threshold"),
+        ("placement.options={share: 1}", r"'share' is no option of policy 'lowest_k'. It takes none"),
+        ('run_dir="runs/\\ud800"', r"run_dir: .*unicode string, but the value is 'runs/.ud800'"),
+        ('placement.exclude=["\\ud800"]', "is not whole Unicode text"),
+        ("data.text_field=\udcff", r"data\.text_field: .*unicode string"),
+        ("data.split=\udcff", r"'.udcff' is not whole Unicode text"),
     ],
 )
 def test_a_mistake_names_key_value_and_remedy(tmp_path: Path, override: str, message: str) -> None:

@@ -20,7 +20,7 @@ from plop_dist.measure.collector import Collector
 from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import MicroBatch
 from plop_dist.measure.sums import add_totals
-from plop_dist.values.scores import SampleTotals
+from plop_dist.values.sample_totals import SampleTotals
 from tests.models import random_tokens, tiny
 from tests.reference import Truth, brute_force
 
