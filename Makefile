@@ -90,3 +90,13 @@ lint: setup ## ruff, pyright over the whole package, and which way imports point
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright
 	$(BIN)/lint-imports
+
+.PHONY: docs reference
+
+docs: setup ## the API reference from the docstrings: .cache/docs/plop_dist.html
+	@rm -rf .cache/docs
+	PYTHONPATH=$(CURDIR) $(BIN)/python .ci/docs.py .cache/docs
+
+reference: setup ## the tables in configs/README.md, from the schema
+	@{ sed '/^The tables below/q' configs/README.md; echo; $(BIN)/python -m plop_dist.cli schema --markdown; } \
+	  > configs/.README.md && mv configs/.README.md configs/README.md
