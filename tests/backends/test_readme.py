@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 
 import plop_dist
-from plop_dist.config.loading import load_config
-from plop_dist.launch.rank import score
 from plop_dist.registry import BACKENDS, load, names
 from plop_dist.values.scores import Scores
 from tests.models import save_tiny
@@ -100,7 +98,8 @@ def test_a_backend_from_another_package_is_checked_scored_listed_and_recognised(
         f"data: {{path: {tmp_path / 'rows.jsonl'}, text_field: text}}\n"
     )
     own = "parallel.backend=strips"
-    commands = [["check", str(config), own], ["score", str(config), own]]
+    alone = ["score", str(config), f"run_dir={tmp_path / 'alone'}"]
+    commands = [["check", str(config), own], ["score", str(config), own], alone, ["backends"]]
     done = subprocess.run(
         [sys.executable, "-c", JOB, str(config), json.dumps(commands)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(PAGE.parents[2])])},
@@ -108,11 +107,11 @@ def test_a_backend_from_another_package_is_checked_scored_listed_and_recognised(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Ranks: 1 · strips, one process" in done.stdout
+    assert "a framework of our own: whole models in its engines" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1]) == {"backend": "strips", "modules": 14}
     scores = Scores.from_file(tmp_path / "run" / "scores.json")
     assert scores.parallel["backend"] == "strips"
-    alone = score(load_config(config, [f"run_dir={tmp_path / 'alone'}"]), 0, lambda kind, **fields: None)
-    assert scores.modules == alone.modules
+    assert scores.modules == Scores.from_file(tmp_path / "alone" / "scores.json").modules
 
     refused = subprocess.run(
         [sys.executable, "-m", "plop_dist.cli", "check", str(config), own, "parallel.tp=2"],

@@ -26,9 +26,9 @@ class DeepSpeed(BackendRecord):
         "pp, times dp, at zero_stage 0 or 1: PipelineModule",
     )
     limits = (
-        "tp and pp do not go together, and neither goes with zero_stage 2 or 3",
-        "tp: no models with routed experts; every rank must have a key-value head",
-        "pp: plain stacks of decoder layers alone (Llama, Qwen, Mistral, OLMo and the like)",
+        "no tp together with pp, and neither with zero_stage 2 or 3",
+        "no tp for models with routed experts, nor over more ranks than there are key-value heads",
+        "no pp but for plain stacks of decoder layers (Llama, Qwen, Mistral, OLMo and the like)",
     )
     hosts = "a DeepSpeed engine"
     keys = ("tp", "pp", "dp", "zero_stage")

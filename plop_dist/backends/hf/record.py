@@ -23,8 +23,8 @@ class Transformers(BackendRecord):
         "tp, times dp: the plan that comes with the model (tp_plan), whose sizes tp divides",
     )
     limits = (
-        "no pipeline; a model must fit on one rank, or its share of it with tp",
-        "tp shards the inside of experts, so that models with routed experts need tp=1",
+        "no pipeline: a model must fit on one rank, or with tp its share of it",
+        "no tp for models with routed experts, whose insides it would cut",
     )
     hosts = "a transformers model (plain, in DDP, or sharded by its own tp_plan)"
     keys = ("tp", "dp")

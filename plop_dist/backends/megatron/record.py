@@ -25,9 +25,9 @@ class Megatron(BackendRecord):
         "cp, where Transformer Engine is installed",
     )
     limits = (
-        "families that Megatron-Bridge knows; without Transformer Engine a list of those checked (others are refused)",
-        "tp divides heads, key-value heads and MLP, pp the layers, ep the experts; experts are not cut inside",
-        "packed rows need Megatron's local attention",
+        "no families but those that Megatron-Bridge knows, and without Transformer Engine but a list of those checked",
+        "no tp that does not divide heads, key-value heads and MLP, nor pp the layers, nor ep the experts",
+        "no tensor parallelism inside experts, and no packed rows under Transformer Engine's attention",
     )
     hosts = "Megatron's list of model chunks"
     keys = ("tp", "pp", "dp", "cp", "ep", "sequence_parallel")

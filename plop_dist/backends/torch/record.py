@@ -19,10 +19,10 @@ class Torch(BackendRecord):
     summary = "FSDP2 in a job that already runs: plop_dist.score(model, batches)"
     layouts = ("fully_shard over all ranks, the whole model last",)
     limits = (
-        "found in a host's job alone: parallel.backend=torch loads nothing",
-        "FSDP1, and FSDP2 combined with tensor or pipeline parallelism, are refused",
+        "no loading: parallel.backend=torch is refused",
+        "no FSDP1, and no FSDP2 combined with tensor or pipeline parallelism",
     )
-    hosts = "one sharded by fully_shard"
+    hosts = "a transformers model sharded by fully_shard"
     keys = ()
 
     def check(self, config: Config, source: str) -> NoReturn:
