@@ -156,6 +156,7 @@ def test_one_process_equals_plain_peft(tmp_path: Path) -> None:
     check(run_stages(config), config)
 
 
+@pytest.mark.slow
 def test_resumes_where_it_was_cut_off(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     placement = make_placement(tiny("llama"))
@@ -212,6 +213,7 @@ def test_two_ranks_at_zero_3_equal_plain_peft_and_resume(tmp_path: Path) -> None
     assert_equal("loss", [entry["loss"] for entry in whole], [entry["loss"] for entry in one_process])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     save_tiny("llama", tmp_path / "model")
@@ -303,6 +305,7 @@ def test_packed_samples_do_not_see_each_other(tmp_path: Path) -> None:
     assert all(entry["tokens_per_second"] > 0 for entry in log)
 
 
+@pytest.mark.slow
 def test_one_rank_at_zero_3_needs_no_launcher(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     config = make_config(tmp_path, "run", rows=4, train={"max_steps": 1, "track_nfn_every": 1}, backend="deepspeed",
