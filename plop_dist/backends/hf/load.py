@@ -14,6 +14,7 @@ import torch
 from plop_dist.backends.hf.linears import find_linears
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
+from plop_dist.checkpoints.special_tokens import check_special_tokens
 from plop_dist.config.schema import ModelConfig
 from plop_dist.errors import ModelError, PlopError, first_line
 
@@ -46,6 +47,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     with _explained(model, "tokenizer"):
+        check_special_tokens(Path(resolve(model.name_or_path)))
         tokenizer = AutoTokenizer.from_pretrained(
             resolve(model.name_or_path), trust_remote_code=model.trust_remote_code
         )
