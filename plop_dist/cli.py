@@ -244,6 +244,8 @@ def main() -> None:
     """Run the command line; a user's mistake is one message and exit status 2, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("plop_dist").setLevel(logging.INFO)
+    if hasattr(sys.stdout, "reconfigure"):  # names from files are shown whatever the terminal can write
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(
             prog_name="plop-dist"

@@ -118,3 +118,6 @@ def _validated(section: type[_S], tree: Mapping[str, Any], source: str, prefix: 
     except ValidationError as error:
         found = [explain({**item, "loc": (*prefix, *item["loc"])}, root) for item in error.errors()]
         raise ConfigError("\n".join(f"{source}: {text}" for text in found)) from error
+    except UnicodeEncodeError as error:  # pydantic compares texts as UTF-8
+        odd = error.object[max(error.start - 40, 0) : error.end]
+        raise ConfigError(f"{source}: {odd!r} holds what is no whole Unicode character; write it anew.") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr
 
@@ -16,6 +16,8 @@ from plop_dist.values.files import write_json
 from plop_dist.values.scores import ModuleScore, Projection, Scores, Value, read_value
 
 PLACEMENT_SCHEMA = "plop-dist/placement/1"
+
+_MAX_RANK = 1 << 20  # the configuration's own limit
 
 
 class Placement(Value):
@@ -31,9 +33,9 @@ class Placement(Value):
     policy: dict[str, Any]
     module_types: tuple[str, ...] = Field(min_length=1)
     modules: tuple[str, ...] = Field(min_length=1)
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, le=_MAX_RANK)
     alpha: float = Field(gt=0, lt=1e9)
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=_MAX_RANK)]] = Field(default_factory=dict)
     num_trainable_parameters: int = Field(ge=0)
     selection_confidence: float | None = Field(None, ge=0, le=1)
     scores: str = "scores.json"
