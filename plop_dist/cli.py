@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import logging
 import os
 import sys
@@ -244,7 +245,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one message and exit status 2, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("plop_dist").setLevel(logging.INFO)
-    if hasattr(sys.stdout, "reconfigure"):  # names from files are shown whatever the terminal can write
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names from files are shown whatever the terminal can write
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(

@@ -125,6 +125,7 @@ def test_later_overrides_win_and_the_rest_of_a_section_stays(tmp_path: Path) -> 
         ('placement.exclude=["\\ud800"]', "is not whole Unicode text"),
         ("data.text_field=\udcff", r"data\.text_field: .*unicode string"),
         ("data.split=\udcff", r"'.udcff' is not whole Unicode text"),
+        ("parallel.backend=\udc80", r"udc80. holds what is no whole Unicode character"),
     ],
 )
 def test_a_mistake_names_key_value_and_remedy(tmp_path: Path, override: str, message: str) -> None:

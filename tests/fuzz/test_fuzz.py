@@ -7,9 +7,12 @@ kept, and named with what escaped.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -19,6 +22,7 @@ import pytest
 import torch
 import yaml
 
+from plop_dist.cli import main
 from tests.fuzz.commands import Outcome, digests, fault, limited_memory, run_apart, run_here
 from tests.fuzz.folders import folder_case
 from tests.fuzz.inputs import Case, adapter_case, config_case, override_case, placement_case, scores_case
@@ -87,6 +91,18 @@ def write_config(folder: Path, model: Path) -> Path:
 def numbers(share: float) -> range:
     count = max(1, round(NUM_CASES * share))
     return range(count) if ONLY is None else range(int(ONLY), int(ONLY) + 1)
+
+
+def test_names_that_a_terminal_cannot_write_are_shown(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict", write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["plop-dist", "diff", str(base / "llama" / "run"), str(base / "odd.json")])
+    adapter = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj", "caf\u00e9"]}
+    (base / "odd.json").write_text(json.dumps(adapter))
+    with contextlib.suppress(SystemExit):
+        main()
+    out.seek(0)
+    assert "caf\\xe9" in out.read()
 
 
 @pytest.mark.parametrize("kind", RUN_KINDS)
