@@ -105,11 +105,28 @@ def test_qwen3_235b(tmp_path: Path) -> None:
         ("qwen3-235b", {"dp": 96, "ep": 48}, r"parallel\.ep \(48\) does not divide .*experts \(128\).*ep=32 or 64"),
         ("llama-70b", {"dp": 2, "ep": 2}, r"parallel\.ep is 2, but the model has no experts"),
         ("qwen3-235b", {"backend": "deepspeed", "tp": 4}, r"parallel\.tp is 4 .*no expert's output is whole"),
+        ("qwen3-235b", {"backend": "transformers", "tp": 4}, r"parallel\.tp is 4 .*no expert's output is whole"),
+        (
+            "llama-70b",
+            {"backend": "deepspeed", "tp": 9},
+            r"tp is 9, but LlamaForCausalLM has 8 num_key.*parallel\.tp=8",
+        ),
+        ("llama-70b", {"backend": "deepspeed", "pp": 81}, r"has 80 decoder layers; use parallel\.pp=80"),
+        (
+            "llama-70b",
+            {"backend": "transformers", "tp": 3},
+            r"divide the 8 num_key_value_heads .*use parallel\.tp=2 or 4",
+        ),
     ],
 )
 def test_refusals(tmp_path: Path, name: str, parallel: dict[str, Any], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         build_plan(configured(tmp_path, name, **parallel))
+
+
+def test_what_autotp_shares_out_unevenly_is_counted_at_the_largest_rank(tmp_path: Path) -> None:
+    plan = build_plan(configured(tmp_path, "llama-70b", backend="deepspeed", tp=3))
+    assert plan.stages[0].num_parameters > plan.num_parameters / 3
 
 
 def test_data(tmp_path: Path) -> None:
