@@ -19,7 +19,7 @@ from torch import Tensor
 from plop_dist.config.schema import EstimatorConfig
 from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.norms import Baseline
-from plop_dist.measure.protocols import Holder, Site, Sited
+from plop_dist.measure.protocols import Site, Sited, WeightHolder
 from plop_dist.measure.weight_sums import WeightSums, compute_sums
 
 _CHUNK_BYTES = 64 << 20  # how much of the row-parallel vectors is kept before they are reduced together
@@ -73,9 +73,9 @@ def compute_baselines(
     return _merge(found, reducer, fqns)
 
 
-def _by_holder(sites: Sequence[Site]) -> Iterator[tuple[Holder | None, list[tuple[int, Site]]]]:
+def _by_holder(sites: Sequence[Site]) -> Iterator[tuple[WeightHolder | None, list[tuple[int, Site]]]]:
     """Yield each holder once, with the numbered sites that share it; a site that shares nothing alone."""
-    groups: dict[int, tuple[Holder | None, list[tuple[int, Site]]]] = {}
+    groups: dict[int, tuple[WeightHolder | None, list[tuple[int, Site]]]] = {}
     for number, site in enumerate(sites):
         key = id(site if site.holder is None else site.holder)
         groups.setdefault(key, (site.holder, []))[1].append((number, site))

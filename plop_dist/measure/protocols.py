@@ -103,7 +103,7 @@ class LocalWeight:
     in_index: slice | Tensor | None = None
 
 
-class Holder(Protocol):
+class WeightHolder(Protocol):
     """A parameter that several sites read their weights from: the experts' matrices in a 3-D one."""
 
     def opened(self) -> AbstractContextManager[Any]:
@@ -125,7 +125,7 @@ class Site(Protocol):
     group: str
 
     @property
-    def holder(self) -> Holder | None:
+    def holder(self) -> WeightHolder | None:
         """The parameter in which its weights lie beside those of other sites; None where it shares nothing."""
         ...
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from plop_dist.config.loading import parse_config
-from plop_dist.config.schema import Config
+from plop_dist.config.schema import Config, EstimatorConfig
 from plop_dist.costs.bench import (
     HEADLESS,
     SCORING,
     VARIANTS,
     Subject,
+    measure_baselines,
     measure_peak,
     measure_times,
     run_bench,
@@ -84,10 +85,20 @@ def test_the_whole_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [entry.num_collectives for entry in bench.scaling] == [0, 0]
     assert bench.scaling[0].num_fixed_collectives == 0 < bench.scaling[1].num_fixed_collectives
     assert bench.ratio(HEADLESS, HEADLESS) == 1
-    assert bench.baseline_seconds > 0
+    assert bench.product_seconds is not None
+    assert 0 < bench.product_seconds < bench.baseline_seconds
+    assert bench.baseline_ratio == bench.baseline_seconds / bench.product_seconds
     print_bench(bench)
     text = capsys.readouterr().out
     assert all(name in text for name in (*VARIANTS, "Weak scaling", "efficiency"))
+    assert f"baselines / matmul of their directions {bench.baseline_ratio:.2f}" in text
+
+
+def test_baselines_without_directions_are_compared_with_nothing(tmp_path: Path) -> None:
+    subject = Subject(configured(tmp_path))
+    seconds, product_seconds = measure_baselines(subject, EstimatorConfig(baseline="closed_form"), repeats=1)
+    assert seconds > 0
+    assert product_seconds is None
 
 
 def test_notes_lie_in_storage_that_the_next_forward_reuses(tmp_path: Path) -> None:

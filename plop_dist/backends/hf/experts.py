@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class StackHolder:
-    """The Holder of one 3-D parameter: gathered once for all of its experts, where it is partitioned."""
+    """The WeightHolder of one 3-D parameter: gathered once for all of its experts, where it is partitioned."""
 
     def __init__(self, experts: ExpertsModule, stack: Stack, gather: Gather | None) -> None:
         self._experts, self._stack, self._gather = experts, stack, gather
