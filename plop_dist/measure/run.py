@@ -21,7 +21,8 @@ from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import MicroBatch, ScorableModel
 from plop_dist.measure.sums import add_totals
 from plop_dist.rundir.progress import ProgressLog
-from plop_dist.values.scores import Projection, SampleTotals, Scores
+from plop_dist.values.sample_totals import SampleTotals
+from plop_dist.values.scores import Projection, Scores
 from plop_dist.values.versions import versions
 
 MIN_STABLE_SAMPLES = 16

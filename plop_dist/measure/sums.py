@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plop_dist.values.scores import SampleTotals
+from plop_dist.values.sample_totals import SampleTotals
 
 
 def add_totals(parts: Sequence[SampleTotals], fqns: Sequence[str]) -> SampleTotals:
