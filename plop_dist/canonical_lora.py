@@ -10,7 +10,6 @@ adapters' checkpoints do not load at another tensor-parallel size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +44,7 @@ class PartialQKV(LoRALinearSplitQKV):
         output_SBF, bias, normed = self.base_linear_forward(x, *args, **kwargs)
         if not self._adapter_enabled:
             return output_SBF, bias
-        config = self.to_wrap.config
+        config: Any = self.to_wrap.config
         heads, groups, D = config.num_attention_heads, config.num_query_groups, config.kv_channels
         tp_size = (heads + 2 * groups) * D // output_SBF.size(-1)
         G = groups // tp_size
@@ -89,7 +88,8 @@ def _allow_missing(module: nn.Module) -> nn.Module:
         module.__class__ = PartialFC1
     else:
         return module
-    present = {name: adapter for name, adapter in module.adapter.items() if adapter is not None}
+    adapters: Any = module.adapter
+    present = {name: adapter for name, adapter in adapters.items() if adapter is not None}
     if isinstance(module, PartialFC1):
         for name, adapter in present.items():
             # By this name Bridge decides to store B as [gate; up], which an adapter of one of the two is not.
@@ -126,7 +126,8 @@ def _transform(
     if isinstance(wrapped, LoRALinearSplitQKV | LoRALinearSplitFC1UpGate):
         _check_splittable(m, full_name)
         return _allow_missing(wrapped)
-    if name == "linear_fc1" and len(self.canonical_mapping[self.match(m, name, prefix)[0]]) == 1:
+    matched = self.match(m, name, prefix)
+    if name == "linear_fc1" and matched is not None and len(self.canonical_mapping[matched[0]]) == 1:
         # Bridge keeps grouped experts' fc1 as one adapter: it would silently adapt gate and up alike.
         raise PlacementError(
             f"{full_name} takes one adapter for gate and up in Megatron-Bridge; choose both of linear_fc1_gate "
@@ -137,7 +138,7 @@ def _transform(
 
 def _merge_present(
     self: MegatronPeftBridge, megatron_model: Any, converted_weights_dict: dict[str, Tensor], adapter_weights: Any
-) -> Mapping[str, Tensor]:
+) -> dict[str, Tensor]:
     """Return the Hugging Face weights with those adapters merged that exist; the other projections stay as they are."""
     present = {weight.adapter_key for weight in adapter_weights}
     if not converted_weights_dict or not present <= set(ADAPTER_NAME_MAP.values()):

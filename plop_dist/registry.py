@@ -1,4 +1,4 @@
-"""Which backends, exporters, policies, training methods and rewards there are, by name, imported only when asked for.
+"""Which backends, exporters, policies, training engines and rewards there are, by name, imported only when asked for.
 
 Each entry is `"module:attribute"`, so that naming one framework never imports another. What varies can be added from
 outside: a package that is installed beside this one offers its own under an entry point of the kind's group.
@@ -66,16 +66,25 @@ EXPORTERS = Kind(
     },
 )
 
-# Which one trains a layout is said by its backend's record.
+REWARDS = Kind(
+    "reward",
+    "plop_dist.rewards",
+    {
+        "builtin:number": "plop_dist.training.rewards:number",
+        "builtin:format": "plop_dist.training.rewards:final_form",
+    },
+)
+
+# What trains in the ranks that scored, named by a backend's record for a layout.
 TRAINING_ENGINES = Kind(
     "training engine",
     None,
     {
-        "trl": "plop_dist.training.sft:train_with_trl",
-        "tp_plan": "plop_dist.training.engines.tp_plan:train",
-        "autotp": "plop_dist.training.engines.autotp:train",
-        "pipeline": "plop_dist.training.engines.pipeline:train",
-        "megatron": "plop_dist.training.engines.megatron:train",
+        "trl": "plop_dist.training.trl.engine:ENGINE",
+        "autotp": "plop_dist.training.engines.autotp:ENGINE",
+        "pipeline": "plop_dist.training.engines.pipeline:ENGINE",
+        "tp_plan": "plop_dist.training.engines.tp_plan:ENGINE",
+        "megatron": "plop_dist.training.engines.megatron:ENGINE",
     },
 )
 
@@ -94,12 +103,13 @@ POLICIES = Kind(
     },
 )
 
-TRAINERS = Kind(
-    "train.method",
+# What trains in a job of its own, named by train.engine.
+EXTERNAL_ENGINES = Kind(
+    "engine",
     None,
     {
-        "sft": "plop_dist.training.sft:train",
-        "grpo": "plop_dist.training.grpo:train",
+        "verl": "plop_dist.training.external.verl:ENGINE",
+        "nemo-rl": "plop_dist.training.external.nemo_rl:ENGINE",
     },
 )
 

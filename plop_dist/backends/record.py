@@ -104,7 +104,10 @@ class BackendRecord:
         return None
 
     def training_engine(self, config: Config) -> str | None:
-        """Return which of registry.TRAINING_ENGINES trains adapters in this layout, None if none does."""
+        """Return which of registry.TRAINING_ENGINES trains adapters in this layout, None if none does.
+
+        Or, from another package, the address of its own engine, "module:attribute".
+        """
         return None
 
 

@@ -10,10 +10,9 @@ from pydantic import BaseModel
 
 from plop_dist.config.schema import Config, DataConfig, ParallelConfig, PlacementConfig, TrainConfig
 from plop_dist.errors import ConfigError, LayoutError, suggest
-from plop_dist.registry import BACKENDS, POLICIES, load
+from plop_dist.registry import BACKENDS, POLICIES, REWARDS, load, names
 
 _PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
-_REWARDS = ("number", "format")
 _MOST_RANKS = 2**20
 
 
@@ -86,13 +85,14 @@ def _check_train(train: TrainConfig, source: str) -> None:
     if not train.rewards:
         raise ConfigError(f"{source}: train.rewards is empty; name at least one, e.g. [builtin:number].")
     for name in train.rewards:
-        module, _, attribute = name.partition(":")
-        if not module or not attribute:
-            raise ConfigError(
-                f"{source}: train.rewards: '{name}' is neither builtin:number, builtin:format nor module:function."
-            )
-        if module == "builtin" and attribute not in _REWARDS:
-            raise ConfigError(f"{source}: train.rewards: unknown reward '{name}'. {suggest(attribute, _REWARDS)}")
+        module, _, attribute = name.rpartition(":")
+        if name not in REWARDS.own and (not (module and attribute) or module == "builtin"):
+            known = names(REWARDS)
+            if module == "builtin":
+                raise ConfigError(f"{source}: train.rewards: unknown reward '{name}'. {suggest(name, known)}")
+            if name not in known:
+                expected = ", ".join(known)
+                raise ConfigError(f"{source}: train.rewards: '{name}' is neither {expected} nor module:function.")
         if attribute in seen:
             raise ConfigError(f"{source}: train.rewards: '{name}': a reward '{attribute}' is in the list already.")
         seen.add(attribute)

@@ -54,9 +54,13 @@ AmountOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_number_or_aut
 
 @dataclass(frozen=True)
 class NameOf:
-    """Annotates a key of type str: its value must be a name of this kind, of this package or of another one."""
+    """Annotates a key of type str: its value must be a name of this kind, of this package or of another one.
+
+    also: what else it may be.
+    """
 
     kind: Kind
+    also: tuple[str, ...] = ()
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
@@ -64,10 +68,11 @@ class NameOf:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {**handler(schema), "enum": list(names(self.kind))}
+        return {**handler(schema), "enum": [*self.also, *names(self.kind)]}
 
     def _check(self, value: str) -> str:
         # Our own first: they need no search through all installed packages.
-        if value not in self.kind.own and value not in names(self.kind):
-            raise ConfigError(f"unknown {self.kind.word} '{value}'. {suggest(value, names(self.kind))}")
+        if value not in self.also and value not in self.kind.own and value not in names(self.kind):
+            known = (*self.also, *names(self.kind))
+            raise ConfigError(f"unknown {self.kind.word} '{value}'. {suggest(value, known)}")
         return value

@@ -32,7 +32,7 @@ from plop_dist.config.fields import (
     Seed,
     Share,
 )  # fmt: skip
-from plop_dist.registry import BACKENDS, EXPORTERS, POLICIES
+from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES
 from plop_dist.values.mesh import Layout
 
 
@@ -188,9 +188,12 @@ class TrainConfig(_Section):
     lora_dropout: Share = Field(default=0.0, description="Dropout before A.")
     save_steps: Count = Field(default=10, description="Steps between checkpoints.")
     seed: NumpySeed = Field(default=0, description="Seed of adapters, data order and dropout.")
-    engine: Literal["auto", "trl", "verl", "nemo-rl"] = Field(default="auto", description="GRPO engine.")
+    engine: Annotated[str, NameOf(EXTERNAL_ENGINES, also=("auto", "trl"))] = Field(
+        default="auto", description="GRPO engine: trl in these ranks, or one that runs by itself."
+    )
     rewards: list[str] = Field(
-        default=["builtin:number"], description="GRPO rewards: builtin:number, builtin:format or module:function."
+        default=["builtin:number"],
+        description="GRPO rewards: builtin:number, builtin:format, those of installed packages, or module:function.",
     )
     answer_field: str = Field(default="answer", description="GRPO: column with the reference answer.")
     num_generations: CountOfSeveral = Field(default=4, description="GRPO: completions per prompt.")

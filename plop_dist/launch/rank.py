@@ -13,7 +13,7 @@ from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, 
 from plop_dist.errors import PlopError, ScoresError, WorkerError
 from plop_dist.measure.aggregate import check_weights
 from plop_dist.measure.protocols import ScorableModel
-from plop_dist.registry import BACKENDS, TRAINERS, load
+from plop_dist.registry import BACKENDS, load
 from plop_dist.rundir import progress
 from plop_dist.rundir.stages import Stages
 from plop_dist.rundir.trained import write_trained
@@ -154,12 +154,12 @@ def export(stages: Stages, notify: Notify) -> None:
 def train(stages: Stages, notify: Notify) -> None:
     """Go on with train.method and the placement in the same ranks. Collective over all ranks."""
     from plop_dist.training.log import TrainingLog
+    from plop_dist.training.train import train as continue_run
 
     config, run_dir = stages.config, stages.run_dir
     placement = Placement.from_file(run_dir.placement)
-    trainer = load(TRAINERS, config.train.method)
     with TrainingLog(config, run_dir.train, notify if ranks.rank() == 0 else None) as log:
-        summary: dict[str, Any] = trainer(config, placement, log)
+        summary = continue_run(config, placement, log)
     if ranks.rank() == 0:
         if "note" in summary:
             notify("status", text=summary["note"])

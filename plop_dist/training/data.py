@@ -1,4 +1,4 @@
-"""Training rows as batches whose order depends on (seed, step) alone, and the held-out rows."""
+"""Training rows as batches whose order depends on the seed alone, and the held-out rows."""
 
 # b rows of a micro-batch, s tokens of its longest row
 
@@ -6,22 +6,36 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from plop_dist import ranks
-from plop_dist.config.schema import Config
+from plop_dist.config.schema import Config, DataConfig, TrainConfig
 from plop_dist.data.rows import load_rows
-from plop_dist.data.samples import Row, fill, render
+from plop_dist.data.texts import Row, fill, render, render_prompt, token_ids
 from plop_dist.errors import DataError
+from plop_dist.training.batch import IGNORED, Batch
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the label that the loss skips
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows to train on or to hold out: data says what of them is the text, and its path where they are from.
+
+    first: the number of the first row there, counted from 1, for messages.
+    """
+
+    rows: Sequence[Row]
+    data: DataConfig
+    first: int = 1
+
+    def numbered(self) -> Iterator[tuple[int, Row]]:
+        """Return every row with its number."""
+        return enumerate(self.rows, start=self.first)
 
 
 @dataclass(frozen=True)
@@ -37,55 +51,72 @@ class Example:
         return any(label != IGNORED for label in self.labels[1:])
 
 
-def split_rows(config: Config) -> tuple[list[Row], list[Row]]:
+def split_rows(config: Config) -> tuple[RowSet, RowSet]:
     """Return training rows and held-out rows: the last train.eval_samples, unless train.eval_path names others.
 
     Raises DataError when nothing is left to train on.
     """
     train = config.train
-    rows: list[Row] = list(load_rows(train.data_path or config.data.path, config.data.split))
+    data = config.data.model_copy(update={"path": train.data_path or config.data.path})
+    rows = load_rows(data.path, data.split)
     if train.eval_path is not None:
-        return rows, list(load_rows(train.eval_path, config.data.split))[: train.eval_samples]
+        held_out = load_rows(train.eval_path, data.split)[: train.eval_samples]
+        return RowSet(rows, data), RowSet(held_out, data.model_copy(update={"path": train.eval_path}))
     if len(rows) <= train.eval_samples:
         raise DataError(
-            f"{train.data_path or config.data.path} has {len(rows)} rows, but train.eval_samples holds out "
-            f"{train.eval_samples}; lower it or pass train.eval_path."
+            f"{data.path} has {len(rows)} rows, but train.eval_samples holds out {train.eval_samples}; lower it or "
+            "pass train.eval_path."
         )
-    return rows[: -train.eval_samples], rows[-train.eval_samples :]
+    num_rows = len(rows) - train.eval_samples
+    return RowSet(rows[:num_rows], data), RowSet(rows[num_rows:], data, first=num_rows + 1)
 
 
-def encode(rows: Sequence[Row], config: Config, tokenizer: Any) -> list[Example]:
+def encode(row_set: RowSet, train: TrainConfig, tokenizer: Any) -> list[Example]:
     """Return the tokenised rows, truncated to train.max_length, with an end-of-text token where one fits.
 
     Raises DataError when a row's text does not begin with its prompt, and when no token is left in the loss.
     """
-    data, train = config.data, config.train
-    if train.data_path is not None:
-        data = data.model_copy(update={"path": train.data_path})
+    data = row_set.data
+    texts = [render(row, number, data, tokenizer) for number, row in row_set.numbered()]
+    num_prompts = _count_prompts(row_set, texts, train, tokenizer)
     examples = []
-    for number, row in enumerate(rows, start=1):
-        text = render(row, number, data, tokenizer)
-        special = {"add_special_tokens": False} if data.messages_field is not None else {}
-        ids = list(tokenizer(text, **special)["input_ids"])
+    for ids, num_prompt in zip(token_ids(texts, data, tokenizer, first=row_set.first), num_prompts, strict=True):
         if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
-        num_prompt = 0
-        if train.prompt_template is not None:
-            prompt = fill(train.prompt_template, row, number, data.path)
-            if not text.startswith(prompt):
-                raise DataError(
-                    f"{data.path}: row {number}: the text does not begin with train.prompt_template's {prompt[:40]!r}; "
-                    "make data.template begin with it."
-                )
-            num_prompt = len(tokenizer(prompt, **special)["input_ids"])
         ids = ids[: train.max_length]
         examples.append(Example(ids, [IGNORED] * min(num_prompt, len(ids)) + ids[num_prompt:]))
     if not any(example.has_target for example in examples):
         raise DataError(
-            f"{data.path}: no token of {len(rows)} rows is in the loss; train.max_length is {train.max_length}, which "
+            f"{data.path}: no token of {len(texts)} rows is in the loss; train.max_length is {train.max_length}, which "
             "cuts everything after the prompts: raise it, or change train.prompt_template."
         )
     return examples
+
+
+def prompts_of(row_set: RowSet, train: TrainConfig, tokenizer: Any) -> list[str]:
+    """Return each row's prompt: train.prompt_template, or what is scored of it (see render_prompt).
+
+    Raises DataError naming the row and the column that is missing.
+    """
+    return [
+        render_prompt(row, number, row_set.data, train.prompt_template, tokenizer) for number, row in row_set.numbered()
+    ]
+
+
+def _count_prompts(row_set: RowSet, texts: Sequence[str], train: TrainConfig, tokenizer: Any) -> list[int]:
+    """Return how many tokens of each row are its prompt, 0 without train.prompt_template. Raises DataError."""
+    if train.prompt_template is None:
+        return [0] * len(texts)
+    data, prompts = row_set.data, []
+    for (number, row), text in zip(row_set.numbered(), texts, strict=True):
+        prompt = fill(train.prompt_template, row, number, data.path)
+        if not text.startswith(prompt):
+            raise DataError(
+                f"{data.path}: row {number}: the text does not begin with train.prompt_template's {prompt[:40]!r}; "
+                "make data.template begin with it."
+            )
+        prompts.append(prompt)
+    return [len(ids) for ids in token_ids(prompts, data, tokenizer, first=row_set.first)]
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
@@ -101,7 +132,7 @@ def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
     return groups
 
 
-def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
     """Return padded input_ids, attention_mask, labels and position_ids: (b, s) int64, padding on the right.
 
     A row of several examples is packed: positions start again at each, by which transformers keeps them apart.
@@ -128,14 +159,16 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> dict[str, Tensor]
 
 
 class TrainingData:
-    """What the shared step loop reads (loop.Data)."""
+    """The configured rows as micro-batches (see engine.Data): epochs without end, each in a shuffled order of its own.
+
+    held_out: every held-out row once, in file order.
+    """
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         train_rows, held_out_rows = split_rows(config)
         train = config.train
-        self._train = train
-        self._pad_id = tokenizer.pad_token_id
-        every = encode(train_rows, config, tokenizer)
+        self._seed, self._size, self._pad_id = train.seed, train.micro_batch_size, tokenizer.pad_token_id
+        every = encode(train_rows, train, tokenizer)
         examples = [example for example in every if example.has_target]
         if len(examples) < len(every) and ranks.rank() == 0:
             logger.warning(
@@ -144,27 +177,22 @@ class TrainingData:
             )  # fmt: skip
         self.sequences = pack(examples, train.max_length) if train.packing else [[example] for example in examples]
         self._epoch, self._order = -1, list[int]()
-        held_out = [[example] for example in encode(held_out_rows, config, tokenizer) if example.has_target]
-        size = train.micro_batch_size
+        held_out = [[example] for example in encode(held_out_rows, train, tokenizer) if example.has_target]
         self.held_out = [
-            collate(held_out[start : start + size], self._pad_id) for start in range(0, len(held_out), size)
+            collate(held_out[start : start + self._size], self._pad_id) for start in range(0, len(held_out), self._size)
         ]
 
-    def batch(self, step: int, dp_rank: int, dp_size: int) -> list[dict[str, Tensor]]:
-        """Return this replica's gradient_accumulation_steps micro-batches of one optimizer step."""
-        size, accumulation = self._train.micro_batch_size, self._train.gradient_accumulation_steps
-        per_step = size * accumulation * dp_size
-        first = step * per_step
-        micro = [range(start, start + size) for start in range(first, first + per_step, size)]
-        return [self.micro_batch(positions) for positions in micro[dp_rank::dp_size]]
+    def micro_batch(self, index: int) -> Batch:
+        """Return the index-th train.micro_batch_size rows of the endless sequence of epochs, as collate does."""
+        return collate(self.rows_of(index), self._pad_id)
 
-    def micro_batch(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        """Return the rows at these places of the endless sequence of shuffled epochs, as collate does."""
-        return collate([self._at(position) for position in positions], self._pad_id)
+    def rows_of(self, index: int) -> list[list[Example]]:
+        """Return the rows of a micro-batch: one example each, or several where they are packed."""
+        return [self._at(position) for position in range(index * self._size, (index + 1) * self._size)]
 
     def _at(self, position: int) -> list[Example]:
         epoch, index = divmod(position, len(self.sequences))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, list(range(len(self.sequences)))
-            random.Random(f"{self._train.seed}:{epoch}").shuffle(self._order)
+            random.Random(f"{self._seed}:{epoch}").shuffle(self._order)
         return self.sequences[self._order[index]]

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class TrainingLog:
         self._directory = directory
         self._notify = notify
         self._config = config
-        self._sinks: list[Callable[[int, dict[str, float]], None]] = []
+        self._sinks: list[Callable[[int, Mapping[str, float]], object]] = []
         self._close: list[Callable[[], None]] = []
         self._has_begun = False
 

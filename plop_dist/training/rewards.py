@@ -1,4 +1,4 @@
-"""What a completion is worth: the rewards that come with the project, and a user's own `module:function`."""
+"""What a completion is worth: the project's own rewards, other packages', and a user's `module:function`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
-from plop_dist.data.samples import Row
+from plop_dist.data.texts import Row
 from plop_dist.errors import ConfigError, DataError, suggest
+from plop_dist.registry import REWARDS, load
 
 # function(prompts, completions, **columns): one number, or None for "not rated", per completion
 Reward = Callable[..., Sequence[Any]]
@@ -44,20 +46,24 @@ def has_final_form(text: str) -> bool:
 def load_rewards(names: Sequence[str], rows: Sequence[Row], answer_field: str) -> dict[str, Reward]:
     """Return the rewards of train.rewards by their short names, checked against the training rows.
 
-    A reward is called with prompts and completions, lists of text, and with every column of their rows as a list.
+    A reward is called with prompts and completions, lists of text, and with every column of their rows as a list. One
+    that has a parameter `answer_field` is told train.answer_field, the column with the reference answer.
     names: as `config` has checked them. Raises ConfigError for a function that cannot be imported, and DataError for a
     row without a reference answer.
     """
-    rewards: dict[str, Reward] = {}
+    rewards: dict[str, Any] = {}
     for name in names:
-        source, _, attribute = name.partition(":")
-        if source != "builtin":
-            rewards[attribute] = _imported(name, source, attribute)
-        elif attribute == "number":
+        function: Any = _imported(name) if ":" in name and name not in REWARDS.own else load(REWARDS, name)
+        if not callable(function) or inspect.iscoroutinefunction(function):
+            raise ConfigError(
+                f"train.rewards: '{name}' is not a plain function; expected function(prompts, completions, **columns) "
+                "that returns one number per completion."
+            )
+        if name == "builtin:number":
             _check_answers(rows, answer_field)
-            rewards[attribute] = _number_reward(answer_field)
-        else:
-            rewards[attribute] = _format_reward
+        if "answer_field" in _parameters(function):
+            function = partial(function, answer_field=answer_field)
+        rewards[name.rpartition(":")[2]] = function
     return rewards
 
 
@@ -102,7 +108,7 @@ def compute_score(
 ) -> float:
     """Return the sum of the rewards of one completion; the signature by which verl calls a reward.
 
-    extra_info: rewards, answer_field and row (JSON), as plop_dist.training.launch_files writes them.
+    extra_info: rewards, answer_field and row (JSON), as plop_dist.training.external.verl writes them.
     """
     row = json.loads(extra_info["row"])
     total = 0.0
@@ -112,37 +118,40 @@ def compute_score(
     return total
 
 
-def _number_reward(answer_field: str) -> Reward:
-    def number(completions: Sequence[str], **columns: Any) -> list[float]:
-        answers = [final_number(str(answer)) for answer in columns[answer_field]]
-        return [float(final_number(text) == answer) for text, answer in zip(completions, answers, strict=True)]
-
-    return number
+def number(completions: Sequence[str], *, answer_field: str, **columns: Any) -> list[float]:
+    """Return 1 for each completion whose last number is that of its row's answer, else 0: builtin:number."""
+    answers = [final_number(str(answer)) for answer in columns[answer_field]]
+    return [float(final_number(text) == answer) for text, answer in zip(completions, answers, strict=True)]
 
 
-def _format_reward(completions: Sequence[str], **_: Any) -> list[float]:
+def final_form(completions: Sequence[str], **_: Any) -> list[float]:
+    """Return 1 for each completion that ends as has_final_form says, else 0: builtin:format."""
     return [float(has_final_form(text)) for text in completions]
 
 
-def _imported(name: str, module: str, attribute: str) -> Reward:
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some that are written in C do not tell
+        return ()
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # an installed program does not look into the current directory by itself
     try:
-        function = getattr(importlib.import_module(module), attribute, None)
+        found = importlib.import_module(module)
     except Exception as error:  # whatever the module does while it is imported
         raise ConfigError(
             f"train.rewards: '{name}': module '{module}' cannot be imported ({type(error).__name__}: {error}); install "
             "it, or put its directory on PYTHONPATH, on every node."
         ) from error
+    function = getattr(found, attribute, None)
     if function is None:
-        available = [key for key, value in vars(importlib.import_module(module)).items() if inspect.isfunction(value)]
+        available = [key for key, value in vars(found).items() if inspect.isfunction(value)]
         raise ConfigError(
             f"train.rewards: '{name}': module '{module}' has no '{attribute}'. {suggest(attribute, available)}"
-        )
-    if not callable(function) or inspect.iscoroutinefunction(function):
-        raise ConfigError(
-            f"train.rewards: '{name}' is not a plain function; expected function(prompts, completions, **columns) that "
-            "returns one number per completion."
         )
     return function
 

@@ -26,7 +26,8 @@ from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import Groups, LocalWeight, Recorder, ScorableModel, Site
 from plop_dist.measure.sums import add_totals
 from plop_dist.measure.weight import Gather, Weight
-from plop_dist.training.adapters.shards import AdapterShard, scaling_of
+from plop_dist.training.adapters.placed import scaling_of
+from plop_dist.training.adapters.shards import AdapterShard
 from plop_dist.values.names import expert_index
 from plop_dist.values.placement import Placement
 

@@ -136,7 +136,7 @@ def test_a_mistake_names_key_value_and_remedy(tmp_path: Path, override: str, mes
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("[builtin:numbr]", "unknown reward 'builtin:numbr'. Did you mean 'number'? Available: format, number."),
+        ("[builtin:numbr]", "unknown reward 'builtin:numbr'. Did you mean 'builtin:number'?"),
         ("[number]", "'number' is neither builtin:number, builtin:format nor module:function"),
         ("[builtin:number,builtin:number]", "a reward 'number' is in the list already"),
         ("[]", "train.rewards is empty"),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from plop_dist.config.schema import DataConfig
 from plop_dist.data.rows import load_rows
-from plop_dist.data.samples import collate, plan_steps, render, select_rows, step_micro_batches, tokenize
+from plop_dist.data.samples import collate, plan_steps, select_rows, step_micro_batches, tokenize
+from plop_dist.data.texts import render
 from plop_dist.errors import DataError
 from tests.models import tiny_tokenizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,12 @@ from torch import Tensor
 from plop_dist.backends.hf.linears import find_linears
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
-from plop_dist.training import loop
-from plop_dist.training.adapters.initial import reset_peft_adapter
-from plop_dist.training.adapters.shards import AdapterShard
+from plop_dist.training.adapters.initial import set_initial
+from plop_dist.training.adapters.shards import AdapterShard, peft_shards
+from plop_dist.training.batch import IGNORED, Batch, count_targets, sum_token_losses
+from plop_dist.training.engine import Data
+from plop_dist.training.loop import learning_rate_at
+from plop_dist.training.train import engine_name, train
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.names import natural_key
 from plop_dist.values.placement import Placement
@@ -67,29 +70,25 @@ def make_placement(model: torch.nn.Module, types: tuple[str, ...] = TYPES, rank:
 
 @dataclass
 class Rows:
-    """loop.Data of random tokens: every sample has its own length, prompt and padding side."""
+    """Data of random tokens: every sample has its own length and prompt."""
 
     micro_batch_size: int = 2
-    num_micro_batches: int = 4  # of the global batch
     length: int = 8
-    held_out: list[loop.Batch] = field(init=False)
+    held_out: list[Batch] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.held_out = [self._micro_batch(1000 + index) for index in range(3)]
+        self.held_out = [self.micro_batch(1000 + index) for index in range(3)]
 
-    def batch(self, step: int, dp_rank: int, dp_size: int) -> list[loop.Batch]:
-        """Return every dp_size-th micro-batch of the step."""
-        indices = range(dp_rank, self.num_micro_batches, dp_size)
-        return [self._micro_batch(step * self.num_micro_batches + index) for index in indices]
-
-    def _micro_batch(self, key: int) -> loop.Batch:
+    def micro_batch(self, index: int) -> Batch:
+        """Return rows drawn from the micro-batch's number."""
+        key = index
         ids = random_tokens(self.micro_batch_size, self.length, seed=key)
         mask = torch.ones_like(ids)
         labels = ids.clone()
         for row in range(self.micro_batch_size):
             mask[row, self.length - (key + row) % 3 :] = 0
-            labels[row, : 1 + (key + row) % 4] = loop.IGNORED
-        labels[mask == 0] = loop.IGNORED
+            labels[row, : 1 + (key + row) % 4] = IGNORED
+        labels[mask == 0] = IGNORED
         positions = torch.arange(self.length).expand_as(ids).contiguous()
         return {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
 
@@ -137,34 +136,35 @@ def gradients_of(seen: Recorded) -> list[dict[str, Tensor]]:
 
 
 def reference(
-    model: torch.nn.Module, config: Config, placement: Placement, data: Any, num_steps: int = 0
+    model: torch.nn.Module, config: Config, placement: Placement, data: Data, per_step: int
 ) -> dict[str, Any]:
-    """Return losses, norms, clipped gradients and adapters of plain PEFT training in this process, written out."""
+    """Return losses, norms, clipped gradients and adapters of plain PEFT training in this process, written out.
+
+    per_step: micro-batches of data that one step takes.
+    """
     from peft import get_peft_model
 
-    train = config.train
+    settings = config.train
     model = get_peft_model(model, placement.to_peft())
-    reset_peft_adapter(model, train.seed)
+    set_initial(peft_shards(model), settings.seed)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=train.learning_rate, weight_decay=train.weight_decay)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     out: dict[str, Any] = {"losses": [], "norms": [], "gradients": []}
 
-    def total_loss(batches: list[loop.Batch]) -> tuple[Tensor, int]:
+    def total_loss(batches: Sequence[Batch]) -> tuple[Tensor, int]:
         losses = [
-            loop.sum_token_losses(
-                model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits, b["labels"]
-            )
+            sum_token_losses(model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits, b["labels"])
             for b in batches
         ]
-        return torch.stack(losses).sum(), sum(loop.count_targets(b) for b in batches)
+        return torch.stack(losses).sum(), sum(count_targets(b) for b in batches)
 
-    for step in range(num_steps or train.max_steps):
-        loss, count = total_loss(data.batch(step, 0, 1))
+    for step in range(settings.max_steps):
+        loss, count = total_loss([data.micro_batch(index) for index in range(step * per_step, (step + 1) * per_step)])
         (loss / count).backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), train.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
         out["gradients"].append({name: p.grad.clone() for name, p in parameters.items()})
         for group in optimizer.param_groups:
-            group["lr"] = loop.learning_rate_at(train, step)
+            group["lr"] = learning_rate_at(settings, step)
         optimizer.step()
         optimizer.zero_grad()
         out["losses"].append(float(loss.detach() / count))
@@ -183,15 +183,13 @@ def assert_equal(name: str, found: Any, expected: Any, tolerance: float = 1e-4) 
     assert error <= tolerance, f"{name}: relative error {error:.2e}, {found.flatten()[:4]}, {expected.flatten()[:4]}"
 
 
-def run_engine(module: str, directory: str, run: str, num_steps: int = 0, **options: Any) -> dict[str, Any]:
-    """On one rank: train with plop_dist.training.<module> and return losses, norms and whole clipped gradients.
+def run_engine(name: str, directory: str, run: str, num_steps: int = 0, **options: Any) -> dict[str, Any]:
+    """On one rank: train in a layout whose engine has this name, and return log entries and the summary.
 
     num_steps: train only so far and stop, as if killed after the step's checkpoint. Collective over all ranks.
     """
-    import importlib
-
-    trainer = importlib.import_module(f"plop_dist.training.engines.{module}")
     config = make_config(Path(directory, "model"), Path(directory, run), **options)
+    assert engine_name(config) == name
     placement = load_placement(directory)
     records: list[dict[str, Any]] = []
 
@@ -201,7 +199,7 @@ def run_engine(module: str, directory: str, run: str, num_steps: int = 0, **opti
             raise KilledError
 
     try:
-        result = trainer.train(config, placement, log, data=Rows())
+        result = train(config, placement, log, data=Rows())
     except KilledError:
         return {"records": records}
     return {"records": records, "result": result}
@@ -225,7 +223,7 @@ def prepare(directory: Path, family: str, types: tuple[str, ...] = TYPES, **over
     placement = make_placement(model, types)
     placement.source.to_file(directory / "scores.json")
     placement.to_file(directory / "placement.json")
-    return reference(model, make_config(directory / "model", directory), placement, Rows())
+    return reference(model, make_config(directory / "model", directory), placement, Rows(), per_step=4)
 
 
 def check_run(expected: dict[str, Any], found: dict[str, Any], directory: Path, family: str, **overrides: Any) -> None:
@@ -255,5 +253,5 @@ def check_adapter(expected: dict[str, Any], adapter: Path, family: str, **overri
     with torch.no_grad():
         batch = Rows().held_out[0]
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = loop.sum_token_losses(logits, batch["labels"]) / loop.count_targets(batch)
+        loss = sum_token_losses(logits, batch["labels"]) / count_targets(batch)
     assert torch.isfinite(loss)

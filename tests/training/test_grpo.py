@@ -18,7 +18,9 @@ from plop_dist.data.rows import load_rows
 from plop_dist.errors import ConfigError, DataError, MissingExtraError
 from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.stages import Stages
-from plop_dist.training import grpo, rewards
+from plop_dist.training import rewards
+from plop_dist.training.data import RowSet, prompts_of
+from plop_dist.training.train import train as run_training
 from plop_dist.values.placement import Placement
 from tests.models import save_tiny, tiny, tiny_tokenizer
 from tests.spawn import run_ranks
@@ -156,13 +158,15 @@ def test_rows_without_an_answer_are_named() -> None:
 
 def test_prompts_are_the_template_the_text_or_the_open_chat(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    assert grpo.prompts_of(ROWS, config, None) == ["2 + 3?"]
+    assert prompts_of(RowSet(ROWS, config.data), config.train, None) == ["2 + 3?"]
     config = make_config(tmp_path, train={"prompt_template": "Q: {question}\nA:"})
-    assert grpo.prompts_of(ROWS, config, None) == ["Q: 2 + 3?\nA:"]
+    assert prompts_of(RowSet(ROWS, config.data), config.train, None) == ["Q: 2 + 3?\nA:"]
     data = config.data.model_copy(update={"messages_field": "chat"})
-    config = make_config(tmp_path).model_copy(update={"data": data})
+    train = make_config(tmp_path).train
     chat = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
-    assert grpo.prompts_of([{"chat": chat}], config, tiny_tokenizer()) == ["user: 2 + 3?\nassistant: "]
+    asked = "user: 2 + 3?\nassistant: "
+    assert prompts_of(RowSet([{"chat": chat}], data), train, tiny_tokenizer()) == [asked]
+    assert prompts_of(RowSet([{"chat": chat[:1]}], data), train, tiny_tokenizer()) == [asked]
 
 
 @pytest.mark.parametrize(
@@ -180,17 +184,19 @@ def test_what_cannot_be_trained_is_refused_before_the_model_is_loaded(
 ) -> None:
     placement = make_placement(tiny("llama"))
     with pytest.raises(error, match=re.escape(message)):
-        grpo.train(make_config(tmp_path, train=train, **parallel), placement, lambda entry: None)
+        run_training(make_config(tmp_path, train=train, **parallel), placement, lambda entry: None)
 
 
 def _zero2(rank: int, directory: str) -> dict[str, Any]:
+    from plop_dist.training.trl import grpo
+
     path = Path(directory)
     models: list[torch.nn.Module] = []
     adapted_model = grpo.adapted_model
-    grpo.adapted_model = lambda *args: models.append(adapted_model(*args)) or models[0]  # type: ignore[assignment]
+    grpo.adapted_model = lambda *args: models.append(adapted_model(*args)) or models[0]
     log: list[dict[str, Any]] = []
     config = make_config(path, backend="deepspeed", dp=2, zero_stage=2)
-    result = grpo.train(config, load_placement(path), log.append)
+    result = run_training(config, load_placement(path), log.append)
     parameters = {name: parameter.detach().clone() for name, parameter in models[0].named_parameters()}
     return {"log": log, "result": result, "parameters": parameters}
 
@@ -199,7 +205,7 @@ def test_completions_that_no_reward_rates_are_no_error(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     config = make_config(tmp_path, train={"rewards": ["tests.training.test_grpo:unrated"], "max_steps": 2})
     log: list[dict[str, Any]] = []
-    summary = grpo.train(config, make_placement(tiny("llama")), log.append)
+    summary = run_training(config, make_placement(tiny("llama")), log.append)
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
     assert (summary["reward_first"], summary["num_steps"]) == (None, 2)
     assert "rated no completion" in summary["note"]
@@ -250,7 +256,7 @@ def test_megatron_is_handed_over_with_everything_written(tmp_path: Path, engine:
     config = make_config(tmp_path, train={"engine": engine, "rewards": ["builtin:number"]})
     parallel = config.parallel.model_copy(update={"backend": "megatron", "tp": 2, "pp": 2})
     config = config.model_copy(update={"parallel": parallel})
-    summary = grpo.train(config, placement, lambda entry: None)
+    summary = run_training(config, placement, lambda entry: None)
     assert f"nothing was trained: {engine} is not installed here; run sh" in summary["note"]
     assert summary["num_steps"] == 0
 
@@ -269,7 +275,7 @@ def test_megatron_is_handed_over_with_everything_written(tmp_path: Path, engine:
         assert given["actor_rollout_ref.ref.megatron.pipeline_model_parallel_size"] == "2"
         assert given["actor_rollout_ref.model.lora.rank"] == "4"
         rows = load_rows(str(directory / "train.parquet"))
-        assert given["data.train_files"].strip("'") == str(directory / "train.parquet")
+        assert given["data.train_files"].strip("'\"") == str(directory / "train.parquet")
         row = rows[0]
         info = {**row["extra_info"]}
         right, wrong = row["reward_model"]["ground_truth"], row["reward_model"]["ground_truth"] + "1"

@@ -19,10 +19,11 @@ from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, ExportError, RunDirError
 from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.stages import Stages
-from plop_dist.training import sft
+from plop_dist.training.batch import without_targets
 from plop_dist.training.data import TrainingData, collate
 from plop_dist.training.loop import learning_rate_at
-from plop_dist.training.trl.common import adapted_model
+from plop_dist.training.train import train as run_training
+from plop_dist.training.trl.setup import adapted_model
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Scores
 from tests.exporters.cases import place, projections_of, scores_of
@@ -86,7 +87,7 @@ def check(found: dict[str, Any], config: Config) -> None:
     placement = Placement.from_file(config.run_path / "placement.json")
     data = TrainingData(config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 4})}),
                         load_tokenizer(config.model))  # fmt: skip
-    expected = reference(tiny("llama"), config, placement, data)
+    expected = reference(tiny("llama"), config, placement, data, per_step=1)
     assert_equal("loss", found["losses"], expected["losses"])
     assert_equal("grad_norm", found["norms"], expected["norms"])
     for step, gradients in enumerate(found.get("gradients", ())):
@@ -124,7 +125,7 @@ def score_of_merged(config: Config, adapter: Path) -> dict[str, float]:
 def train_and_resume(config: Config, run_dir: Path, placement: Placement) -> list[list[dict[str, Any]]]:
     """Return the log of a whole training, and of one that was killed after step 7 and started again."""
     whole: list[dict[str, Any]] = []
-    sft.train(config, placement, whole.append)
+    run_training(config, placement, whole.append)
     config = config.model_copy(update={"run_dir": str(run_dir)})
     cut: list[dict[str, Any]] = []
 
@@ -134,9 +135,9 @@ def train_and_resume(config: Config, run_dir: Path, placement: Placement) -> lis
             raise KilledError
 
     with pytest.raises(KilledError):
-        sft.train(config, placement, dying)
+        run_training(config, placement, dying)
     resumed: list[dict[str, Any]] = []
-    result = sft.train(config, placement, resumed.append)
+    result = run_training(config, placement, resumed.append)
     assert result["num_steps"] == 10
     assert result["held_out_before"] > result["held_out_after"]
     return [whole, resumed]
@@ -162,7 +163,7 @@ def test_resumes_where_it_was_cut_off(tmp_path: Path) -> None:
     placement = make_placement(tiny("llama"))
     config = make_config(tmp_path, "whole", rows=13, train={"micro_batch_size": 2, "gradient_accumulation_steps": 2})
     whole, resumed = train_and_resume(config, tmp_path / "cut", placement)
-    expected = reference(tiny("llama"), config, placement, TrainingData(config, load_tokenizer(config.model)))
+    expected = reference(tiny("llama"), config, placement, TrainingData(config, load_tokenizer(config.model)), 2)
     assert_equal("loss", [entry["loss"] for entry in whole], expected["losses"])  # in the order of the other engines
     assert_equal("rate", [e["learning_rate"] for e in whole], [learning_rate_at(config.train, s) for s in range(10)])
     assert len({round(entry["loss"], 4) for entry in whole}) == 10, "every step has rows of its own"
@@ -209,7 +210,7 @@ def test_two_ranks_at_zero_3_equal_plain_peft_and_resume(tmp_path: Path) -> None
     check_resumed(whole, resumed)
     one_process: list[dict[str, Any]] = []
     placement = Placement.from_file(tmp_path / "run" / "placement.json")
-    sft.train(make_config(tmp_path, "one", rows=13), placement, one_process.append)
+    run_training(make_config(tmp_path, "one", rows=13), placement, one_process.append)
     assert_equal("loss", [entry["loss"] for entry in whole], [entry["loss"] for entry in one_process])
 
 
@@ -219,11 +220,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, caplog: 
     save_tiny("llama", tmp_path / "model")
     placement = make_placement(tiny("llama"))
     config = make_config(tmp_path, "run", rows=4, train={"max_steps": 4, "save_steps": 2})
-    sft.train(config, placement, lambda entry: None)
+    run_training(config, placement, lambda entry: None)
     path = config.run_path / "train" / "checkpoints" / "checkpoint-4" / name
     path.write_bytes(path.read_bytes()[:100])
     log: list[dict[str, Any]] = []
-    sft.train(config, placement, log.append)
+    run_training(config, placement, log.append)
     assert [entry["step"] for entry in log] == [3, 4]
     assert "checkpoint-4 is damaged; training goes on from an earlier checkpoint" in caplog.text
 
@@ -235,7 +236,7 @@ def test_a_full_disk_names_the_directory(tmp_path: Path, monkeypatch: pytest.Mon
     save_tiny("llama", tmp_path / "model")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RunDirError, match=r"train/checkpoints cannot be written: .*No space left on device"):
-        sft.train(make_config(tmp_path, "run", rows=4), make_placement(tiny("llama")), lambda entry: None)
+        run_training(make_config(tmp_path, "run", rows=4), make_placement(tiny("llama")), lambda entry: None)
 
 
 def test_adapters_of_every_kind_begin_as_the_seed_says(tmp_path: Path) -> None:
@@ -281,14 +282,21 @@ class Unpacked:
     """The rows of a packed training, each example alone in its micro-batch."""
 
     def __init__(self, config: Config) -> None:
-        self._packed = TrainingData(config, load_tokenizer(config.model))
-        self._per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
-        self.held_out = self._packed.held_out
+        packed = TrainingData(config, load_tokenizer(config.model))
+        accumulation = config.train.gradient_accumulation_steps
+        self.held_out = packed.held_out
+        self._steps = []
+        for step in range(config.train.max_steps):
+            rows = [row for index in range(accumulation) for row in packed.rows_of(step * accumulation + index)]
+            assert max(len(row) for row in rows) > 1, "nothing was packed"
+            self._steps.append([example for row in rows for example in row])
+        self.per_step = max(map(len, self._steps))
 
-    def batch(self, step: int, dp_rank: int, dp_size: int) -> list[dict[str, torch.Tensor]]:
-        rows = [self._packed._at(step * self._per_step + index) for index in range(self._per_step)]
-        assert max(len(row) for row in rows) > 1, "nothing was packed"
-        return [collate([[example]], 0) for row in rows for example in row]
+    def micro_batch(self, index: int) -> dict[str, torch.Tensor]:
+        step, at = divmod(index, self.per_step)
+        examples = self._steps[step]
+        batch = collate([[examples[min(at, len(examples) - 1)]]], 0)
+        return batch if at < len(examples) else without_targets(batch)
 
 
 def test_packed_samples_do_not_see_each_other(tmp_path: Path) -> None:
@@ -297,8 +305,9 @@ def test_packed_samples_do_not_see_each_other(tmp_path: Path) -> None:
     packing = {"packing": True, "max_length": 40, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
     config = make_config(tmp_path, "run", rows=40, train=packing)
     log: list[dict[str, Any]] = []
-    result = sft.train(config, placement, log.append)
-    expected = reference(tiny("llama"), config, placement, Unpacked(config))
+    result = run_training(config, placement, log.append)
+    unpacked = Unpacked(config)
+    expected = reference(tiny("llama"), config, placement, unpacked, unpacked.per_step)
     assert_equal("loss", [entry["loss"] for entry in log], expected["losses"])
     assert_equal("grad_norm", [entry["grad_norm"] for entry in log], expected["norms"])
     check_adapter(expected, Path(result["adapter"]), "llama")
@@ -319,9 +328,10 @@ def test_only_the_chosen_modules_learn(tmp_path: Path, monkeypatch: pytest.Monke
     save_tiny("llama", tmp_path / "model")
     placement = make_placement(tiny("llama"), types=("v_proj",))
     models: list[torch.nn.Module] = []
-    adapted_model = sft.adapted_model
-    monkeypatch.setattr(sft, "adapted_model", lambda *args: models.append(adapted_model(*args)) or models[0])
-    sft.train(make_config(tmp_path, "run", rows=4), placement, lambda entry: None)
+    monkeypatch.setattr(
+        "plop_dist.training.trl.sft.adapted_model", lambda *args: models.append(adapted_model(*args)) or models[0]
+    )
+    run_training(make_config(tmp_path, "run", rows=4), placement, lambda entry: None)
     before = dict(tiny("llama").named_parameters())
     seen = set()
     for name, parameter in models[0].named_parameters():

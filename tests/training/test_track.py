@@ -14,7 +14,7 @@ from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.stages import Stages
-from plop_dist.training import sft
+from plop_dist.training.train import train
 from plop_dist.values.placement import Placement
 from tests.installed import needs_bridge
 from tests.models import save_tiny
@@ -49,7 +49,7 @@ def make_config(directory: Path, run: str, track: bool, **parallel: Any) -> Conf
 def _trained(directory: Path, run: str, track: bool, **parallel: Any) -> list[dict[str, Any]]:
     log: list[dict[str, Any]] = []
     placement = Placement.from_file(directory / "one" / "placement.json")
-    sft.train(make_config(directory, run, track, **parallel), placement, log.append)
+    train(make_config(directory, run, track, **parallel), placement, log.append)
     return log
 
 

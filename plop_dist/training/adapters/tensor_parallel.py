@@ -17,8 +17,9 @@ from torch.nn.functional import linear
 
 from plop_dist.config.schema import TrainConfig
 from plop_dist.errors import PlacementError
-from plop_dist.training.adapters.initial import initial_adapter
-from plop_dist.training.adapters.shards import AdapterShard, ranks_of, scaling_of
+from plop_dist.training.adapters.initial import set_initial
+from plop_dist.training.adapters.placed import ranks_of, scaling_of
+from plop_dist.training.adapters.shards import AdapterShard, gather_lengths
 from plop_dist.values.placement import Placement
 
 
@@ -26,24 +27,24 @@ class TensorParallelLoRA(nn.Module):
     """A frozen AutoTP linear with its adapter added: y = base(x) + scaling * B A dropout(x).
 
     kind: `column` (x whole, output local), `row` (x local, output whole) or `replicated`. sizes: the shard lengths of
-    the sharded feature dimension, in the order of the group's ranks.
+    the sharded feature dimension, in the order of the group's ranks. The adapter's values are not set.
     """
 
     def __init__(
-        self, base: nn.Module, fqn: str, kind: str, sizes: tuple[int, ...], group: dist.ProcessGroup | None, *,
-        rank: int, scaling: float, dropout: float, seed: int,
+        self, base: nn.Module, fqn: str, kind: str, sizes: tuple[int, ...], group: dist.ProcessGroup, *,
+        rank: int, scaling: float, dropout: float,
     ):  # fmt: skip
         super().__init__()
         self.base_layer, self.fqn, self.kind = base, fqn, kind
-        self.sizes, self.group, self.scaling = sizes, group, scaling
+        self.group, self.scaling = group, scaling
+        self.sizes: tuple[int, ...] = sizes
         self.dropout = nn.Dropout(dropout)
-        local_out, local_in = base.weight.shape
-        in_features = sum(sizes) if kind == "row" else local_in
-        out_features = sum(sizes) if kind == "column" else local_out
-        A, B = initial_adapter(fqn, in_features, out_features, rank, seed)
-        own = dist.get_rank(group) if kind != "replicated" else 0
-        self.lora_A = self._parameter(A.split(sizes, dim=1)[own] if kind == "row" else A, kind == "row")
-        self.lora_B = self._parameter(B.split(sizes, dim=0)[own] if kind == "column" else B, kind == "column")
+        weight_OI = _weight_of(base)
+        local_out, local_in = weight_OI.shape
+        self.lora_A = nn.Parameter(torch.empty(rank, local_in, device=weight_OI.device))
+        self.lora_B = nn.Parameter(torch.empty(local_out, rank, device=weight_OI.device))
+        mark_sharded(self.lora_A, kind == "row")
+        mark_sharded(self.lora_B, kind == "column")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output, same shape and dtype, with the adapter's part added."""
@@ -67,37 +68,46 @@ class TensorParallelLoRA(nn.Module):
         mask = self.dropout(x.new_ones(*x.shape[:-1], sum(self.sizes)))
         return x * mask.split(self.sizes, dim=-1)[dist.get_rank(self.group)]
 
-    def _parameter(self, value: Tensor, is_sharded: bool) -> nn.Parameter:
-        parameter = nn.Parameter(value.to(self.base_layer.weight.device, copy=True).contiguous())
-        # DeepSpeed counts unmarked parameters once per tensor-parallel group when it clips gradients.
-        parameter.tensor_model_parallel = is_sharded  # type: ignore[attr-defined]
-        return parameter
+
+def mark_sharded(parameter: nn.Parameter, is_sharded: bool) -> None:
+    """Tell DeepSpeed, which otherwise counts the parameter on one rank alone when it clips gradients."""
+    parameter.tensor_model_parallel = is_sharded  # pyright: ignore[reportAttributeAccessIssue]  # a mark of Megatron's
 
 
-def add_adapters(model: nn.Module, placement: Placement, train: TrainConfig) -> list[AdapterShard]:
-    """Wrap the chosen modules of a model that AutoTP has sharded, freeze the rest, and return the adapters.
+def add_adapters(
+    model: nn.Module, placement: Placement, train: TrainConfig, group: dist.ProcessGroup
+) -> list[AdapterShard]:
+    """Wrap the chosen modules of a model that AutoTP has sharded over `group`, freeze the rest, return the adapters.
 
-    Raises PlacementError for a module that is absent or of a kind whose shards are not rows or columns of one weight.
+    They are set to the initial ones. Collective over `group`. Raises PlacementError for a module that is absent or of a
+    kind whose shards are not rows or columns of one weight.
     """
     model.requires_grad_(False)
+    ranks = ranks_of(placement)
+    bases = {fqn: _base(model, fqn) for fqn in ranks}
+    kinds = {fqn: _kind(base, fqn) for fqn, base in bases.items()}
+    lengths = [_weight_of(base).shape[1 if kinds[fqn] == "row" else 0] for fqn, base in bases.items()]
     shards = []
-    for fqn, rank in ranks_of(placement).items():
-        try:
-            base = model.get_submodule(fqn)
-        except AttributeError:
-            raise PlacementError(f"The model has no module '{fqn}'; score and place this model again.") from None
-        kind, sizes, group = _layout(base, fqn)
+    for (fqn, base), sizes in zip(bases.items(), gather_lengths(lengths, group), strict=True):
         wrapped = TensorParallelLoRA(
-            base, fqn, kind, sizes, group, rank=rank, scaling=scaling_of(placement),
-            dropout=train.lora_dropout, seed=train.seed,
+            base, fqn, kinds[fqn], sizes, group, rank=ranks[fqn], scaling=scaling_of(placement),
+            dropout=train.lora_dropout,
         )  # fmt: skip
         parent, _, name = fqn.rpartition(".")
         setattr(model.get_submodule(parent), name, wrapped)
         shards.append(wrapped.shard())
+    set_initial(shards, train.seed)
     return shards
 
 
-def _layout(base: nn.Module, fqn: str) -> tuple[str, tuple[int, ...], dist.ProcessGroup | None]:
+def _base(model: nn.Module, fqn: str) -> nn.Module:
+    try:
+        return model.get_submodule(fqn)
+    except AttributeError:
+        raise PlacementError(f"The model has no module '{fqn}'; score and place this model again.") from None
+
+
+def _kind(base: nn.Module, fqn: str) -> str:
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 
     # Subclasses shard blocks of fused weights: there a shard is not one run of rows.
@@ -107,12 +117,11 @@ def _layout(base: nn.Module, fqn: str) -> tuple[str, tuple[int, ...], dist.Proce
             f"'{fqn}' is a {type(base).__name__}, whose adapter cannot be sharded with AutoTP; exclude it with "
             "placement.exclude, or train with parallel.backend=megatron."
         )
-    if kind == "replicated":
-        return kind, (), None
-    group, axis = base.mp_group, 0 if kind == "column" else 1
-    sizes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(sizes, base.weight.shape[axis], group=group)
-    return kind, tuple(sizes), group
+    return kind
+
+
+def _weight_of(base: nn.Module) -> Tensor:
+    return base.get_parameter("weight")
 
 
 class _CopyTo(torch.autograd.Function):

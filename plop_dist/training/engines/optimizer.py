@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from plop_dist.config.schema import TrainConfig
-from plop_dist.training.adapters.shards import AdapterShard
+from plop_dist.training.adapters.shards import AdapterShard, parameters_of
+from plop_dist.training.sums import clip_factor, grad_norm
 
 
 class AdapterOptimizer:
@@ -33,7 +34,7 @@ class AdapterOptimizer:
             dp_group,
             norm_groups,
         )
-        self._parameters = [parameter for shard in shards for parameter in (shard.A, shard.B)]
+        self._parameters = parameters_of(shards)
         # In bfloat16 an update smaller than a 256th of the weight would be lost: AdamW works on float32 copies.
         self._masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self._parameters]
         # A pipeline stage may hold no adapter at all; torch refuses an optimizer without parameters.
@@ -49,15 +50,11 @@ class AdapterOptimizer:
 
         Collective over dp_group, the shards' groups and norm_groups.
         """
-        for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if self._dp_group is not None:
-                dist.all_reduce(parameter.grad, group=self._dp_group)
-        norm = self._grad_norm(device)
-        scale = min(1.0, self._max_norm / (norm + 1e-6))
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            master.grad = parameter.grad.to(master.dtype).mul_(scale)
+        gradients = [self._summed_gradient(parameter) for parameter in self._parameters]
+        norm = grad_norm(self._shards, device, self._norm_groups)
+        factor = clip_factor(norm, self._max_norm)
+        for gradient, master in zip(gradients, self._masters, strict=True):
+            master.grad = gradient.to(master.dtype).mul_(factor)
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 group["lr"] = learning_rate
@@ -84,18 +81,10 @@ class AdapterOptimizer:
         if self._adamw is not None:
             self._adamw.load_state_dict(state["optimizer"])
 
-    def _grad_norm(self, device: torch.device) -> float:
-        sharded, whole = {}, torch.zeros((), dtype=torch.float64, device=device)
-        for shard in self._shards:
-            for parameter, dim in ((shard.A, shard.A_dim), (shard.B, shard.B_dim)):
-                square = parameter.grad.float().square().sum(dtype=torch.float64)
-                if dim is None or shard.group is None:
-                    whole += square
-                else:
-                    sharded[shard.group] = sharded.get(shard.group, 0) + square
-        for group, square in sharded.items():
-            dist.all_reduce(square, group=group)
-            whole += square
-        for group in self._norm_groups:
-            dist.all_reduce(whole, group=group)
-        return float(whole) ** 0.5
+    def _summed_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = parameter.grad = torch.zeros_like(parameter)
+        if self._dp_group is not None:
+            dist.all_reduce(gradient, group=self._dp_group)
+        return gradient

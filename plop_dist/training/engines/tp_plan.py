@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,143 +11,111 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from plop_dist.backends.hf.load import load_model, load_tokenizer, meta_model
+from plop_dist.backends.hf.load import load_model, meta_model
 from plop_dist.backends.hf.tp_plan import scorable
 from plop_dist.config.schema import Config
 from plop_dist.errors import PlacementError
-from plop_dist.training import loop
-from plop_dist.training.adapters.initial import initial_adapter
-from plop_dist.training.adapters.shards import AdapterShard, check_complete, lora_config, save_peft_adapter
+from plop_dist.training.adapters.initial import set_initial
+from plop_dist.training.adapters.placed import check_complete, lora_config
+from plop_dist.training.adapters.saved import save_peft_adapter
+from plop_dist.training.adapters.shards import AdapterShard, gather_lengths, lora_layers
+from plop_dist.training.batch import Batch, batch_loss
+from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.optimizer import AdapterOptimizer
+from plop_dist.training.loop import StepEngine
 from plop_dist.values.placement import Placement
 
 _ADAPTER = "default"
 
 
-def train(
-    config: Config,
-    placement: Placement,
-    log: Callable[[dict[str, Any]], None],
-    data: loop.Data | None = None,
-) -> dict[str, Any]:
-    """Train the adapters of a model sharded by its tp_plan; see loop.run for what it returns and writes.
-
-    `data` replaces the configured training rows. Collective over all ranks.
-    """
-    if data is None:
-        from plop_dist.training.data import TrainingData
-
-        data = TrainingData(config, load_tokenizer(config.model))
-    return loop.run(HFTensorParallelEngine(config, placement), data, config, placement, log)
-
-
 class HFTensorParallelEngine:
-    """loop.Engine over a transformers model loaded with tp_plan="auto"."""
+    """An Engine over a transformers model loaded with tp_plan="auto"."""
 
     def __init__(self, config: Config, placement: Placement):
         self._config, self._placement = config, placement
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = init_device_mesh(device_type, (config.parallel.dp, config.parallel.tp), mesh_dim_names=("dp", "tp"))
-        self._tp_group, self.dp_group = mesh["tp"].get_group(), mesh["dp"].get_group()
+        self._tp_group = mesh["tp"].get_group()
+        self.dp_group: dist.ProcessGroup | None = mesh["dp"].get_group()
         self.dp_rank, self.dp_size = mesh["dp"].get_local_rank(), config.parallel.dp
         model = load_model(config.model, tp_plan="auto", device_mesh=mesh)
         self.device = next(model.parameters()).device
         self._model = _adapted(model, config, placement)
-        self._shards = _shards(self._model, self._tp_group, config.train.seed)
-        check_complete({shard.fqn for shard in self._shards}, placement)
-        self._optimizer = AdapterOptimizer(self._shards, config.train, self.dp_group)
+        self.shards = _shards(self._model, self._tp_group)
+        check_complete({shard.fqn for shard in self.shards}, placement)
+        set_initial(self.shards, config.train.seed)
+        self.optimizer = AdapterOptimizer(self.shards, config.train, self.dp_group)
 
-    def step(self, micro_batches: Sequence[loop.Batch], num_targets: int, learning_rate: float) -> tuple[float, float]:
-        """Run one optimizer step. See loop.Engine."""
+    def step(self, micro_batches: Sequence[Batch], num_targets: int, learning_rate: float) -> tuple[float, float]:
+        """Run one optimizer step. See Engine."""
         self._model.train()
         total = 0.0
         for batch in micro_batches:
-            loss = self._loss(batch)
+            loss = batch_loss(self._model, batch)
             (loss / num_targets).backward()
             total += float(loss.detach())
-        grad_norm = self._optimizer.step(learning_rate, self.device)
-        return loop.sum_over(self.dp_group, total, device=self.device)[0] / num_targets, grad_norm
+        return total, self.optimizer.step(learning_rate, self.device)
 
     @torch.no_grad()
-    def sum_loss(self, micro_batches: Sequence[loop.Batch]) -> float:
-        """Return the summed loss without gradients. See loop.Engine."""
+    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
+        """Return the summed loss without gradients. See Engine."""
         self._model.eval()
-        return sum(float(self._loss(batch)) for batch in micro_batches)
+        return sum(float(batch_loss(self._model, batch)) for batch in micro_batches)
 
-    def state(self) -> dict[str, Any]:
-        """Return this rank's adapter and optimizer state."""
-        return self._optimizer.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what state() returned."""
-        self._optimizer.load_state(state)
-
-    def tracked(self, with_head: bool) -> loop.Tracked:
-        """Return the adapted model for scoring. See loop.Engine."""
+    def tracked(self, with_head: bool) -> Tracked:
+        """Return the adapted model for scoring. See Engine."""
         base = self._model.get_base_model()
         model = scorable(base, meta_model(self._config.model), self._tp_group, with_head)
-        return loop.Tracked(model, self._shards, [base])
+        return Tracked(model, [base])
 
     def save_adapter(self, directory: Path) -> None:
         """Write the whole adapter in PEFT's format. Collective over all ranks."""
-        owns = self.dp_rank == 0 and dist.get_rank(self._tp_group) == 0
-        save_peft_adapter(directory, self._shards, self._placement, self._config, owns=owns)
+        save_peft_adapter(directory, self.shards, self._placement, self._config, dp_rank=self.dp_rank)
 
-    def _loss(self, batch: loop.Batch) -> torch.Tensor:
-        return loop.sum_token_losses(self._model(**loop.model_inputs(batch)).logits, batch["labels"])
+    def close(self) -> None:
+        """Give back nothing: there is no engine besides the model."""
 
 
-def _adapted(model: nn.Module, config: Config, placement: Placement) -> nn.Module:
+def _adapted(model: nn.Module, config: Config, placement: Placement) -> Any:
+    """Return the model wrapped by PEFT, its linears and adapters sized by what of them lies on this rank."""
     from peft import get_peft_model
 
     for module in model.modules():
         if isinstance(module, nn.Linear) and hasattr(module, "_hf_tp_plan"):
             # transformers 5.12.1 divides out_features once for the weight and once more for the bias.
             module.out_features, module.in_features = module.weight.shape
-    adapted = get_peft_model(model, lora_config(placement, config))
-    for _, module in _lora_layers(adapted):
-        for part in (module.lora_A[_ADAPTER], module.lora_B[_ADAPTER]):
+    wrapped: Any = model  # PEFT asks for transformers' class, of which load_model knows nothing
+    adapted = get_peft_model(wrapped, lora_config(placement, config))
+    for _, layer in lora_layers(adapted):
+        for part in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]):
             # PEFT 0.21.2 leaves the global in_features on a row-parallel A and then refuses its own input.
             part.out_features, part.in_features = part.weight.shape
     return adapted
 
 
-def _shards(model: nn.Module, tp_group: dist.ProcessGroup, seed: int) -> list[AdapterShard]:
-    """Return the adapters by the plan of their base linears, set to this rank's part of the initial adapter."""
-    layers = list(_lora_layers(model))
-    mine = [(m.lora_A[_ADAPTER].weight.shape[1], m.lora_B[_ADAPTER].weight.shape[0]) for _, m in layers]
-    shapes: list[Any] = [None] * dist.get_world_size(tp_group)
-    dist.all_gather_object(shapes, mine, group=tp_group)
-    shards = []
-    for index, (fqn, module) in enumerate(layers):
-        plan = getattr(module.get_base_layer(), "_hf_tp_plan", None)
-        if plan not in ("colwise", "rowwise", None):
-            raise PlacementError(
-                f"'{fqn}' is sharded by transformers' plan '{plan}', for which PEFT shards no adapter; exclude it with "
-                "placement.exclude, or train with another parallel.backend."
-            )
-        A_dim, B_dim = (1 if plan == "rowwise" else None), (0 if plan == "colwise" else None)
-        sizes = tuple(shape[index][0 if plan == "rowwise" else 1] for shape in shapes)
-        shard = AdapterShard(
-            fqn, module.lora_A[_ADAPTER].weight, module.lora_B[_ADAPTER].weight, A_dim, B_dim, sizes, tp_group
-        )
-        _set_initial(shard, seed)
-        shards.append(shard)
-    return shards
+def _shards(model: nn.Module, tp_group: dist.ProcessGroup) -> list[AdapterShard]:
+    """Return the adapters with the layout that the plan of their base linears gives them. Collective over tp_group.
 
-
-@torch.no_grad()
-def _set_initial(shard: AdapterShard, seed: int) -> None:
-    sizes, own = shard.sizes or (), dist.get_rank(shard.group)
-    in_features = sum(sizes) if shard.A_dim == 1 else shard.A.shape[1]
-    A, B = initial_adapter(shard.fqn, in_features, shard.B.shape[0], shard.A.shape[0], seed)
-    shard.A.copy_(A.split(sizes, dim=1)[own] if shard.A_dim == 1 else A)
-    shard.B.copy_(B)
-
-
-def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    Raises PlacementError for a plan under which PEFT shards no adapter.
+    """
+    layers = list(lora_layers(model))
+    plans = [_plan(fqn, layer) for fqn, layer in layers]
+    parts = [(layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight) for _, layer in layers]
+    local = [A.shape[1] if plan == "rowwise" else B.shape[0] for (A, B), plan in zip(parts, plans, strict=True)]
     return [
-        (path.removeprefix("base_model.model."), module)
-        for path, module in model.named_modules()
-        if _ADAPTER in getattr(module, "lora_A", {})
+        AdapterShard(fqn, A, B, 1 if plan == "rowwise" else None, 0 if plan == "colwise" else None, sizes, tp_group)
+        for (fqn, _), (A, B), plan, sizes in zip(layers, parts, plans, gather_lengths(local, tp_group), strict=True)
     ]
+
+
+def _plan(fqn: str, layer: Any) -> str | None:
+    plan = getattr(layer.get_base_layer(), "_hf_tp_plan", None)
+    if plan not in ("colwise", "rowwise", None):
+        raise PlacementError(
+            f"'{fqn}' is sharded by transformers' plan '{plan}', for which PEFT shards no adapter; exclude it with "
+            "placement.exclude, or train with another parallel.backend."
+        )
+    return plan
+
+
+ENGINE = StepEngine(HFTensorParallelEngine)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plop_dist.backends.hf.whole import whole_sites
-from plop_dist.training import loop
+from plop_dist.training.batch import count_targets, sum_token_losses
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModuleScore, TypeScore
@@ -72,10 +72,10 @@ def test_adapters_of_experts_load_in_peft_with_the_same_loss(tmp_path: Path) -> 
     adapted = PeftModel.from_pretrained(model, result["adapter"])
     with torch.no_grad():
         losses = [
-            loop.sum_token_losses(
+            sum_token_losses(
                 adapted(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
             )
             for batch in Rows().held_out
         ]
-    count = sum(loop.count_targets(batch) for batch in Rows().held_out)
+    count = sum(count_targets(batch) for batch in Rows().held_out)
     assert_equal("held-out loss", float(sum(losses)) / count, result["held_out_after"], tolerance=1e-5)

@@ -1,0 +1,61 @@
+"""A training micro-batch: what a model reads of it, and the loss of what the model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from plop_dist.backends.hf.model import is_packed
+
+Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, position_ids: (batch, sequence) int64
+IGNORED = -100  # the label that the loss skips
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """Return the arguments of a transformers model's forward pass for this micro-batch.
+
+    Packed rows go without a mask: only then transformers keeps samples apart, by their position_ids. Padding, always on
+    the right, is out of the real tokens' sight even so.
+    """
+    inputs: dict[str, Any] = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "use_cache": False,
+    }
+    if not is_packed(batch["position_ids"], batch["attention_mask"]):
+        inputs["attention_mask"] = batch["attention_mask"]
+    return inputs
+
+
+def sum_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed cross entropy of the next tokens, float32 scalar; labels of -100 are left out.
+
+    logits: (batch, sequence, vocab), any float dtype; labels: (batch, sequence), not shifted.
+    """
+    targets = labels[:, 1:].reshape(-1)
+    predictions = logits[:, :-1].reshape(-1, logits.size(-1)).float()
+    return cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def batch_loss(model: Callable[..., Any], batch: Batch) -> Tensor:
+    """Return sum_token_losses of what a model answers that is called as transformers' are."""
+    return sum_token_losses(model(**model_inputs(batch)).logits, batch["labels"])
+
+
+def count_targets(batch: Batch) -> int:
+    """Return how many next tokens of the micro-batch have a label."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def without_targets(batch: Batch) -> Batch:
+    """Return the same rows without any label."""
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the micro-batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}

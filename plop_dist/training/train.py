@@ -1,0 +1,54 @@
+"""Which engine continues the run: the one whose layout scored, TRL, or one that runs by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plop_dist.config.schema import Config
+from plop_dist.errors import ConfigError
+from plop_dist.registry import BACKENDS, EXTERNAL_ENGINES, TRAINING_ENGINES, import_attribute, load, names
+from plop_dist.training.engine import Data, Log, TrainingEngine
+from plop_dist.values.placement import Placement
+
+
+def train(config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
+    """Train the placement's adapters by train.method, and return the summary.
+
+    Of sft: held_out_before, held_out_after, num_steps, adapter. Of grpo: reward_first and reward_last instead of the
+    losses; or, with an engine that runs by itself, what was written for it. data: replaces the configured rows (sft).
+    Collective over all ranks. Raises UserError for what a layout cannot train.
+    """
+    name = engine_name(config)
+    engine = load_engine(name)
+    if config.train.method not in engine.methods:
+        raise ConfigError(
+            f"train.method is '{config.train.method}', but the training engine '{name}' knows only "
+            f"{', '.join(engine.methods)}; use one of these, or another layout."
+        )
+    return engine.train(config, placement, log, data)
+
+
+def engine_name(config: Config) -> str:
+    """Return the training engine of a configuration: a name in the registry, or an address "module:attribute".
+
+    For sft the backend's record says it of the layout. For grpo train.engine says it; auto: verl with Megatron, else
+    TRL. Raises ConfigError for TRL with Megatron.
+    """
+    is_megatron = config.parallel.backend == "megatron"
+    if config.train.method == "sft":
+        return load(BACKENDS, config.parallel.backend).training_engine(config)
+    if config.train.engine == "auto":
+        return "verl" if is_megatron else "trl"
+    if config.train.engine == "trl" and is_megatron:
+        raise ConfigError(
+            "train.engine is 'trl', but parallel.backend is 'megatron', which TRL cannot train; use train.engine=verl "
+            "or nemo-rl, or parallel.backend=deepspeed."
+        )
+    return config.train.engine
+
+
+def load_engine(name: str) -> TrainingEngine:
+    """Return the engine of a name or address. Raises ConfigError, MissingExtraError."""
+    if ":" in name:
+        return import_attribute(name, f"training engine '{name}'")
+    return load(EXTERNAL_ENGINES if name in names(EXTERNAL_ENGINES) else TRAINING_ENGINES, name)

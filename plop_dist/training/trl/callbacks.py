@@ -1,0 +1,91 @@
+"""What a TRL trainer does for us beside its steps: our log's entries, and the held-out loss."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from plop_dist import ranks
+from plop_dist.training.batch import Batch, batch_loss
+from plop_dist.training.engine import Log
+from plop_dist.training.loop import evaluate
+
+
+class LogCallback(TrainerCallback):
+    """Hands the Trainer's own log entries to ours, under our names; state.num_input_tokens_seen gives the speed."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._began, self._num_tokens = 0.0, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note what the step begins with."""
+        self._began, self._num_tokens = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Write one step's entry."""
+        if not logs or not {"loss", "reward"} & logs.keys():
+            return
+        speed = (state.num_input_tokens_seen - self._num_tokens) / (time.perf_counter() - self._began)
+        entry: dict[str, Any] = {"step": state.global_step, "tokens_per_second": float(speed)}
+        for key in ("loss", "learning_rate", "grad_norm", "reward", "reward_std", "kl"):
+            if logs.get(key) is not None:
+                entry[key] = float(logs[key])
+        means = {key.split("/")[1]: value for key, value in logs.items() if re.fullmatch(r"rewards/.+/mean", key)}
+        if len(means) > 1:
+            entry |= {f"reward/{name}": float(value) for name, value in means.items() if value is not None}
+        self._log(entry)
+
+
+class HeldOutCallback(TrainerCallback):
+    """Measures the held-out loss with the model that trains, once it exists and after the last step.
+
+    mark: the file that keeps the first loss for runs that continue this one.
+    """
+
+    def __init__(self, trainer: Any, held_out: Sequence[Batch], mark: Path) -> None:
+        self._trainer, self._held_out, self._mark = trainer, held_out, mark
+        self.before = self.after = float("nan")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure what training begins with. Collective over the world."""
+        if state.global_step == 0:
+            self.before = self._loss()
+            if ranks.rank() == 0:
+                self._mark.write_text(repr(self.before))
+        else:  # resumed: the untrained model was measured by the run that was cut off
+            self.before = float(self._mark.read_text())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure what training has come to. Collective over the world."""
+        self.after = self._loss()
+
+    def _loss(self) -> float:
+        return evaluate(_Replicas(self._trainer), self._held_out)
+
+
+class _Replicas:
+    """The Trainer's model as loop.evaluate reads it: every rank is a replica."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._model = trainer.model_wrapped
+        self.dp_rank = ranks.rank()
+        self.dp_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.dp_group: dist.ProcessGroup | None = dist.group.WORLD if self.dp_size > 1 else None
+        self.device: torch.device = trainer.args.device
+
+    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
+        """Return the summed loss without gradients. See Evaluating."""
+        was_training = self._model.training
+        self._model.eval()
+        with torch.no_grad():
+            losses = [batch_loss(self._model, batch) for batch in micro_batches]
+        self._model.train(was_training)
+        return float(sum(losses))

@@ -1,0 +1,95 @@
+"""Where a TRL trainer goes on from, the last whole checkpoint of this very run, and what it leaves: the adapter."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PrinterCallback
+
+from plop_dist import ranks
+from plop_dist.config.schema import Config
+from plop_dist.errors import RunDirError
+from plop_dist.training.checkpoint import WITHOUT_IT, fingerprint
+from plop_dist.values.files import write_text
+from plop_dist.values.placement import Placement
+
+_MARK = "depends_on.txt"
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoints_of(config: Config) -> Path:
+    """Return the directory of a run's checkpoints."""
+    return config.run_path / "train" / "checkpoints"
+
+
+def last_checkpoint(config: Config, placement: Placement) -> str | None:
+    """Return the last whole checkpoint of this very run, or None; others are removed. Collective over the world."""
+    directory, key = checkpoints_of(config), fingerprint(config, placement)
+    mark = directory / _MARK
+
+    def find() -> str | None:
+        if not mark.is_file() or mark.read_text() != key:
+            shutil.rmtree(directory, ignore_errors=True)
+            write_text(mark, key)
+            return None
+        whole = [path for path in directory.glob("checkpoint-*") if _is_whole(path)]
+        return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+    return ranks.agree(find)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    # trainer_state.json is what the Trainer writes last: without it a checkpoint was cut off.
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file():
+        return False
+    try:
+        json.loads(state.read_text())
+        for path in checkpoint.rglob("*.safetensors"):
+            with safe_open(path, "pt"):
+                pass
+        damaged = [path for path in checkpoint.rglob("*.pt*") if not zipfile.is_zipfile(path)]  # the rngs are .pth
+    except (ValueError, OSError, SafetensorError):
+        damaged = [state]
+    if damaged:
+        logger.warning("%s is damaged; %s", checkpoint, WITHOUT_IT)
+    return not damaged
+
+
+@contextmanager
+def saving_to(directory: Path) -> Iterator[None]:
+    """Raise RunDirError naming the directory when a checkpoint or an adapter cannot be written in the block."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        is_other_system_error = isinstance(error, OSError) and error.errno not in _UNWRITABLE
+        if is_other_system_error or (isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text):
+            raise
+        raise RunDirError(f"{directory} cannot be written: {text}; free space there, and run again.") from error
+
+
+def finish(trainer: Any, config: Config, resume: str | None) -> Path:
+    """Run a trainer to its end, from a checkpoint or from the start, and write the adapter; returns where that lies.
+
+    Collective over the world: at ZeRO-3 shards are gathered. Raises RunDirError.
+    """
+    trainer.remove_callback(PrinterCallback)  # it prints the dictionaries that our log already holds
+    with saving_to(checkpoints_of(config)):
+        trainer.train(resume_from_checkpoint=resume)
+    adapter = config.run_path / "train" / "adapter"
+    with saving_to(adapter):
+        trainer.save_model(str(adapter))
+    ranks.barrier()
+    return adapter

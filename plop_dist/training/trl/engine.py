@@ -1,0 +1,27 @@
+"""TRL as a training engine: trainers with a loop of their own, in one process and over replicas at any ZeRO stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from plop_dist.config.schema import Config
+from plop_dist.registry import import_attribute
+from plop_dist.training.engine import Data, Log
+from plop_dist.values.placement import Placement
+
+
+@dataclass(frozen=True)
+class TRLEngine:
+    """SFTTrainer and GRPOTrainer, each imported when it is to train."""
+
+    methods: tuple[str, ...] = ("sft", "grpo")
+
+    def train(self, config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
+        """Train with TRL's trainer of train.method. See TrainingEngine."""
+        method = config.train.method
+        train = import_attribute(f"plop_dist.training.trl.{method}:train", f"train.method {method}")
+        return train(config, placement, log, data)
+
+
+ENGINE = TRLEngine()

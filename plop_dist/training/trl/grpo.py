@@ -1,0 +1,129 @@
+"""Reinforcement learning with TRL's GRPOTrainer: groups of completions that the model in training generates."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]  # TRL exports them lazily
+
+from plop_dist.backends.hf.load import load_tokenizer
+from plop_dist.config.schema import Config
+from plop_dist.data.texts import Row
+from plop_dist.errors import ConfigError, MissingExtraError
+from plop_dist.training import rewards
+from plop_dist.training.data import prompts_of, split_rows
+from plop_dist.training.engine import Data, Log
+from plop_dist.training.trl.callbacks import LogCallback
+from plop_dist.training.trl.checkpoints import finish, last_checkpoint
+from plop_dist.training.trl.setup import adapted_model, trainer_arguments
+from plop_dist.training.trl.track import TrackCallback
+from plop_dist.values.placement import Placement
+
+_ROW = "row"  # the data set's column that leads from a prompt to its row
+
+
+def train(config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
+    """Train the adapters for reward; returns reward_first, reward_last, num_steps, adapter. See TrainingEngine.
+
+    Prompts and rewards are those of the configured rows. Collective over all ranks.
+    """
+    assert data is None, "data holds micro-batches with labels, and GRPO reads rows"
+    check(config)
+    settings = config.train
+    row_set, _ = split_rows(config)
+    functions = trl_rewards(row_set.rows, rewards.load_rewards(settings.rewards, row_set.rows, settings.answer_field))
+    tokenizer = load_tokenizer(config.model)
+    prompts = prompts_of(row_set, settings, tokenizer)
+    resume = last_checkpoint(config, placement)
+    arguments = _arguments(config)
+    history = RewardHistory(log)
+    trainer = GRPOTrainer(
+        model=adapted_model(config, placement),
+        args=arguments,
+        reward_funcs=functions,
+        train_dataset=Dataset.from_dict({"prompt": prompts, _ROW: list(range(len(prompts)))}),
+        processing_class=tokenizer,
+        callbacks=[LogCallback(history)],
+    )
+    if settings.track_nfn_every is not None:
+        trainer.add_callback(TrackCallback(trainer, config, placement, tokenizer, log))
+    adapter = finish(trainer, config, resume)
+    return {**history.summary(), "num_steps": trainer.state.global_step, "adapter": str(adapter)}
+
+
+def check(config: Config) -> None:
+    """Raise UserError for what TRL's GRPO cannot do, before any weight is loaded."""
+    train, parallel = config.train, config.parallel
+    if parallel.tp > 1 or parallel.pp > 1:
+        raise ConfigError(
+            f"train.method is 'grpo' with parallel.tp {parallel.tp} and parallel.pp {parallel.pp}; TRL trains replicas "
+            "only: use parallel.backend=deepspeed with dp and zero_stage, or parallel.backend=megatron with verl."
+        )
+    if train.packing:
+        raise ConfigError("train.packing is true with train.method grpo, which has nothing to pack; set it to false.")
+    per_step = train.micro_batch_size * train.gradient_accumulation_steps * parallel.dp
+    if per_step % train.num_generations:
+        raise ConfigError(
+            f"train.micro_batch_size * gradient_accumulation_steps * parallel.dp = {per_step} completions per step, "
+            f"which train.num_generations = {train.num_generations} does not divide; change one of them."
+        )
+    if train.use_vllm and not torch.cuda.is_available():
+        raise ConfigError("train.use_vllm is true, but there is no GPU, which vLLM needs; set train.use_vllm=false.")
+    if train.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError("train.use_vllm needs the package 'vllm', which is not installed: pip install vllm")
+
+
+def trl_rewards(rows: Sequence[Row], own: Mapping[str, rewards.Reward]) -> list[Any]:
+    """Return the rewards as TRL calls them: it hands over the rows' indices, they see the rows' columns."""
+    columns = sorted({key for row in rows for key in row} - {"prompts", "completions"})
+
+    def adapt(name: str, reward: rewards.Reward) -> Callable[..., list[float | None]]:
+        call = rewards.checked(name, reward)
+
+        def on_rows(prompts: Sequence[str], completions: Sequence[str], **given: Any) -> list[float | None]:
+            chosen = [rows[index] for index in given[_ROW]]
+            return call(prompts, completions, **{key: [row.get(key) for row in chosen] for key in columns})
+
+        on_rows.__name__ = name
+        return on_rows
+
+    return [adapt(name, reward) for name, reward in own.items()]
+
+
+class RewardHistory:
+    """A log that keeps every step's reward on the way to the run's own log."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._rewards: list[float] = []
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        """Note the entry's reward, if any completion of the step was rated, and pass the entry on."""
+        if "reward" in entry:
+            self._rewards.append(entry["reward"])
+        self._log(entry)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the first and the last reward, and a note where there was none."""
+        if not self._rewards:
+            note = "train.rewards rated no completion: nothing was learned."
+            return {"note": note, "reward_first": None, "reward_last": None}
+        return {"reward_first": self._rewards[0], "reward_last": self._rewards[-1]}
+
+
+def _arguments(config: Config) -> GRPOConfig:
+    train = config.train
+    arguments = {
+        **trainer_arguments(config),
+        "num_generations": train.num_generations,
+        "max_completion_length": train.max_completion_length,
+        "temperature": train.temperature,
+        "use_vllm": train.use_vllm,
+    }
+    if train.use_vllm:
+        arguments["vllm_mode"] = "colocate"
+    return GRPOConfig(**arguments)
