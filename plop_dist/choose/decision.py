@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from plop_dist.choose.candidates import Candidates, Eligible, find_candidates, find_eligible
-from plop_dist.choose.policy import Policy, Rule, policy_of
+from plop_dist.choose.candidates import Eligible, find_candidates, find_eligible
+from plop_dist.choose.policy import Policy, policy_of
+from plop_dist.choose.units import Candidates, Rule
 from plop_dist.config.loading import parse_section
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import PlacementError

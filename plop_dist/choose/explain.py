@@ -12,7 +12,8 @@ import numpy as np
 
 from plop_dist.choose.decision import Decision, decide, decide_for, share_of
 from plop_dist.choose.place import ordered_types
-from plop_dist.choose.policy import Policy, rank_function
+from plop_dist.choose.policy import Policy
+from plop_dist.choose.units import rank_function
 from plop_dist.errors import ConfigError, PlacementError, ScoresError
 from plop_dist.registry import POLICIES, load
 from plop_dist.values.adapter_size import AdapterSizes

@@ -10,20 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
+from plop_dist.choose.units import Candidates, Rule
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.registry import POLICIES, load
 from plop_dist.values.scores import Projection, TypeScore
-
-if TYPE_CHECKING:
-    from plop_dist.choose.candidates import Candidates
-
-# From the NFN of each unit, (b, U) float64, NaN where a unit has no token, to what is chosen: (b, U), bool.
-Rule = Callable[[np.ndarray], np.ndarray]
-RankOf = Callable[[Projection], int]
 
 
 class Policy(ABC):
@@ -119,11 +113,3 @@ class Policy(ABC):
 def policy_of(config: PlacementConfig) -> Policy:
     """Return the policy that a configuration names. Raises ConfigError as registry.load does."""
     return load(POLICIES, config.policy)
-
-
-def rank_function(config: PlacementConfig) -> RankOf:
-    """Return the LoRA rank of each projection under a configuration: its path's rank, its type's, or the common one."""
-    pattern, rank = config.rank_pattern, config.rank
-    if not pattern:
-        return lambda projection: rank
-    return lambda projection: pattern.get(projection.fqn, pattern.get(projection.type, rank))

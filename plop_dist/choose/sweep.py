@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from plop_dist.choose.candidates import Candidates, find_eligible
+from plop_dist.choose.candidates import find_eligible
 from plop_dist.choose.decision import Decision, decide_for, resolve_policy
 from plop_dist.choose.policies.lowest_highest import choose_first
+from plop_dist.choose.units import Candidates
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import PlacementError
 from plop_dist.values.sample_totals import SampleTotals

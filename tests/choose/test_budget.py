@@ -9,9 +9,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plop_dist.choose.candidates import Candidates, find_candidates
+from plop_dist.choose.candidates import find_candidates
 from plop_dist.choose.policies.budget import BudgetRule
 from plop_dist.choose.policies.lowest_highest import choose_first
+from plop_dist.choose.units import Candidates
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import PlacementError
 from plop_dist.values.adapter_size import num_trainable_parameters
@@ -54,10 +55,8 @@ def plain_choice(candidates: Candidates, values_U: np.ndarray, limit: int) -> np
 
     def cost(units: list[int]) -> int:
         modules = [m for m, unit in zip(candidates.modules, candidates.unit_M, strict=True) if unit in units]
-        rank_of = {
-            m.fqn: config.rank_pattern.get(m.type, config.rank) for m in (*modules, *candidates.eligible.left_out)
-        }
-        return num_trainable_parameters(modules, lambda m: rank_of[m.fqn], candidates.eligible.left_out)
+        rank_of = {m.fqn: config.rank_pattern.get(m.type, config.rank) for m in (*modules, *candidates.left_out)}
+        return num_trainable_parameters(modules, lambda m: rank_of[m.fqn], candidates.left_out)
 
     everything = list(range(len(values_U)))
     is_additive = sum(cost([unit]) for unit in everything) == cost(everything)

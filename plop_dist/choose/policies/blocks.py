@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
-from plop_dist.choose.candidates import Candidates
-from plop_dist.choose.policy import Policy, Rule
+from plop_dist.choose.policy import Policy
+from plop_dist.choose.units import Candidates, Rule
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.values.scores import Projection
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from plop_dist.choose.candidates import Candidates
 from plop_dist.choose.policies.lowest_highest import LowestK
-from plop_dist.choose.policy import Rule, rank_function
+from plop_dist.choose.units import Candidates, Rule, rank_function
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import ConfigError, PlacementError
 from plop_dist.values.scores import TypeScore

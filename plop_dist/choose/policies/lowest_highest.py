@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from plop_dist.choose.candidates import Candidates
-from plop_dist.choose.policy import Policy, Rule
+from plop_dist.choose.policy import Policy
+from plop_dist.choose.units import Candidates, Rule
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import PlacementError
 from plop_dist.values.scores import TypeScore
