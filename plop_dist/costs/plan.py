@@ -8,7 +8,8 @@ from pathlib import Path
 from plop_dist.config.schema import Config, DataConfig
 from plop_dist.costs.footprint import Shape, Stage, build_stages, on_one_rank
 from plop_dist.data.rows import load_rows
-from plop_dist.data.samples import render, select_rows, tokenize
+from plop_dist.data.samples import select_rows, tokenize
+from plop_dist.data.texts import render
 from plop_dist.errors import ModelError
 from plop_dist.registry import BACKENDS, load
 from plop_dist.values.adapter_size import num_trainable_parameters
