@@ -30,6 +30,7 @@ def _decide(rank: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_decision_and_an_error_of_rank_0_reach_every_rank() -> None:
     first, second = run_ranks(2, _decide)
     assert first == ["by 0", "DataError: no rows", "_OwnError: of another"]

@@ -27,6 +27,7 @@ print(found.backend, found.wrapper, sorted({name.split(".")[0] for name in set(s
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["deepspeed", "megatron", "peft", "trl", "ray"])
 def test_a_plain_model_is_recognised_without_another_framework(framework: str) -> None:
     assert imported()[:2] == ["transformers", "plain"]

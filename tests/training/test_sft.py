@@ -229,6 +229,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, caplog: 
     assert "checkpoint-4 is damaged; training goes on from an earlier checkpoint" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_full_disk_names_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -299,6 +300,7 @@ class Unpacked:
         return batch if at < len(examples) else without_targets(batch)
 
 
+@pytest.mark.slow
 def test_packed_samples_do_not_see_each_other(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     placement = make_placement(tiny("llama"))

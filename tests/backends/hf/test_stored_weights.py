@@ -19,6 +19,8 @@ from plop_dist.errors import ModelError
 from tests.cli.cases import assert_one_message, plop_dist, write_case
 from tests.models import FAMILIES, save_tiny, tiny
 
+FAST = ("llama", "qwen3_moe")
+
 
 def as_saved(family: str, folder: Path, **overrides: Any) -> None:
     """Names and parts as transformers writes them: experts one by one, under the hub's names."""
@@ -59,7 +61,10 @@ def test_nothing_is_missing_from_a_whole_folder(
     assert check_stored_weights(*twin_of(tmp_path)) == ()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [name if name in ("llama", "qwen3_moe") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 def test_each_tensor_that_is_lost_is_missed_and_nothing_is_allocated(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path)
     _, twin = twin_of(tmp_path)
