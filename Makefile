@@ -12,7 +12,7 @@ AREAS := $(patsubst tests/%/,%,$(filter-out tests/parsers/ tests/older/,$(wildca
 LANES := test-fast test-newest test-fuzz test-rare test-gpu
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test lint $(LANES)
+.PHONY: help setup demo bench-scale test lint $(LANES)
 
 help: ## this text
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 @/' | column -t -s @
@@ -39,6 +39,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## score, place, export, train and report on a model that needs no download
 	$(BIN)/plop-dist run configs/quickstart.yaml
+
+bench-scale: setup ## time per module of scoring, place, export and report, from 1,600 modules to 24,500
+	$(BIN)/plop-dist bench --scale
 
 # The frameworks that placements are exported to, each with the little that its parser needs to be imported, apart
 # from .venv and from each other. Their tests are skipped, and say so, where one cannot be installed.

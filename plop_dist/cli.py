@@ -221,13 +221,25 @@ def diff(run_dir: given.RunDirectory, adapter_config: given.AdapterConfig) -> No
 
 @command(LOOK_UP)
 def bench(
-    config: given.ConfigFile, overrides: given.Overrides = None, ranks: given.Ranks = 1, repeats: given.Repeats = 5
+    config: given.OptionalConfigFile = None,
+    overrides: given.Overrides = None,
+    ranks: given.Ranks = 1,
+    repeats: given.Repeats = 5,
+    scale: given.Scale = False,
 ) -> None:
     """Measure on this machine what scoring costs."""
-    from plop_dist.costs.bench import run_bench
-    from plop_dist.report.cost_tables import print_bench
+    from plop_dist.report import cost_tables
 
-    print_bench(run_bench(_config(config, overrides), ranks=ranks, repeats=repeats))
+    if scale:
+        from plop_dist.costs.scale import measure_scale
+
+        cost_tables.print_scale(measure_scale([sys.executable, "-m", "plop_dist.cli"]))
+        return
+    from plop_dist.costs.bench import run_bench
+
+    if config is None:
+        raise typer.BadParameter("Missing argument 'CONFIG'; only --scale needs none.")
+    cost_tables.print_bench(run_bench(_config(config, overrides), ranks=ranks, repeats=repeats))
 
 
 def _config(path: Path, overrides: list[str] | None) -> Any:

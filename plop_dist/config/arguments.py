@@ -111,3 +111,10 @@ Ranks = Annotated[
     int, typer.Option("--ranks", help="Also measure communication and weak scaling up to this many ranks.", min=1)
 ]
 Repeats = Annotated[int, typer.Option("--repeats", help="Repetitions of every variant; their median counts.", min=1)]
+OptionalConfigFile = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help="YAML configuration; needed unless --scale.")
+]
+Scale = Annotated[
+    bool,
+    typer.Option("--scale", help="Instead: what a module costs in tiny models of 1,600, 6,500 and 24,500 modules."),
+]

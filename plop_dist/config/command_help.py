@@ -130,10 +130,12 @@ Example:
     plop-dist diff runs/gsm8k my-adapter/adapter_config.json
 """,
     "bench": """\
-Ratios of time and memory to a plain forward pass, and to the algorithm of the paper's own script.
+Ratios of time and memory to a plain forward pass, and to the algorithm of the paper's own script. With --scale:
+whether scoring, place, export and report cost the same per module in large models as in small ones; takes minutes.
 
-Example:
+Examples:
 
     plop-dist bench quickstart.yaml --ranks 2
+    plop-dist bench --scale
 """,
 }

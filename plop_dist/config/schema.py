@@ -248,11 +248,3 @@ class Config(_Section):
     def run_path(self) -> Path:
         """run_dir as a path."""
         return Path(self.run_dir)
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of the configuration, by which editors complete and check YAML.
-
-    The names of backends, policies, export targets and rewards are those that are installed here.
-    """
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}

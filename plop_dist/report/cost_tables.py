@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from plop_dist.costs.bench import HEADLESS, SCORING, STRAIGHTFORWARD, WITH_LOGITS, Bench
 from plop_dist.costs.plan import Plan
+from plop_dist.costs.scale import Scale
 from plop_dist.report.grid import Grid, show, show_line
 
 
@@ -100,6 +102,27 @@ def print_bench(bench: Bench) -> None:
             ]
         )
     show(grid)
+
+
+def print_scale(scales: Sequence[Scale]) -> None:
+    """Print what a module costs at each size, as ratios to the smallest, and the peak memory of the report."""
+    first = scales[0]
+    sizes = [f"{scale.num_sites:,}" for scale in scales]
+    headers = [
+        "step",
+        *(f">s at {size}" for size in sizes),
+        f">µs per module at {sizes[0]}",
+        *(f">x at {size}" for size in sizes),
+    ]
+    grid = Grid("Time per hooked module, as ratios to the smallest model", headers)
+    for step in first.seconds:
+        seconds = [f"{scale.seconds[step]:.2f}" for scale in scales]
+        ratios = [f"{scale.per_module(step) / first.per_module(step):.2f}" for scale in scales]
+        grid.rows.append([step, *seconds, f"{1e6 * first.per_module(step):.0f}", *ratios])
+    show(grid)
+    modules = ", ".join(f"{scale.num_modules:,}" for scale in scales)
+    peaks = ", ".join(bytes_text(scale.report_peak_bytes) for scale in scales)
+    show_line(f"modules with a score: {modules} · peak memory of plop-dist report: {peaks}")
 
 
 def bytes_text(number: int) -> str:

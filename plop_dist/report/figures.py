@@ -9,10 +9,13 @@ from typing import Any
 
 from plop_dist.choose.place import ordered_types
 from plop_dist.choose.sweep import Sweep
+from plop_dist.report.spread import FoldedType, Spread, cells, spread_of
 from plop_dist.values.placement import Placement
-from plop_dist.values.scores import ModuleScore, Scores
+from plop_dist.values.scores import Scores
 
 Figure = dict[str, Any]
+
+_MOST_POINTS = 1000
 
 _CHOSEN, _OTHER, _LINE = "var(--accent)", "var(--muted)", "var(--soft)"
 
@@ -49,34 +52,75 @@ def types_figure(scores: Scores, placement: Placement | None) -> Figure:
 
 
 def heatmap_figure(scores: Scores) -> Figure:
-    """Return NFN by layer and type; a cell with several modules (experts) shows their mean."""
-    cells: dict[tuple[str, str], list[ModuleScore]] = defaultdict(list)
-    layers = sorted({-1 if module.layer is None else module.layer for module in scores.modules})
-    for module in scores.modules:
-        cells[module.type, _layer_name(-1 if module.layer is None else module.layer)].append(module)
-    types, columns = ordered_types(scores), [_layer_name(layer) for layer in layers]
-    values = [[_mean([m.nfn for m in cells.get((name, column), [])]) for column in columns] for name in types]
-    texts = [[_cell_text(cells.get((name, column), [])) for column in columns] for name in types]
+    """Return NFN by layer and type; a cell with several modules (experts) shows their mean, and tells their spread."""
+    found = {cell: spread_of(modules) for cell, modules in cells(scores).items()}
+    types, layers = ordered_types(scores), sorted({layer for _, layer in found})
+    rows = [[found.get((name, layer)) for layer in layers] for name in types]
     heat: Figure = {
         "type": "heatmap",
-        "x": columns,
+        "x": [_layer_name(layer) for layer in layers],
         "y": [_safe(name) for name in types],
-        "z": values,
-        "text": texts,
+        "z": [[None if spread is None else spread.nfn for spread in row] for row in rows],
+        "text": [["" if spread is None else _cell_text(spread) for spread in row] for row in rows],
         "hovertemplate": "%{text}<extra></extra>",
         "hoverongaps": False,
         "colorscale": "Viridis",
         "reversescale": True,
         "colorbar": {"title": {"text": "NFN"}, "thickness": 12},
-        "xgap": 1,
+        "xgap": 1 if len(layers) <= 48 else 0,
         "ygap": 1,
     }
     layout = {
         "height": 140 + 30 * len(types),
-        "xaxis": {"title": {"text": "layer"}, "type": "category"},
+        "xaxis": {"title": {"text": "layer"}, "type": "category", "tickangle": 0, "nticks": 8, "automargin": True},
         "yaxis": {"autorange": "reversed", "automargin": True},
     }
     return {"data": [heat], "layout": layout}
+
+
+def folded_figure(types: Sequence[FoldedType]) -> Figure | None:
+    """Return a strip for each type that has many modules in a layer: where these lie in each layer; None for none."""
+    if not types:
+        return None
+    traces, notes = [], []
+    layout: Figure = {"height": 60 + 190 * len(types), "showlegend": False, "annotations": notes}
+    room = 1 / len(types)
+    for index, entry in enumerate(types):
+        suffix, top = "" if index == 0 else str(index + 1), 1 - index * room
+        is_last = index == len(types) - 1
+        layout[f"xaxis{suffix}"] = {
+            "anchor": f"y{suffix}", "matches": "x", "showticklabels": is_last,
+            "title": {"text": "layer" if is_last else ""},
+        }  # fmt: skip
+        layout[f"yaxis{suffix}"] = {"domain": [top - 0.8 * room, top], "title": {"text": "NFN"}}
+        at = {"xref": "paper", "yref": "paper", "x": 0, "y": top, "xanchor": "left", "yanchor": "bottom"}
+        notes.append({"text": f"<b>{_safe(entry.type)}</b>", "showarrow": False, **at})
+        traces += [{**trace, "xaxis": f"x{suffix}", "yaxis": f"y{suffix}"} for trace in _strip(entry)]
+    return {"data": traces, "layout": layout}
+
+
+def _strip(entry: FoldedType) -> list[Figure]:
+    spreads = list(entry.by_layer.values())
+    x = [_layer_name(layer) if layer < 0 else layer for layer in entry.by_layer]
+    quiet = {"type": "scatter", "x": x, "hoverinfo": "skip"}
+    edges = [{**quiet, "mode": "lines", "line": {"width": 0}, "y": [s.quantiles[i] for s in spreads]} for i in range(5)]
+    ends = [[spread.lowest.nfn for spread in spreads], [spread.highest.nfn for spread in spreads]]
+    return [
+        edges[0],
+        {**edges[4], "fill": "tonexty", "fillcolor": "var(--band)"},
+        edges[1],
+        {**edges[3], "fill": "tonexty", "fillcolor": "var(--core)"},
+        *({**quiet, "mode": "markers", "marker": {"size": 3, "color": _OTHER}, "y": y} for y in ends),
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": x,
+            "y": [spread.quantiles[2] for spread in spreads],
+            "line": {"color": _CHOSEN, "width": 2},
+            "text": [_cell_text(spread) for spread in spreads],
+            "hovertemplate": "layer %{x}<br>%{text}<extra></extra>",
+        },
+    ]
 
 
 def samples_figure(sweep: Sweep) -> Figure:
@@ -127,27 +171,31 @@ def _over_steps(lines: list[Figure], title: str) -> Figure | None:
 
 
 def _trace(name: str, x: list[Any], y: list[Any], line: Figure) -> Figure:
+    if len(x) > _MOST_POINTS:  # more than a screen has dots; the last one stays
+        step = -(-len(x) // _MOST_POINTS)
+        x, y = x[::-step][::-1], y[::-step][::-1]
     mode = "lines+markers" if len(x) < 30 else "lines"
     return {"type": "scatter", "mode": mode, "name": name, "x": x, "y": y, "line": line}
 
 
-def _cell_text(modules: Sequence[ModuleScore]) -> str:
-    if not modules:
-        return ""
-    tokens = sum(module.num_tokens for module in modules)
-    name = _safe(modules[0].fqn) if len(modules) == 1 else f"{len(modules)} modules, from {_safe(modules[0].fqn)}"
+def _cell_text(spread: Spread) -> str:
+    means = (
+        f"NFN {spread.nfn:.4f}<br>gain {spread.gain:.4g}<br>baseline {spread.baseline:.4g}"
+        f"<br>{spread.num_tokens:,} tokens"
+    )
+    if spread.num_modules == 1:
+        return f"{_safe(spread.lowest.fqn)}<br>{means}"
+    low, median, high = (spread.quantiles[index] for index in (0, 2, 4))
     return (
-        f"{name}<br>NFN {_mean([m.nfn for m in modules]):.4f}<br>gain {_mean([m.gain for m in modules]):.4g}"
-        f"<br>baseline {_mean([m.baseline for m in modules]):.4g}<br>{tokens:,} tokens"
+        f"{spread.num_modules} modules, on average:<br>{means}"
+        f"<br>median {median:.4f}, 5% to 95%: {low:.4f} to {high:.4f}"
+        f"<br>lowest {spread.lowest.nfn:.4f}: {_safe(spread.lowest.fqn)}"
+        f"<br>highest {spread.highest.nfn:.4f}: {_safe(spread.highest.fqn)}"
     )
 
 
 def _layer_name(layer: int) -> str:
     return "outside" if layer < 0 else str(layer)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _is_number(value: Any) -> bool:

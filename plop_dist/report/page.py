@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plop_dist.choose.decision import decide
+from plop_dist.choose.decision import decide_for
 from plop_dist.choose.diagnostics import diagnose
 from plop_dist.choose.explain import explain
 from plop_dist.choose.sweep import sweep, sweep_of
+from plop_dist.config.loading import parse_section
+from plop_dist.config.schema import PlacementConfig
 from plop_dist.registry import missing_extra
 from plop_dist.report import figures
 from plop_dist.report.redact import redact
+from plop_dist.report.spread import folded_types
 from plop_dist.report.terminal import interval_text, percent, short_list
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.trained import read_trained
@@ -27,7 +30,8 @@ def write_report(run_dir: RunDir) -> Path:
 
     Reads scores.json (required) and samples.safetensors, placement.json, train/log.jsonl, train/summary.json,
     config.yaml and command.txt where they exist. plotly.js is part of the page; secrets are left out of it.
-    Raises ScoresError when scores.json is missing or malformed, MissingExtraError without plotly or jinja2.
+    Raises ScoresError for a file that is missing or malformed, ConfigError for the policy of a placement that cannot be
+    read, MissingExtraError without plotly or jinja2.
     """
     try:
         import jinja2
@@ -52,38 +56,58 @@ def build_context(run_dir: RunDir) -> dict[str, Any]:
     """Return everything the template shows, without secrets. Raises ScoresError as write_report does."""
     placement = Placement.from_file(run_dir.placement) if run_dir.placement.is_file() else None
     scores = placement.source if placement is not None else Scores.from_file(run_dir.scores)
-    log, num_unreadable = _read_log(run_dir.training_log)
-    trained = read_trained(run_dir)
-    is_earlier = trained is not None and not trained.is_of_placement
-    if is_earlier:
-        log = []
-    summary = trained.summary if trained is not None and not is_earlier else None
-    decision = None if placement is None else decide(scores, **placement.policy)
-    swept = sweep(scores) if decision is None else sweep_of(decision)
+    context: dict[str, Any] = {
+        "scores": redact(scores.model_dump(mode="json", by_alias=True, exclude={"modules", "left_out"})),
+        "num_modules": len(scores.modules),
+        "folded": folded_types(scores),
+        **_choice(run_dir, scores, placement),
+        **_training(run_dir),
+        "config": redact(_read_text(run_dir.config)),
+        "command": redact(_read_text(run_dir.command)),
+    }
     charts = {
         "types": figures.types_figure(scores, placement),
         "heatmap": figures.heatmap_figure(scores),
-        "samples": figures.samples_figure(swept) if swept.by_samples else None,
-        "loss": figures.training_figure([*log, *_held_out(summary)], "loss", "loss", held_out=True),
-        "reward": figures.training_figure(log, "reward", "reward"),
-        "nfn": figures.tracked_nfn_figure(log),
+        "folded": figures.folded_figure(context["folded"]),
+        "samples": figures.samples_figure(context["sweep"]) if context["sweep"].by_samples else None,
+        **context.pop("training_charts"),
     }
-    config = _read_text(run_dir.config)
-    command = _read_text(run_dir.command)
+    return {**context, "charts": redact({name: chart for name, chart in charts.items() if chart is not None})}
+
+
+def _choice(run_dir: RunDir, scores: Scores, placement: Placement | None) -> dict[str, Any]:
+    """Return what the page says of the choice, or of what there is to choose from."""
+    if placement is None:
+        nothing = {"placement": None, "num_chosen": 0, "explanation": None}
+        return {**nothing, "diagnostics": diagnose(scores), "sweep": sweep(scores)}
+    policy = parse_section(PlacementConfig, placement.policy, source=f"{run_dir.placement}: policy")
+    decision = decide_for(scores, policy)
     return {
-        "scores": redact(scores.model_dump(mode="json", by_alias=True, exclude={"modules", "left_out"})),
-        "num_modules": len(scores.modules),
-        "placement": None if placement is None else redact(placement.model_dump(mode="json", exclude={"modules"})),
-        "num_chosen": 0 if placement is None else len(placement.modules),
-        "explanation": None if placement is None else explain(scores, placement, decision),
+        "placement": redact(placement.model_dump(mode="json", exclude={"modules"})),
+        "num_chosen": len(placement.modules),
+        "explanation": explain(scores, placement, decision),
         "diagnostics": diagnose(scores, placement, decision),
-        "sweep": swept,
-        "charts": redact({name: chart for name, chart in charts.items() if chart is not None}),
+        "sweep": sweep_of(decision),
+    }
+
+
+def _training(run_dir: RunDir) -> dict[str, Any]:
+    """Return what the page says of the training; nothing of one that belongs to an earlier placement."""
+    trained = read_trained(run_dir)
+    is_earlier = trained is not None and not trained.is_of_placement
+    summary = None if trained is None or is_earlier else trained.summary
+    log, num_unreadable = _read_log(run_dir.training_log)
+    if is_earlier:
+        log = []
+    return {
         "training": redact(summary),
         "is_of_earlier_placement": is_earlier,
         "num_unreadable": num_unreadable,
-        "config": redact(config),
-        "command": redact(command),
+        "training_charts": {
+            "loss": figures.training_figure([*log, *_held_out(summary)], "loss", "loss", held_out=True),
+            "reward": figures.training_figure(log, "reward", "reward"),
+            "nfn": figures.tracked_nfn_figure(log),
+        },
     }
 
 

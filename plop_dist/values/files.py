@@ -118,9 +118,15 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return the arrays and the metadata of a safetensors file. Raises ScoresError if it is missing or malformed."""
     from safetensors import SafetensorError, safe_open
 
+    arrays = {}
     try:
         with safe_open(path, framework="np") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
+            names, metadata = list(handle.keys()), dict(handle.metadata() or {})
+        for name in names:
+            # The file is mapped while it is open: what has been copied counts twice until it is closed again.
+            with safe_open(path, framework="np") as handle:
+                arrays[name] = handle.get_tensor(name)
+        return arrays, metadata
     except (SafetensorError, OSError) as error:
         raise ScoresError(f"{path} cannot be read as safetensors: {error}; delete it and score again.") from error
 

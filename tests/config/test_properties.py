@@ -10,8 +10,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from plop_dist.config.json_schema import json_schema
 from plop_dist.config.loading import load_config, parse_config, parse_section
-from plop_dist.config.schema import Config, EstimatorConfig, PlacementConfig, json_schema
+from plop_dist.config.schema import Config, EstimatorConfig, PlacementConfig
 from plop_dist.errors import ConfigError, LayoutError
 from plop_dist.registry import BACKENDS, EXPORTERS, names
 

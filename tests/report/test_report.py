@@ -13,12 +13,13 @@ import pytest
 import plop_dist
 from plop_dist.errors import MissingExtraError, ScoresError
 from plop_dist.report import write_report
+from plop_dist.report.figures import training_figure
 from plop_dist.report.redact import redact
 from plop_dist.report.terminal import print_training
 from plop_dist.rundir.layout import RunDir
 from plop_dist.values.files import content_hash
 from plop_dist.values.scores import Scores
-from tests.choose.cases import make_scores
+from tests.choose.cases import make_scores, scores_of
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>/*plotly*/"
 
@@ -127,6 +128,56 @@ def test_scores_alone_make_a_page(tmp_path: Path) -> None:
     page = Page(write_report(RunDir(tmp_path)).read_text())
     assert "nothing is chosen yet" in page.text
     assert "chart-samples" not in page.ids
+
+
+def test_many_experts_are_folded_and_the_page_stays_small(tmp_path: Path) -> None:
+    sizes = []
+    for num_experts in (8, 256):
+        directory = tmp_path / str(num_experts)
+        directory.mkdir()
+        scores_with_experts(num_experts).to_file(directory / "scores.json")
+        page = Page(write_report(RunDir(directory)).read_text())
+        sizes.append(sum(map(len, page.scripts[1:])) + len(page.text))
+        charts = json.loads(page.scripts[1])
+        assert [note["text"] for note in charts["folded"]["layout"]["annotations"]] == ["<b>experts.up_proj</b>"]
+        median = charts["folded"]["data"][-1]
+        assert median["x"] == [0, 1]
+        assert median["y"] == pytest.approx([1 + (num_experts - 1) / 2000, 1 + (num_experts - 1) / 2000 + 1])
+        low, high = (f"model.layers.{n}.mlp.experts.{e}.up_proj" for n, e in ((0, 0), (1, num_experts - 1)))
+        assert f"lowest 1.0000: {low}" in median["text"][0]
+        for shown in (f"{2 * num_experts}", low, high, "1.0000", f"{2 + (num_experts - 1) / 1000:.4f}"):
+            assert shown in page.text
+        heat = charts["heatmap"]["data"][0]
+        assert f"{num_experts} modules, on average:" in heat["text"][heat["y"].index("experts.up_proj")][1]
+    assert sizes[1] < 1.05 * sizes[0], "the page grows with the number of experts"
+
+
+def test_a_dense_model_has_no_folded_part(tmp_path: Path) -> None:
+    page = write_report(RunDir(make_run(tmp_path))).read_text()
+    assert "routed experts" not in page
+
+
+def scores_with_experts(num_experts: int) -> Scores:
+    """Return scores of two layers whose experts' NFNs rise by 0.001, from 1 in the first layer and 2 in the second."""
+    dense = make_scores(num_layers=2, with_samples=False)
+    experts = []
+    for layer in range(2):
+        for expert in range(num_experts):
+            nfn = 1 + layer + expert / 1000
+            fqn = f"model.layers.{layer}.mlp.experts.{expert}.up_proj"
+            update = {"fqn": fqn, "type": "experts.up_proj", "layer": layer, "gain": nfn, "baseline": 1.0, "nfn": nfn}
+            experts.append(dense.modules[0].model_copy(update=update))
+    return scores_of([*dense.modules, *experts])
+
+
+def test_a_long_training_is_drawn_with_as_many_points_as_a_screen_shows() -> None:
+    log = [{"step": step, "loss": 2.0 - step / 10**5} for step in range(1, 25_001)]
+    figure = training_figure(log, "loss", "loss")
+    assert figure is not None
+    (line,) = figure["data"]
+    assert 500 <= len(line["x"]) <= 1000
+    assert line["x"][-1] == 25_000
+    assert dict(zip(line["x"], line["y"], strict=True))[25_000] == 1.75
 
 
 def test_missing_scores_and_missing_package_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
