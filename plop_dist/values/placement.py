@@ -21,7 +21,7 @@ _MAX_RANK = 1 << 20  # the configuration's own limit
 
 
 class Placement(Value):
-    """Where the adapters go; equal to placement.json (design: file contract).
+    """Where the adapters go: what placing returns, and what placement.json holds.
 
     `modules` are logical paths, in natural order; `module_types` the types they belong to, lowest NFN first;
     `rank_pattern` maps a type or path to a rank other than `rank`. The scores it was drawn from ride along for the

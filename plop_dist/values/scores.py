@@ -113,7 +113,12 @@ class DataInfo(Value):
 
 
 class Scores(Value):
-    """What scoring returns; equal to scores.json (design: file contract), plus the per-sample sums beside it."""
+    """What scoring returns: scores.json, and the per-sample sums beside it.
+
+    `modules` has an entry for each projection that was scored, under its Hugging Face name, `left_out` those without
+    a score, with the reason; `types` are their means over the layers, lowest NFN first, which is the order in which
+    `place` chooses. `model`, `data`, `estimator` and `parallel` say what was scored and how, `timing` what it took.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), populate_by_name=True)
     schema_: Literal["plop-dist/scores/1"] = Field("plop-dist/scores/1", alias="schema")
