@@ -35,7 +35,7 @@ def print_targets(names: Sequence[str], placement: Placement | None = None, cons
             ("cannot", target.limits),
         ]
         if placement is not None:
-            lines.append(("this one", _verdicts(target, placement)))
+            lines.insert(0, ("this one", _verdicts(target, placement)))
         _print_entry(name, lines, console)
 
 

@@ -55,7 +55,7 @@ def test_every_backend_is_listed_with_what_it_says_of_itself() -> None:
 def test_what_a_target_is_said_to_express_is_what_export_does(run_dir: Path, name: str) -> None:
     printed = plop_dist("targets", run_dir, "--to", name)
     assert printed.status == 0, printed.err
-    text = entries(printed.out)[name].split("  this one  ")[1]
+    text = entries(printed.out)[name].split("  this one  ")[1].split("\n  writes ")[0]
     engines = load(EXPORTERS, name).engines
     verdicts: dict[str, Any] = dict.fromkeys(engines, text)
     if len(engines) > 1:
