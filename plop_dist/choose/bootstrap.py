@@ -14,7 +14,7 @@ from plop_dist.values.sample_totals import SampleTotals
 from plop_dist.values.scores import ModuleScore
 
 NUM_RESAMPLES = 1000
-_BLOCK_VALUES = 2_000_000  # float64 values per (b, M) block: 16 MB, whatever the model's size
+_BLOCK_VALUES = 1_000_000  # float64 values per (b, M) block: 8 MB, whatever the model's size; threads keep a few
 _CHUNK_VALUES = 1 << 17  # of a block, worked on at once: 1 MB stays in a core's cache
 _NUM_THREADS = 2
 

@@ -134,10 +134,14 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def short_list(names: Sequence[str], most: int = 8) -> str:
-    """Return names separated by spaces, the rest counted."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return " ".join(names[:most]) + more
+def short_list(names: Sequence[str], most_characters: int = 160) -> str:
+    """Return names separated by spaces, as many as fit a line or two, and the rest counted."""
+    shown, length = 0, 0
+    while shown < len(names) and (not shown or length + len(names[shown]) <= most_characters):
+        length += len(names[shown]) + 1
+        shown += 1
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return " ".join(names[:shown]) + more
 
 
 def _chosen_cells(placement: Placement) -> dict[str, tuple[str, str]]:
