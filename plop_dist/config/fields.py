@@ -76,3 +76,22 @@ class NameOf:
             known = (*self.also, *names(self.kind))
             raise ConfigError(f"unknown {self.kind.word} '{value}'. {suggest(value, known)}")
         return value
+
+
+@dataclass(frozen=True)
+class NameOrFunction:
+    """Annotates a key of type str that is a name of this kind or a user's own module:function.
+
+    Which of the two a value is, and whether it is one, is judged with its whole list; editors are told both forms.
+    """
+
+    kind: Kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return handler(source)
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        text = handler(schema)
+        return {"anyOf": [{**text, "enum": list(names(self.kind))}, {**text, "pattern": "^(?!builtin:).+:.+$"}]}

@@ -22,6 +22,7 @@ from plop_dist.config.fields import (
     CountOfSeveral,
     CountOrZero,
     NameOf,
+    NameOrFunction,
     NumpySeed,
     Parameters,
     Positive,
@@ -32,7 +33,7 @@ from plop_dist.config.fields import (
     Seed,
     Share,
 )  # fmt: skip
-from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES
+from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES, REWARDS
 from plop_dist.values.mesh import Layout
 
 
@@ -191,7 +192,7 @@ class TrainConfig(_Section):
     engine: Annotated[str, NameOf(EXTERNAL_ENGINES, also=("auto", "trl"))] = Field(
         default="auto", description="GRPO engine: trl in these ranks, or one that runs by itself."
     )
-    rewards: list[str] = Field(
+    rewards: list[Annotated[str, NameOrFunction(REWARDS)]] = Field(
         default=["builtin:number"],
         description="GRPO rewards: builtin:number, builtin:format, those of installed packages, or module:function.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from plop_dist.config.json_schema import json_schema
 from plop_dist.config.loading import load_config, parse_config, parse_section
 from plop_dist.config.schema import Config, EstimatorConfig, PlacementConfig
 from plop_dist.errors import ConfigError, LayoutError
-from plop_dist.registry import BACKENDS, EXPORTERS, names
+from plop_dist.registry import BACKENDS, EXPORTERS, POLICIES, REWARDS, names
 
 BASE: dict[str, Any] = {"model": {"name_or_path": "some/model"}, "data": {"path": "rows.jsonl"}}
 KEYS = [
@@ -106,6 +107,11 @@ def test_the_json_schema_lists_keys_names_and_bounds() -> None:
     keys = {name: entry["properties"] for name, entry in tree["$defs"].items()}
     assert keys["ParallelConfig"]["backend"]["enum"] == list(names(BACKENDS))
     assert keys["ExportConfig"]["targets"]["items"]["enum"] == list(names(EXPORTERS))
+    assert keys["PlacementConfig"]["policy"]["enum"] == list(names(POLICIES))
+    known, function = keys["TrainConfig"]["rewards"]["items"]["anyOf"]
+    assert known["enum"] == list(names(REWARDS))
+    assert re.search(function["pattern"], "package.module:function")
+    assert not re.search(function["pattern"], "builtin:numbr")
     assert keys["DataConfig"]["max_length"]["minimum"] == 1
     without = [name for fields in keys.values() for name, field in fields.items() if not field.get("description")]
     assert without == []
