@@ -25,6 +25,7 @@ from pdoc.render_helpers import link
 from pydantic_core import PydanticUndefined
 
 import plop_dist
+from plop_dist.backends.megatron.bridge import import_bridge
 
 PUBLIC = ("score", "place", "Scores", "Placement")  # what the first page shows, in this order
 
@@ -33,8 +34,6 @@ def build(output: Path) -> list[str]:
     """Write the pages and return pdoc's warnings."""
     specs = ["plop_dist"]
     try:
-        from plop_dist.backends.megatron.cpu import import_bridge
-
         import_bridge()  # with a stub for Transformer Engine where that is absent
     except ImportError as error:
         print(f"plop_dist.canonical_lora is left out: {error}", file=sys.stderr)
