@@ -207,14 +207,14 @@ def backends(name: given.BackendName = None) -> None:
 @command(LOOK_UP)
 def diff(run_dir: given.RunDirectory, adapter_config: given.AdapterConfig) -> None:
     """Compare the placement with adapters that you have already."""
+    from plop_dist.exporters.adapter_config import read_adapter_config
     from plop_dist.exporters.diff import diff as compare
-    from plop_dist.exporters.diff import read_adapter_config
     from plop_dist.rundir.events import spinner
     from plop_dist.values.placement import Placement
 
     placement = Placement.from_file(run_dir / "placement.json")
     with spinner("asking PEFT what the configuration adapts"):
-        difference = compare(placement, read_adapter_config(adapter_config))
+        difference = compare(placement, read_adapter_config(adapter_config), str(adapter_config))
     for line in difference.lines():
         print(line)
 

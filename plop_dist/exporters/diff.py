@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from plop_dist.errors import ConfigError
+from plop_dist.exporters.adapter_config import check_adapter_config
 from plop_dist.exporters.holders import known_projections
 from plop_dist.exporters.peft_match import adapted_ranks
-from plop_dist.exporters.suffixes import matcher
+from plop_dist.exporters.suffixes import suffixes
 from plop_dist.values.adapter_size import num_trainable_parameters
-from plop_dist.values.files import read_json
 from plop_dist.values.names import natural_key
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Projection
@@ -79,34 +77,21 @@ class Difference:
         return text
 
 
-def read_adapter_config(path: str | Path) -> dict[str, Any]:
-    """Return the tree of an adapter_config.json. Raises ConfigError or ScoresError saying what is wrong with it."""
-    target = Path(path)
-    tree = read_json(target, what="adapter configuration", remedy="give the path of a PEFT adapter_config.json")
-    _check(tree, str(target))
-    return tree
-
-
-def diff(placement: Placement, adapter_config: Mapping[str, Any]) -> Difference:
+def diff(placement: Placement, adapter_config: Mapping[str, Any], where: str = "adapter_config") -> Difference:
     """Return how a PEFT LoRA configuration differs from the placement.
 
     PEFT itself reads it: names, regex, "all-linear", exclude_modules, layers_to_transform, target_parameters,
-    rank_pattern, and what it renames beside experts. Raises ConfigError if it is not one, or one that PEFT refuses for
-    this model.
+    rank_pattern, and what it renames beside experts. where: the file, for messages. Raises ConfigError if it is not
+    one, one that PEFT refuses for this model, or one whose patterns cannot be matched in a few seconds.
     """
-    _check(adapter_config, "adapter_config")
+    check_adapter_config(adapter_config, where)
     known = known_projections(placement)
     ours = set(placement.modules)
-    ranks = adapted_ranks(adapter_config, known, (placement.source.model.model_extra or {}).get("model_type"))
+    model_type = (placement.source.model.model_extra or {}).get("model_type")
+    ranks = adapted_ranks(adapter_config, known, model_type, where)
     theirs = [item for item in known if item.holder in ranks]
     their_paths = {item.fqn for item in theirs}
     our_items = [item for item in known if item.fqn in ours]
-    types = []
-    for name in dict.fromkeys(item.type for item in known):
-        paths = {item.fqn for item in known if item.type == name}
-        counts = (len(paths & ours & their_paths), len((paths & ours) - their_paths), len((paths & their_paths) - ours))
-        if any(counts):
-            types.append((name, *counts))
     return Difference(
         only_placement=_ordered(ours - their_paths),
         only_config=_ordered(their_paths - ours),
@@ -120,10 +105,19 @@ def diff(placement: Placement, adapter_config: Mapping[str, Any]) -> Difference:
         num_parameters_both=num_trainable_parameters((i for i in our_items if i.fqn in their_paths), placement.rank_of),
         rank_placement=placement.rank,
         rank_config=int(adapter_config.get("r", 8)),
-        types=tuple(types),
+        types=_rows(known, ours, their_paths),
         unmatched=_unmatched(adapter_config, known),
         uncounted=tuple(name for name in _TRAIN_MORE if adapter_config.get(name) not in (None, False, "none", [], {})),
     )
+
+
+def _rows(known: Collection[Projection], ours: set[str], theirs: set[str]) -> tuple[tuple[str, int, int, int], ...]:
+    counts = Counter((item.type, item.fqn in ours, item.fqn in theirs) for item in known)
+    rows = (
+        (name, counts[name, True, True], counts[name, True, False], counts[name, False, True])
+        for name in dict.fromkeys(item.type for item in known)
+    )
+    return tuple(row for row in rows if any(row[1:]))
 
 
 def _count(items: Iterable[Projection], ranks: Mapping[str, int]) -> int:
@@ -134,52 +128,14 @@ def _unmatched(config: Mapping[str, Any], known: Iterable[Projection]) -> tuple[
     targets = config.get("target_modules") or ()
     names = [] if isinstance(targets, str) else list(targets)
     names += config.get("target_parameters") or ()
-    paths = [path for item in known for path in (item.holder, f"{item.holder}.weight")]
-    # Configurations from transformers 4 name the experts' linears, which were modules then.
-    paths += [item.fqn for item in known if item.storage == "expert_parameter"]
-    return tuple(name for name in sorted(set(names)) if not any(map(matcher([name]), paths)))
-
-
-def _check(tree: Any, where: str) -> None:
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where} holds a {type(tree).__name__}, expected the object of a PEFT adapter_config.json.")
-    kind = tree.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise ConfigError(f"{where}: peft_type is {kind!r}; only LORA configurations can be compared.")
-    if not tree.get("target_modules") and not tree.get("target_parameters"):
-        raise ConfigError(
-            f"{where} has neither target_modules nor target_parameters: is it a PEFT adapter_config.json?"
-        )
-    for field in ("target_modules", "exclude_modules", "target_parameters"):
-        value = tree.get(field) or []
-        if isinstance(value, str) and field != "target_parameters":
-            _compile(value, f"{where}: {field}")
-        elif not isinstance(value, list | tuple | set) or not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"{where}: {field} is {str(value)[:80]!r}, expected a list of names.")
-    ranks = tree.get("rank_pattern") or {}
-    if not isinstance(ranks, Mapping):
-        raise ConfigError(f"{where}: rank_pattern is {str(ranks)[:80]!r}, expected an object of name to rank.")
-    for name, rank in {"r": tree.get("r", 8), **ranks}.items():
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ConfigError(f"{where}: the rank of {name} is {rank!r}, expected a positive integer.")
-    layers = tree.get("layers_to_transform")
-    numbers = layers if isinstance(layers, list | tuple) else [0 if layers is None else layers]
-    if not all(isinstance(item, int) and not isinstance(item, bool) for item in numbers):
-        raise ConfigError(f"{where}: layers_to_transform is {str(layers)[:80]!r}, expected layer numbers.")
-    patterns = tree.get("layers_pattern") or []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if not isinstance(pattern, str):
-            raise ConfigError(f"{where}: layers_pattern is {str(patterns)[:80]!r}, expected names.")
-        _compile(pattern, f"{where}: layers_pattern")
-    for pattern in ranks:
-        _compile(pattern, f"{where}: rank_pattern")
-
-
-def _compile(pattern: str, where: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
+    matched = set()
+    for item in known:
+        matched.update(suffixes(item.holder))
+        matched.update(suffixes(f"{item.holder}.weight"))
+        if item.storage == "expert_parameter":
+            # Configurations from transformers 4 name the experts' linears, which were modules then.
+            matched.update(suffixes(item.fqn))
+    return tuple(sorted(set(names) - matched))
 
 
 def _ordered(paths: Iterable[str]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from plop_dist.values.scores import Projection
 # PEFT 0.21 rewrites targets of these names for MoE models whose experts transformers 5 keeps as 3-D parameters: a dense
 # or shared expert's `up_proj` would become the routed experts' gate_up_proj. As a parameter (`up_proj.weight`) the
 # linear keeps its name. It also cuts every regex down to bare types there, so names are lists, never a regex.
-_RENAMED_BESIDE_EXPERTS = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
+RENAMED_BESIDE_EXPERTS = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
 
 # PEFT 0.21 raises for an out_proj in these (peft.tuners.tuners_utils).
 _PASSED_BY_OUT_PROJ = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
@@ -138,7 +138,7 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
 def _holder(path: str, parts: tuple[Projection, ...], rank: int, has_experts: bool) -> Holder:
     if parts[0].storage == "expert_parameter":
         return Holder(path, path, True, rank, parts)
-    if has_experts and path.rpartition(".")[2] in _RENAMED_BESIDE_EXPERTS:
+    if has_experts and path.rpartition(".")[2] in RENAMED_BESIDE_EXPERTS:
         return Holder(path, f"{path}.weight", True, rank, parts)
     return Holder(path, path, False, rank, parts)
 

@@ -46,14 +46,15 @@ def _patterns_of(name: str, paths: list[str], others: _Tails) -> list[str]:
 
 def _is_tail(tail: str, path: str) -> bool:
     places = _places(tail)
-    return len(path) >= len(tail) and _blanked(path[-len(tail) :], places) == _blanked(tail, places)
+    return len(path) >= len(tail) and blanked(path[-len(tail) :], places) == blanked(tail, places)
 
 
 def _places(tail: str) -> tuple[int, ...]:
     return tuple(found.start() for found in _ANY.finditer(tail))
 
 
-def _blanked(text: str, places: Iterable[int]) -> str:
+def blanked(text: str, places: Iterable[int]) -> str:
+    """Return a text with a dot at these places, where a pattern takes any character."""
     characters = list(text)
     for place in places:
         characters[place] = "."
@@ -75,5 +76,5 @@ class _Tails:
         length, places = len(tail), _places(tail)
         if (length, places) not in self._sets:
             ends = (path[-length:] for path in self._paths if len(path) >= length)
-            self._sets[length, places] = frozenset(_blanked(end, places) for end in ends)
-        return _blanked(tail, places) in self._sets[length, places]
+            self._sets[length, places] = frozenset(blanked(end, places) for end in ends)
+        return blanked(tail, places) in self._sets[length, places]

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from plop_dist.errors import ConfigError, ScoresError
-from plop_dist.exporters.diff import diff, read_adapter_config
+from plop_dist.exporters.adapter_config import read_adapter_config
+from plop_dist.exporters.diff import diff
 from plop_dist.exporters.holders import hugging_face_targets
 from plop_dist.exporters.peft import lora_config_fields
 from tests.exporters.cases import adapted_paths, llama_projections, model_of, place, projections_of, scores_of
