@@ -25,7 +25,7 @@ RENAMED_BESIDE_EXPERTS = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_p
 _PASSED_BY_OUT_PROJ = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Holder:
     """A module, or 3-D expert parameter, that gets one adapter.
 
@@ -81,14 +81,17 @@ def adapted(placement: Placement) -> tuple[set[str], tuple[str, ...]]:
     modules without a score do not: a vision tower's q_proj, which text never reaches, is no neighbour of the chosen.
     """
     chosen = set(placement.modules)
-    partly = {module.type for module in placement.source.modules if module.fqn not in chosen}
-    whole = {module.type for module in placement.chosen} - partly
+    types: tuple[set[str], set[str]] = (set(), set())
+    for module in placement.source.modules:
+        types[module.fqn in chosen].add(module.type)
+    whole = types[True] - types[False]
     riding = [item for item in placement.source.left_out if item.type in whole and expert_index(item.fqn) is not None]
     notes = tuple(
         f"{count} {name} without a score ({reason}) are adapted with the rest of their type."
         for (name, reason), count in _tally((item.type, item.reason) for item in riding).items()
     )
-    return chosen | {item.fqn for item in riding}, notes
+    chosen.update(item.fqn for item in riding)
+    return chosen, notes
 
 
 def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targets:
@@ -116,12 +119,12 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
         if len(ranks) > 1:
             _refuse_ranks(target, path, ranks, widen)
             widened.append(f"{path} has one adapter of rank {max(ranks)} instead of ranks {sorted(ranks)}.")
-        holders.append(_holder(path, tuple(parts), max(ranks), has_experts))
-    known = [_holder(path, tuple(parts), 1, has_experts) for path, parts in by_holder.items()]
-    parameters = {holder.peft_path for holder in known if holder.is_parameter}
+        holders.append(Holder(path, *_in_peft(path, parts, has_experts), max(ranks), tuple(parts)))
+    known = [_in_peft(path, parts, has_experts) for path, parts in by_holder.items()]
+    parameters = {path for path, is_parameter in known if is_parameter}
     # A module that only holds a parameter is none that PEFT can wrap (GraniteMoE: experts are an input_linear too).
-    modules = {holder.peft_path for holder in known if not holder.is_parameter}
-    modules |= {path.rpartition(".")[0] for path in parameters}
+    modules = {path for path, is_parameter in known if not is_parameter}
+    modules.update(path.rpartition(".")[0] for path in parameters)
     return Targets(
         holders=tuple(holders),
         modules=shortest_names((holder.peft_path for holder in holders if not holder.is_parameter), modules),
@@ -135,12 +138,13 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
     )
 
 
-def _holder(path: str, parts: tuple[Projection, ...], rank: int, has_experts: bool) -> Holder:
+def _in_peft(path: str, parts: list[Projection], has_experts: bool) -> tuple[str, bool]:
+    """Return what PEFT must be told for this holder, and whether that is a parameter."""
     if parts[0].storage == "expert_parameter":
-        return Holder(path, path, True, rank, parts)
+        return path, True
     if has_experts and path.rpartition(".")[2] in RENAMED_BESIDE_EXPERTS:
-        return Holder(path, f"{path}.weight", True, rank, parts)
-    return Holder(path, path, False, rank, parts)
+        return f"{path}.weight", True
+    return path, False
 
 
 def _refuse_unfit(placement: Placement, target: str, part: Projection) -> None:

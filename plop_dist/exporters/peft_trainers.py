@@ -6,7 +6,7 @@ import re
 
 from plop_dist.errors import ExportError
 from plop_dist.exporters.holders import Targets
-from plop_dist.exporters.name_list import NameList
+from plop_dist.exporters.list_exporter import ListExporter
 from plop_dist.exporters.text import dot_list, shell_flags, shell_text, yaml_lines, yaml_text
 
 
@@ -36,7 +36,7 @@ def _comma_list(targets: Targets) -> str:
     return ",".join(targets.modules)
 
 
-TRL = NameList(
+TRL = ListExporter(
     name="trl",
     summary="TRL's command line and --config file (ModelConfig)",
     first={"use_peft": True},
@@ -55,7 +55,7 @@ TRL = NameList(
     flags=shell_flags,
 )
 
-OPENRLHF = NameList(
+OPENRLHF = ListExporter(
     name="openrlhf",
     summary="OpenRLHF's flags, and a file of arguments to append to its command",
     rank="ds.lora.rank",
@@ -66,7 +66,7 @@ OPENRLHF = NameList(
     flags=shell_flags,
 )
 
-MS_SWIFT = NameList(
+MS_SWIFT = ListExporter(
     name="ms-swift",
     summary="ms-swift's flags and --config file",
     first={"tuner_type": "lora"},
@@ -83,7 +83,7 @@ MS_SWIFT = NameList(
     flags=shell_flags,
 )
 
-LLAMAFACTORY = NameList(
+LLAMAFACTORY = ListExporter(
     name="llamafactory",
     summary="LLaMA-Factory's YAML, and the overrides of `llamafactory-cli train`",
     first={"finetuning_type": "lora"},
@@ -97,7 +97,7 @@ LLAMAFACTORY = NameList(
     flags=dot_list,
 )
 
-AXOLOTL = NameList(
+AXOLOTL = ListExporter(
     name="axolotl",
     summary="Axolotl's YAML; its lines are the flags",
     first={"adapter": "lora"},

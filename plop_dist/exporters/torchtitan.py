@@ -68,13 +68,14 @@ class Torchtitan:
         chosen, notes = adapted(placement)
         known = known_projections(placement)
         names = _names_of(known, engine)
-        _refuse_unnamed(placement, names)
-        types = {module.type for module in placement.chosen}
+        modules = placement.chosen
+        _refuse_unnamed(modules, names)
+        types = {module.type for module in modules}
         targets = sorted({names[type_] for type_ in types}, key=list(names.values()).index)
         whole = [item for item in known if names.get(item.type) in targets]
         absent = [item for item in whole if item.fqn not in chosen]
         widened = _widen(absent, types, names, engine, widen)
-        ranks = {placement.rank_of(module) for module in placement.chosen}
+        ranks = {placement.rank_of(module) for module in modules}
         rank, alpha, same_rank = one_rank(ranks, placement, self.name, widen)
         count = fused_count_note(placement, whole, lambda m: "wqkv" if names[m.type] == "wqkv" else None, rank)
         call = f"LoRAConverter.Config(rank={rank}, alpha={float(alpha)!r}, target_modules={python_list(targets)})"
@@ -100,8 +101,8 @@ def _names_of(known: Sequence[Projection], engine: str) -> Mapping[str, str]:
     return {**(_LATENT if is_latent else _ATTENTION[engine]), **_NAMES}
 
 
-def _refuse_unnamed(placement: Placement, names: Mapping[str, str]) -> None:
-    for module in placement.chosen:
+def _refuse_unnamed(modules: Sequence[Projection], names: Mapping[str, str]) -> None:
+    for module in modules:
         if module.type not in names:
             raise ExportError(
                 f"torchtitan's LoRAConverter has no name for {module.fqn} (type {module.type}): it adapts "

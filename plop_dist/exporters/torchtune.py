@@ -45,12 +45,13 @@ class Torchtune:
         """
         check_engine(engine, self.engines, self.name)
         chosen, notes = adapted(placement)
-        types = list(dict.fromkeys(module.type for module in placement.chosen))
+        modules = placement.chosen
+        types = list(dict.fromkeys(module.type for module in modules))
         _refuse_unknown(types)
         widened = _missing_layers(placement, chosen, types, widen)
         has_mlp = _whole_mlp(types, widened, widen)
         attention = _attention(placement, types, widened, widen)
-        ranks = {placement.rank_of(module) for module in placement.chosen}
+        ranks = {placement.rank_of(module) for module in modules}
         rank, alpha, same_rank = one_rank(ranks, placement, self.name, widen)
         fields: dict[str, Any] = {
             "model.lora_attn_modules": [_ATTENTION[name] for name in attention],

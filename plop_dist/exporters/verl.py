@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.list_exporter import ListExporter
 from plop_dist.exporters.megatron_targets import megatron_targets
-from plop_dist.exporters.name_list import NameList
 from plop_dist.exporters.refusals import check_engine
 from plop_dist.exporters.text import hydra_overrides, hydra_yaml, number
 from plop_dist.values.placement import Export, Placement
 
 _MODEL = "actor_rollout_ref.model"
-_FSDP = NameList(
+_FSDP = ListExporter(
     name="verl",
     summary="the overrides of verl's FSDP engine",
     engine="fsdp",

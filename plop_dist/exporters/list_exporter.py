@@ -29,7 +29,7 @@ def _list_of_names(targets: Targets) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NameList:
+class ListExporter:
     """The exporter of one such framework.
 
     rank, alpha, modules, parameters: its keys; without `parameters` (PEFT's target_parameters) 3-D experts are refused.
