@@ -129,6 +129,7 @@ def export(
     run_dir: given.RunDirectory, to: given.Target, engine: given.Engine = None, widen: given.Widen = False
 ) -> None:
     """Write the placement in your training framework's own format; prints the flags to paste."""
+    from plop_dist.exporters.text import one_line
     from plop_dist.exporters.write import write_export
     from plop_dist.rundir.layout import RunDir
     from plop_dist.values.placement import Placement
@@ -138,7 +139,7 @@ def export(
     for note in (*written.notes, *(f"widened: {item}" for item in written.widened)):
         print(f"note: {note}", file=sys.stderr)
     for name in written.files:
-        print(f"# {paths.exports / to / name}")
+        print(f"# {one_line(paths.exports / to / name)}")
     for flag in written.flags:
         print(flag)
 

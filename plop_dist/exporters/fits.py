@@ -30,10 +30,11 @@ def fits(placement: Placement) -> tuple[Fit, ...]:
 
     Raises ConfigError for another package's exporter that cannot be imported.
     """
-    return tuple(_fit(exporter, engine, placement) for exporter in every_exporter() for engine in exporter.engines)
+    return tuple(fit(exporter, engine, placement) for exporter in every_exporter() for engine in exporter.engines)
 
 
-def _fit(exporter: Exporter, engine: str, placement: Placement) -> Fit:
+def fit(exporter: Exporter, engine: str, placement: Placement) -> Fit:
+    """Return what one target makes of a placement under one of its engines."""
     try:
         exporter.export(placement, engine=engine)
         return Fit(exporter.name, engine, "exact")

@@ -25,7 +25,7 @@ class MegatronBridge:
     name = "megatron-bridge"
     summary = "a Python file that defines Megatron-Bridge's PEFT object for a recipe, its fields as YAML, and the call"
     engines = tuple(_MODES)
-    keys = ("target_modules", "dim", "alpha", "share_expert_adapters")
+    keys = ("type", "target_modules", "dim", "alpha", "share_expert_adapters")
     matching = "by a linear's own name in Megatron, or with * on its path, whose layers each pipeline stage counts anew"
     limits = (
         RANKS,

@@ -32,7 +32,7 @@ class NemoRL:
     summary = "NeMo-RL's overrides, and the same as YAML"
     engines = ("dtensor", "automodel", "megatron")
     keys = (
-        *(f"policy.dtensor_cfg.lora_cfg.{key}" for key in
+        *(f"policy.{section}_cfg.lora_cfg.{key}" for section in ("dtensor", "automodel") for key in
           ("enabled", "target_modules", "exclude_modules", "match_all_linear", "dim", "alpha")),
         *(f"{_MEGATRON}.{key}" for key in
           ("enabled", "target_modules", "exclude_modules", "dim", "alpha", "share_expert_adapters")),

@@ -28,8 +28,8 @@ class Peft:
     name = "peft"
     summary = "PEFT's adapter_config.json, and the LoraConfig call"
     engines = ("peft",)
-    keys = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "lora_dropout",
-            "bias", "fan_in_fan_out", "task_type", "base_model_name_or_path")  # fmt: skip
+    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern",
+            "fan_in_fan_out", "bias", "inference_mode", "peft_type", "task_type", "base_model_name_or_path")  # fmt: skip
     matching = MATCHING
     limits = (PART, UNFIT)
     flags_in: Language = "python"

@@ -80,6 +80,11 @@ def python_list(items: Sequence[str]) -> str:
     return f"[{', '.join(json.dumps(item, ensure_ascii=False) for item in items)}]"
 
 
+def one_line(text: object) -> str:
+    """Return a text for a comment: as it is, or escaped where it would not stay on its line."""
+    return str(text) if str(text).isprintable() else ascii(str(text))
+
+
 def number(alpha: float) -> int | float:
     """Return alpha as an integer where it is one, so that files show 32 and not 32.0."""
     return int(alpha) if alpha == int(alpha) else alpha

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from plop_dist.errors import ExportError, PlopError, first_line
-from plop_dist.exporters.exporter import find_exporter
+from plop_dist.errors import PlopError
+from plop_dist.exporters.exporter import Exporter, find_exporter
+from plop_dist.exporters.fits import fit
 from plop_dist.registry import BACKENDS, load
 from plop_dist.report.grid import show_line
 from plop_dist.values.placement import Placement
@@ -67,7 +68,7 @@ def _found(find: Callable[[str], Any], name: str, names: Sequence[str], console:
         return None
 
 
-def _verdicts(target: Any, placement: Placement) -> list[str]:
+def _verdicts(target: Exporter, placement: Placement) -> list[str]:
     """Return what the target can express of the placement: one line for all engines that say the same."""
     engines: dict[str, list[str]] = {}
     for engine in target.engines:
@@ -77,16 +78,10 @@ def _verdicts(target: Any, placement: Placement) -> list[str]:
     return [f"{', '.join(names)}: {verdict}" for verdict, names in engines.items()]
 
 
-def _verdict(target: Any, placement: Placement, engine: str) -> str:
-    try:
-        target.export(placement, engine=engine)
-        return "exactly"
-    except ExportError as refusal:
-        try:
-            wider = target.export(placement, engine=engine, widen=True).widened
-            return f"with --widen: {' '.join(wider)}"
-        except ExportError:
-            return f"no: {first_line(refusal)}."
+def _verdict(target: Exporter, placement: Placement, engine: str) -> str:
+    found = fit(target, engine, placement)
+    words = {"exact": "exactly", "with --widen": "with --widen: ", "refused": "no: ", "failed": "failed: "}
+    return words[found.verdict] + " ".join(found.reasons)
 
 
 def _print_entry(name: str, lines: Iterable[tuple[str, Sequence[str]]], console: Console | None) -> None:
