@@ -26,7 +26,7 @@ class DeepSpeed:
     summary = "the LoRAConfig of deepspeed.linear (OptimizedLinear), as a call and as JSON"
     engines = ("deepspeed",)
     keys = ("lora_r", "lora_alpha", "target_mods")
-    matching = "by substring: a name matches every path that contains it"
+    matching = "every path that contains it"
     limits = (LINEARS, PART, RANKS, "a module whose whole path another module's path contains")
     flags_in: Language = "python"
 

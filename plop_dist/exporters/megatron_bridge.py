@@ -26,7 +26,7 @@ class MegatronBridge:
     summary = "a Python file that defines Megatron-Bridge's PEFT object for a recipe, its fields as YAML, and the call"
     engines = tuple(_MODES)
     keys = ("type", "target_modules", "dim", "alpha", "share_expert_adapters")
-    matching = "by a linear's own name in Megatron, or with * on its path, whose layers each pipeline stage counts anew"
+    matching = "a linear's own name in Megatron, or with * its path there, whose layers each pipeline stage counts anew"
     limits = (
         RANKS,
         "types that Megatron has no name for: LM head, Mamba mixers",

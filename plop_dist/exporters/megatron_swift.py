@@ -20,7 +20,7 @@ class MegatronSwift:
     summary = "Megatron-SWIFT's flags and --config file"
     engines = ("megatron",)
     keys = ("tuner_type", "lora_rank", "lora_alpha", "target_modules")
-    matching = "as PEFT does, by equality or dotted suffix, on the paths of the Megatron model"
+    matching = "as in PEFT, a path of the Megatron model that is equal to it or ends with a dot and it"
     limits = (
         RANKS,
         WHOLE_ALPHA,

@@ -37,9 +37,7 @@ class NemoRL:
         *(f"{_MEGATRON}.{key}" for key in
           ("enabled", "target_modules", "exclude_modules", "dim", "alpha", "share_expert_adapters")),
     )  # fmt: skip
-    matching = (
-        "dtensor: patterns on the whole path, * for any text and a dot for any character; megatron: as Bridge does"
-    )
+    matching = "dtensor: a whole path, * for any text, a dot for any character; megatron: as in megatron-bridge"
     limits = (
         RANKS,
         WHOLE_ALPHA,

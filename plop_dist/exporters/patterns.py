@@ -30,7 +30,11 @@ def shortest_patterns(wanted: Collection[str], known: Iterable[str]) -> list[str
                 covered[suffix].append(path)
     patterns = []
     for name in names:
-        patterns += [_written(name)] if name in paths else _patterns_of(name, covered[name], others)
+        if name in paths:
+            patterns.append(_written(name))
+        longer = [path for path in covered[name] if path != name]
+        if longer:
+            patterns += _patterns_of(name, longer, others)
     return patterns
 
 

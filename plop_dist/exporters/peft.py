@@ -19,7 +19,7 @@ from plop_dist.exporters.text import number, python_arguments
 from plop_dist.values.placement import Export, Placement
 
 FILE = "adapter_config.json"
-MATCHING = "as PEFT does: by equality with the path or with what follows a dot in it"
+MATCHING = "as in PEFT, a path that is equal to it or ends with a dot and it"
 
 
 class Peft:
@@ -28,8 +28,9 @@ class Peft:
     name = "peft"
     summary = "PEFT's adapter_config.json, and the LoraConfig call"
     engines = ("peft",)
-    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern",
-            "fan_in_fan_out", "bias", "inference_mode", "peft_type", "task_type", "base_model_name_or_path")  # fmt: skip
+    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rank_pattern",
+            "alpha_pattern", "fan_in_fan_out", "bias", "inference_mode", "peft_type", "task_type",
+            "base_model_name_or_path")  # fmt: skip
     matching = MATCHING
     limits = (PART, UNFIT)
     flags_in: Language = "python"

@@ -48,7 +48,7 @@ TRL = ListExporter(
     # Without target_modules PEFT would add its defaults for the model; a regex that nothing matches adds none.
     without_modules={"lora_target_modules": ["(?!)"]},
     names=_trl_names,
-    matching="a list as PEFT does, by equality or dotted suffix; one name alone as a regex on the whole path",
+    matching="as in PEFT; one name alone is a regex on the whole path",
     further_limits=("one single module of an MoE model with 3-D experts",),
     file="trl.yaml",
     text=yaml_text,

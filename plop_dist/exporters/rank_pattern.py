@@ -26,6 +26,7 @@ class RankPattern:
     """
 
     def __init__(self, ranks: Mapping[str, int]) -> None:
+        self._exact = dict(ranks)
         self._ranks = tuple(ranks.values())
         self.regexes = tuple(key for key in ranks if not _NAME.fullmatch(key))
         self._compiled = [
@@ -42,7 +43,9 @@ class RankPattern:
                 self._names.setdefault(form, {}).setdefault(blanked(text, places), number)
 
     def rank_of(self, path: str, default: int) -> int:
-        """Return the rank of the first key that matches, or the default."""
+        """Return the rank of the first key that matches, else of the key that is the path letter for letter, else the
+        default.
+        """
         found = [number for form, names in self._names.items() if (number := _number(path, form, names)) is not None]
         first = min(found, default=len(self._ranks))
         for number, regex in self._compiled:
@@ -51,7 +54,7 @@ class RankPattern:
             if regex.match(path):
                 first = number
                 break
-        return self._ranks[first] if first < len(self._ranks) else default
+        return self._ranks[first] if first < len(self._ranks) else self._exact.get(path, default)
 
 
 def _number(path: str, form: tuple[bool, int, tuple[int, ...]], names: Mapping[str, int]) -> int | None:

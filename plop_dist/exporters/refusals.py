@@ -8,7 +8,7 @@ from plop_dist.values.names import natural_key
 from plop_dist.values.placement import Placement
 
 # What several exporters say in their `limits`.
-PART = "a part of a fused linear or of a 3-D expert parameter (--widen: the whole)"
+PART = "a part of a fused linear or 3-D expert parameter, or two ranks in one (--widen: the whole, at the highest rank)"
 UNFIT = "what PEFT cannot adapt: routers that do more than W z, out_proj of Mamba blocks"
 RANKS = "ranks that differ (--widen: the highest everywhere)"
 WHOLE_ALPHA = "an alpha that is no whole number"

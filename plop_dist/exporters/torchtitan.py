@@ -46,9 +46,7 @@ class Torchtitan:
     summary = "a Python file that defines torchtitan's LoRAConverter, and the call"
     engines = tuple(_ATTENTION)
     keys = ("target_modules", "rank", "alpha")
-    matching = (
-        "by the last component of a path in its tree of configurations: a whole type, dense and shared experts alike"
-    )
+    matching = "the last component in its tree of configurations: whole types, dense and shared experts alike"
     limits = (
         RANKS,
         EVERY_LAYER,

@@ -27,7 +27,7 @@ class Torchtune:
     engines = ("torchtune",)
     keys = ("model.lora_attn_modules", "model.apply_lora_to_mlp", "model.apply_lora_to_output", "model.lora_rank",
             "model.lora_alpha")  # fmt: skip
-    matching = "by its own names: any of q, k, v and output in every layer, and the MLP as one"
+    matching = "its own names for q, k, v and output in every layer, and the MLP as one"
     limits = (
         RANKS,
         EVERY_LAYER,

@@ -41,7 +41,7 @@ class Verl:
         *(f"{_MODEL}.lora.{key}" for key in ("type", "target_modules", "rank", "alpha", "share_expert_adapters")),
         f"{_MODEL}.external_lib",
     )
-    matching = f"fsdp: {_FSDP.matching}; megatron: as Megatron-Bridge does, by name or by path with *"
+    matching = f"fsdp: {_FSDP.matching}; megatron: as in megatron-bridge"
     limits = (*(f"fsdp: {limit}" for limit in _FSDP.limits), "megatron: what megatron-bridge cannot express")
     flags_in: Language = "shell"
 

@@ -44,6 +44,7 @@ from tests.exporters.cases import (
     projections_of,
     scores_of,
 )
+from tests.exporters.hostile import NAMES
 from tests.models import save_tiny
 
 axolotl, llamafactory, ms_swift, openrlhf = map(find_exporter, ("axolotl", "llamafactory", "ms-swift", "openrlhf"))
@@ -163,6 +164,10 @@ def check_verl() -> None:
                 exclude_modules=config.exclude_modules,
             )
             assert_adapted(model, placement)
+        for name in NAMES:
+            hostile = [projection(f"model.layers.0.self_attn.{name}", 8, 8)]
+            placement = place(scores_of([*projections_of(model_of("llama")), *hostile]), [name, "v_proj"])
+            assert name in read("trainer", verl.export(placement)).target_modules
         if importlib.util.find_spec("megatron") is None:  # Python 3.11
             return
         import_bridge()

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import copy
+import json
+import random
+import re
+import time
+import warnings
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from plop_dist.errors import ConfigError, ScoresError
+from plop_dist.exporters import peft_match, time_limit
 from plop_dist.exporters.adapter_config import read_adapter_config
 from plop_dist.exporters.diff import diff
 from plop_dist.exporters.holders import hugging_face_targets
 from plop_dist.exporters.peft import lora_config_fields
+from plop_dist.exporters.peft_match import adapted_ranks
+from plop_dist.exporters.stand_in import stand_in
+from plop_dist.values.scores import Projection
 from tests.exporters.cases import adapted_paths, llama_projections, model_of, place, projections_of, scores_of
 
 LLAMA = scores_of(llama_projections(12))
+EVIL = "(([a-z_.0-9]+)+)+!"
 
 
 def test_what_only_one_side_adapts_and_what_it_costs():
@@ -120,6 +133,27 @@ def test_our_own_export_is_no_difference(family):
         ('{"target_modules": ["a"], "layers_pattern": "(("}', ConfigError, "not a regular expression"),
         ('{"target_modules": ["a"], "layers_pattern": [3]}', ConfigError, "expected names"),
         ('{"target_modules": [1]}', ConfigError, "expected a list of names"),
+        ('{"target_modules": ["a"], "rank_pattern": [["a", 4]]}', ConfigError, "expected an object of name to rank"),
+        ('{"target_modules": ["a"], "rank_pattern": {"a": "4"}}', ConfigError, "the rank of a is '4'"),
+        ('{"target_modules": ["a"], "rank_pattern": {"(a": 4}}', ConfigError, "rank_pattern: '.a' is not a regular"),
+        ('{"target_modules": ["a"], "alpha_pattern": "a"}', ConfigError, "alpha_pattern is 'a', expected an object of"),
+        ('{"target_modules": ["a"], "alpha_pattern": {"a": null}}', ConfigError, "the alpha of 'a' is None"),
+        ('{"target_modules": ["a"], "alpha_pattern": {"(a": 4}}', ConfigError, "alpha_pattern: '.a' is not a regular"),
+        ('{"target_modules": ["a"], "lora_alpha": NaN}', ConfigError, "the alpha of 'lora_alpha' is nan"),
+        ('{"target_modules": ["a"], "r": 1000000000000}', ConfigError, "the rank of r is 1000000000000, expected"),
+        (
+            '{"target_modules": ["a"], "modules_to_save": "lm_head"}',
+            ConfigError,
+            "modules_to_save is 'lm_head', expect",
+        ),
+        ('{"target_modules": ["a"], "exclude_modules": {}}', ConfigError, "exclude_modules is {}, expected a list"),
+        ('{"target_modules": ["a"], "layers_pattern": 3}', ConfigError, "layers_pattern is 3, expected names"),
+        (json.dumps({"target_modules": "(" * 9000}), ConfigError, "target_modules: '.{79} is not a regular expression"),
+        (
+            json.dumps({"target_modules": ["a"], "modules_to_save": [f"m{number}" for number in range(101)]}),
+            ConfigError,
+            "modules_to_save holds 101 names, expected at most 100",
+        ),
         ('{"target_modules": ["a"', ScoresError, "not whole JSON"),
     ],
 )
@@ -128,3 +162,126 @@ def test_a_malformed_file_is_named(tmp_path, text, error, message):
     path.write_text(text)
     with pytest.raises(error, match=message):
         read_adapter_config(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", EVIL),
+        ("exclude_modules", EVIL),
+        ("layers_pattern", ["layers", EVIL]),
+        ("modules_to_save", ["lm_head", EVIL]),
+        ("rank_pattern", {"v_proj": 4, EVIL: 4}),
+    ],
+)
+def test_a_pattern_that_takes_for_ever_is_named_in_time(field, value, monkeypatch):
+    monkeypatch.setattr(peft_match, "check_time", partial(time_limit.check_time, limit_s=1.0))
+    begun = time.monotonic()
+    message = rf"^there: {field} {re.escape(repr(EVIL))} takes more than 1 s to match the model's \d+ names; write a"
+    with pytest.raises(ConfigError, match=message):
+        diff(place(LLAMA, ["v_proj"]), {"target_modules": ["v_proj"], field: value}, "there")
+    assert time.monotonic() - begun < 8
+
+
+def test_patterns_have_a_few_seconds_in_all_and_alphas_are_not_matched():
+    assert 1 < time_limit.LIMIT_S < 8
+    found = diff(place(LLAMA, ["v_proj"]), {"r": 4, "target_modules": ["v_proj"], "alpha_pattern": {EVIL: 4}})
+    assert found.is_same
+
+
+def whole(config: dict[str, Any], projections: list[Projection], model_type: str) -> dict[str, int] | None:
+    """Return the ranks of what PEFT adapts in all of the model, given all of the configuration; None: it refuses."""
+    by_holder: dict[str, list[Projection]] = {}
+    for item in projections:
+        by_holder.setdefault(item.holder, []).append(item)
+    model = stand_in(by_holder, model_type)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(LoraConfig(**config), model, low_cpu_mem_usage=True)
+    except Exception as error:
+        return {} if "not found in the base model" in str(error) else None
+    ranks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            path = ".".join(filter(None, (name.replace(".base_layer", ""), getattr(module, "parameter_name", None))))
+            ranks[path if path in by_holder else path.removesuffix(".weight")] = module.r["default"]
+    return ranks
+
+
+def made_up_config(draw: random.Random, paths: list[str]) -> dict[str, Any]:
+    def some(least: int, most: int) -> list[str]:
+        ends = [path.split(".") for path in draw.choices(paths, k=draw.randint(least, most))]
+        return [".".join(parts[draw.randrange(len(parts)) :]) for parts in ends]
+
+    renamed = ["gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate", "mlp.gate_proj", "layers.0.mlp.up_proj"]
+    config: dict[str, Any] = {
+        "r": draw.randint(1, 9),
+        "target_modules": some(0, 4) + draw.sample(renamed, draw.randint(0, 3)),
+    }
+    forms = [lambda name: name, re.escape, lambda name: f"^{re.escape(name)}", lambda name: f"^{name}",
+             lambda name: f".*{name}", lambda name: f"{name}.weight", lambda name: r".*\.gate_up_proj"]  # fmt: skip
+    for field, value, share in (
+        ("target_parameters", [name + draw.choice(["", ".weight"]) for name in some(1, 3)], 0.35),
+        ("exclude_modules", draw.choice([some(1, 3), r".*layers\.0\..*"]), 0.3),
+        ("modules_to_save", draw.choice([["lm_head"], ["embed_tokens"], some(1, 1)]), 0.2),
+        ("layers_to_transform", draw.choice([0, [1], [0, 1]]), 0.15),
+        ("rank_pattern", {draw.choice(forms)(name): draw.randint(1, 30) for name in some(1, 5)}, 0.6),
+    ):
+        if draw.random() < share:
+            config[field] = value
+    return config
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "qwen3_moe", "qwen3_next"])
+def test_asked_about_one_module_of_each_kind_peft_says_what_it_says_of_all(family):
+    projections, model_type = projections_of(model_of(family)), model_of(family).config.model_type
+    paths = sorted({item.holder for item in projections} | {item.fqn for item in projections})
+    draw = random.Random(family)
+    num_adapted, num_refused = 0, 0
+    for _ in range(60):
+        config = made_up_config(draw, paths)
+        if not config["target_modules"] and not config.get("target_parameters"):
+            continue
+        expected = whole(copy.deepcopy(config), projections, model_type)
+        if expected is None:
+            num_refused += 1
+            with pytest.raises(ConfigError, match="there: PEFT refuses this configuration"):
+                adapted_ranks(config, projections, model_type, "there")
+        else:
+            num_adapted += bool(expected)
+            assert adapted_ranks(config, projections, model_type, "there") == expected, config
+    assert num_adapted > 15
+    assert num_refused
+
+
+def test_what_peft_is_asked_does_not_grow_with_the_model(monkeypatch):
+    sizes = []
+
+    def counted(by_holder, model_type):
+        sizes.append(len(by_holder))
+        return stand_in(by_holder, model_type)
+
+    monkeypatch.setattr(peft_match, "stand_in", counted)
+    for num_layers in (10, 80):
+        scores = scores_of(llama_projections(num_layers))
+        placement = place(scores, where=lambda item: (item.layer or 0) % 3 == 0)
+        ranks = {f"^{re.escape(path)}": 1 + number % 7 for number, path in enumerate(placement.modules)}
+        found = diff(placement, {"r": 4, "target_modules": list(placement.modules), "rank_pattern": ranks})
+        assert set(found.both) == set(placement.modules)
+        assert not found.only_config
+        counts = {module.fqn: 1 + number % 7 for number, module in enumerate(placement.chosen)}
+        assert found.num_parameters_config == sum(
+            counts[module.fqn] * (module.in_features + module.out_features) for module in placement.chosen
+        )
+    assert sizes[0] == sizes[1] < 20
+
+
+def test_more_names_than_a_model_has_modules_take_no_time():
+    names = [f"embed_{number}" for number in range(600_000)]
+    begun = time.monotonic()
+    found = diff(place(LLAMA, ["v_proj"]), {"target_modules": [*names, "v_proj"], "exclude_modules": names})
+    assert found.num_parameters_config == found.num_parameters_placement * 2
+    with pytest.raises(ConfigError, match=r"there: target_modules holds 600,000 names, too many beside a regular expr"):
+        diff(place(LLAMA, ["v_proj"]), {"target_modules": names, "layers_to_transform": 1}, "there")
+    assert time.monotonic() - begun < 20
