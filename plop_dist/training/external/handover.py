@@ -132,7 +132,9 @@ def _summary(engine: ExternalEngine, script: Path) -> dict[str, Any]:
     home = engine.home()
     summary: dict[str, Any] = {"engine": engine.name, "num_steps": 0, "launch": str(script)}
     if home is None:
-        note = f"nothing was trained: {engine.name} is not installed here; run sh {shlex.quote(str(script))} where it is."
+        note = (
+            f"nothing was trained: {engine.name} is not installed here; run sh {shlex.quote(str(script))} where it is."
+        )
     else:
         note = f"{engine.name} trains in a Ray job of its own, whose log follows."
         summary["job"] = {"script": str(script.resolve()), "directory": str(home)}
