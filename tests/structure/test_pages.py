@@ -68,7 +68,7 @@ def lost_paths(page: Path) -> list[str]:
 MADE = (
     "config.yaml", "quickstart.yaml", "a.yaml", "runs/", "train/adapter/", "adapter/", "megatron_adapter/",
     "checkpoints/step-", "checkpoints/checkpoint-", "depends_on.txt", "held_out_before.txt", "verl/", "nemo-rl/",
-    "launch.sh", "tensorboard/", "wandb/", "strips_plop/", "nfn_share.py", "tests/parsers/TARGET",
+    "launch.sh", "tensorboard/", "wandb/", "strips_plop/", "nfn_share.py", "quilt_plop.py", "tests/parsers/TARGET",
 )  # fmt: skip
 
 
