@@ -105,7 +105,8 @@ def test_targets_of_another_package_are_exported_to_listed_and_held_to_the_contr
 
     listed = command(environment, "targets", tmp_path / "run")
     assert listed.returncode == 0, listed.stderr
-    assert re.search(r"^quilt\n  this one +exactly\n  writes +quilt's adapters.json and flags\n", listed.stdout, re.MULTILINE)
+    ours = r"^quilt\n  this one +exactly\n  writes +quilt's adapters.json and flags\n"
+    assert re.search(ours, listed.stdout, re.MULTILINE)
     assert re.search(r"^patchwork\n", listed.stdout, re.MULTILINE)
 
     contract = Path(__file__).with_name("test_contract.py")
