@@ -18,7 +18,7 @@ from tests.structure.test_imports import ROOT, levels
 CHECKOUT = ROOT.parent
 FOLDERS = ("plop_dist", "configs", "launchers", "docker", "tests")
 PAGES = [*sorted(CHECKOUT.glob("*.md")), *(page for room in FOLDERS for page in (CHECKOUT / room).rglob("*.md"))]
-ROOMS = ("plop_dist", "plop_dist/choose", "plop_dist/backends", "plop_dist/measure",
+ROOMS = ("plop_dist", "plop_dist/choose", "plop_dist/exporters", "plop_dist/backends", "plop_dist/measure",
          "plop_dist/training", "configs", "launchers", "launchers/examples", "docker", "tests")  # fmt: skip
 
 
