@@ -6,8 +6,8 @@ what is measured is what each module costs beside its arithmetic.
 
 from __future__ import annotations
 
-import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +32,12 @@ _REPEATS = 3
 _ENOUGH_SECONDS = 30.0
 _EXPERTS, _WIDTH, _EXPERT_WIDTH = 128, 32, 16
 _MICRO_BATCHES, _ROWS, _TOKENS = 8, 4, 64
+_START = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
 
 
 @dataclass(frozen=True)
@@ -59,30 +65,50 @@ def measure_scale(program: Sequence[str], layers: Sequence[int] = LAYERS) -> lis
     """
     found = []
     for num_layers in layers:
-        with (
-            tempfile.TemporaryDirectory() as directory,
-            ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool,
-        ):
-            found.append(pool.submit(measure_size, program, num_layers, Path(directory)).result())
+        with tempfile.TemporaryDirectory() as directory:
+            found.append(measure_size(program, num_layers, Path(directory)))
     return found
 
 
 def measure_size(program: Sequence[str], num_layers: int, directory: Path) -> Scale:
-    """Return the costs of a model with this many layers, whose run directory is `directory`."""
+    """Return the costs of a model with this many layers, whose run directory is `directory`.
+
+    The model lives and dies in a process of its own, as a user's does: Python's garbage collector would count it among
+    what `place` costs, and a program started beside it inherits its peak memory.
+    """
     run_dir = RunDir(directory)
+    num_sites, num_modules, scoring = _in_a_process(_scoring, num_layers, run_dir)
+    placing = _in_a_process(_placing, run_dir)
+    seconds, peak = _report(program, run_dir)
+    return Scale(num_sites, num_modules, scoring | placing | {"report": seconds}, peak)
+
+
+def _in_a_process(call: Callable[..., Any], *args: Any) -> Any:
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(call, *args).result()
+
+
+def _scoring(num_layers: int, run_dir: RunDir) -> tuple[int, int, dict[str, float]]:
+    """Write the scores; return the numbers of hooked and of scored modules, and the seconds."""
     model, run = _subject(num_layers)
-    seconds = {}
-    scores, seconds["score"] = _shortest(lambda: _score(model, run))
-    seconds |= {f"score: {name}": scores.timing[f"{name}_seconds"] for name in ("baseline", "forward")}
+    scores, seconds = _shortest(lambda: _score(model, run))
     scores.to_file(run_dir.scores)
-    budget = _budget(scores)
-    placement, seconds["place, module budget, explained"] = _shortest(lambda: _place_by_module(run_dir, budget))
-    placement.to_file(run_dir.placement)
-    seconds["report"], peak = _report(program, run_dir)
-    place(scores, k=3, experts=True).to_file(run_dir.placement)
+    parts = {f"score: {name}": scores.timing[f"{name}_seconds"] for name in ("baseline", "forward")}
+    return len(model.sites), len(scores.modules), {"score": seconds} | parts
+
+
+def _placing(run_dir: RunDir) -> dict[str, float]:
+    """Write exports, then the placement that `report` shows; return the seconds."""
+    scores, seconds = Scores.from_file(run_dir.scores), {}
+    # PEFT adapts gate and up of a stack of experts only together: every type is a choice that both can express.
+    every_type = place(scores, policy="all", experts=True)
+    every_type.to_file(run_dir.placement)
     for target in ("peft", "megatron-bridge"):
         _, seconds[f"export to {target}"] = _shortest(lambda target=target: _export(run_dir, target))
-    return Scale(len(model.sites), len(scores.modules), seconds, peak)
+    half = every_type.num_trainable_parameters // 2
+    placement, seconds["place, module budget, explained"] = _shortest(lambda: _place_by_module(run_dir, half))
+    placement.to_file(run_dir.placement)
+    return seconds
 
 
 def _subject(num_layers: int) -> tuple[Any, Any]:
@@ -133,11 +159,6 @@ def _score(model: Any, run: Any) -> Scores:
     )
 
 
-def _budget(scores: Scores) -> int:
-    """Return a budget that takes about half of the modules."""
-    return place(scores, policy="all", experts=True).num_trainable_parameters // 2
-
-
 def _place_by_module(run_dir: RunDir, budget: int) -> Placement:
     scores = Scores.from_file(run_dir.scores)
     options = {"granularity": "module", "experts": True, "max_trainable_parameters": budget}
@@ -161,12 +182,11 @@ def _report(program: Sequence[str], run_dir: RunDir) -> tuple[float, int]:
 
 def _run(command: Sequence[str]) -> int:
     """Run a command to its end and return its peak memory in bytes. Raises WorkerError where it fails."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise WorkerError(f"{' '.join(command)} ended with status {process.returncode}; its message is above.")
-    return usage.ru_maxrss * 1024
+    # Linux lets a program that is started inherit the peak of who starts it: an empty interpreter does.
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", _START, *command], stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise WorkerError(f"{' '.join(command)} ended with status {done.returncode}; its message is above.")
+    return int(done.stdout) * 1024
 
 
 def _shortest(call: Callable[[], Any]) -> tuple[Any, float]:

@@ -237,8 +237,12 @@ def _gap(values: np.ndarray, mean: float) -> np.ndarray:
 def _lowest_first(units: np.ndarray, values: np.ndarray, mean: float) -> np.ndarray:
     """Return those of the units, ascending indices, that lie below the mean: largest gap first, ties by index."""
     gap = _gap(values[units], mean)
-    units, gap = units[gap > 0], gap[gap > 0]
-    return units[np.argsort(-gap, kind="stable")]
+    units, gap = units[gap > 0], -gap[gap > 0]
+    order = np.argsort(gap)
+    # Sorting that keeps ties in order takes four times as long, and there are hardly ever any.
+    if (np.diff(gap[order]) == 0).any():
+        order = np.argsort(gap, kind="stable")
+    return units[order]
 
 
 def _limit(config: PlacementConfig) -> int:
