@@ -105,7 +105,7 @@ def _product_norms(weight: Weight, u_KI: Tensor) -> tuple[Tensor, Tensor]:
         weight_sq = torch.zeros(1, dtype=torch.float64, device=weight.device)
         x_K = torch.zeros(len(u_KI), dtype=torch.float64, device=weight.device)
         for w_oI in float_blocks(weight):
-            weight_sq += norms.weight_sq(w_oI)
+            weight_sq += norms.weight_sq_float32(w_oI)
             x_K += norms.column_sq(w_oI.to(dtype) @ u_IK)
         if x_K.isfinite().all() or not weight_sq.isfinite():
             break  # else the weight is finite, but too large for its products in float32
@@ -119,7 +119,7 @@ def _products(weight: Weight, u_KI: Tensor) -> tuple[Tensor, Tensor]:
     wu_OK = torch.empty(weight.shape[0], len(u_KI), device=weight.device)
     start = 0
     for w_oI in float_blocks(weight):
-        weight_sq += norms.weight_sq(w_oI)
+        weight_sq += norms.weight_sq_float32(w_oI)
         torch.mm(w_oI, u_IK, out=wu_OK[start : start + len(w_oI)])
         start += len(w_oI)
     return weight_sq, wu_OK

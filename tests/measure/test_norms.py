@@ -160,3 +160,16 @@ def test_directions_are_uniform() -> None:
     u_KI = norms.directions(0, "uniform", 50_000, 3).double()
     torch.testing.assert_close(u_KI.mean(dim=0), torch.zeros(3, dtype=torch.float64), atol=0.01, rtol=0)
     torch.testing.assert_close(u_KI.T @ u_KI / 50_000, torch.eye(3, dtype=torch.float64) / 3, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-15, 1.0, 1e15, 1e22])
+@pytest.mark.parametrize("shape", [(3, 5), (8, 8), (70, 333)])
+def test_the_quick_sum_of_squares_is_near_the_one_in_float64_at_every_scale(
+    scale: float, shape: tuple[int, int]
+) -> None:
+    weight_OI = (matrix(*shape, 7) * scale).float()
+    weight_OI[0] *= 1e-6  # unequal rows
+    truth = float(weight_OI.double().square().sum())
+    assert float(norms.weight_sq_float32(weight_OI)) == pytest.approx(truth, rel=2e-8)
+    weight_OI[-1, -1] = torch.nan
+    assert not norms.weight_sq_float32(weight_OI).isfinite()
