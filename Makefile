@@ -94,7 +94,17 @@ lint: setup ## ruff, pyright over the whole package, and which way imports point
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright
 	$(BIN)/lint-imports
 
-.PHONY: docs reference
+AUDIT := .cache/audit
+
+$(AUDIT)/.installed: .ci/audit.txt | setup
+	@test -x $(AUDIT)/bin/python || $(BIN)/python -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@ \
+	  || echo ".ci/audit.txt: not installed, so nothing is audited" >&2
+
+audit: $(AUDIT)/.installed ## known vulnerabilities of the pinned releases (pip-audit, in an environment of its own)
+	$(BIN)/python .ci/audit.py
+
+.PHONY: docs reference audit
 
 docs: setup ## the API reference from the docstrings: .cache/docs/plop_dist.html
 	@rm -rf .cache/docs
