@@ -170,6 +170,6 @@ def test_the_quick_sum_of_squares_is_near_the_one_in_float64_at_every_scale(
     weight_OI = (matrix(*shape, 7) * scale).float()
     weight_OI[0] *= 1e-6  # unequal rows
     truth = float(weight_OI.double().square().sum())
-    assert float(norms.weight_sq_float32(weight_OI)) == pytest.approx(truth, rel=2e-8)
+    assert float(norms.weight_sq_float32(weight_OI)) == pytest.approx(truth, rel=3e-7)
     weight_OI[-1, -1] = torch.nan
     assert not norms.weight_sq_float32(weight_OI).isfinite()
