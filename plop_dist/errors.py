@@ -7,13 +7,23 @@ and exits with status 2. Everything else that fails while running exits with sta
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Where frameworks begin to say how a file with code in it is loaded all the same; they say nothing else after it.
+_ADVICE = re.compile(
+    r"Weights only load failed|\bweights_only\b[^.\n]{0,80}\bFalse\b|\ballow_pickle=|TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+)
+_INSTEAD = "the file is damaged, or holds objects other than tensors, which are never unpickled"
 
 
 class PlopError(Exception):
     """Base of every error this package raises on purpose."""
 
     exit_status = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_advice(message))
 
 
 class UserError(PlopError, ValueError):
@@ -78,7 +88,31 @@ def first_line(error: BaseException) -> str:
     >>> first_line(EOFError())
     'EOFError'
     """
-    return str(error).strip().partition("\n")[0].strip().rstrip(".") or type(error).__name__
+    text = without_advice(str(error))
+    return text.strip().partition("\n")[0].strip().rstrip(".") or type(error).__name__
+
+
+def without_advice(text: str) -> str:
+    """Return what an exception says with our own words in place of a framework's advice to load code after all.
+
+    >>> without_advice("broken: Weights only load failed. (1) Re-running `torch.load` with `weights_only` ...")
+    'broken: the file is damaged, or holds objects other than tensors, which are never unpickled'
+    """
+    found = _ADVICE.search(text)
+    if found is None:
+        return text
+    kept = max(text.rfind(end, 0, found.start()) + len(end) for end in (". ", ": ", "\n"))
+    return (text[:kept] if kept > 1 else "") + _INSTEAD
+
+
+def as_cause(error: BaseException) -> BaseException | None:
+    """Return the error to raise another one from: None where its traceback would show such advice to a caller."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if _ADVICE.search(str(seen)):
+            return None
+        seen = seen.__cause__ or seen.__context__
+    return error
 
 
 def suggest(name: str, available: Iterable[str]) -> str:

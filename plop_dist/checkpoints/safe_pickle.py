@@ -1,8 +1,12 @@
-"""Reads a torch.save file without running anything that it holds, its tensors mapped instead of copied."""
+"""Reads a torch.save file without running anything that it holds, and has frameworks read theirs so."""
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,16 @@ from plop_dist.errors import ModelError, first_line
 # What training jobs pickle beside tensors. None of it is needed: a stand-in takes its place, so that nothing of it is
 # imported or called. Anything else is refused.
 _KNOWN = ("deepspeed.", "numpy.", "argparse.Namespace", "transformers.", "accelerate.", "megatron.")
+
+
+# The only classes that DeepSpeed needs back from its own files; they are made of numbers and slices.
+DEEPSPEED = (
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+)
+_FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class _StandIn:
@@ -52,4 +66,22 @@ def load_mapped(file: Path) -> Any:
         said = first_line(error).partition(". ")[0]
         raise ModelError(
             f"'{file}' cannot be read ({said[:200]}); it is cut off or not a file of torch.save: copy it again."
-        ) from error
+        ) from None  # torch's own text says how to load it all the same
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Have every torch.load of the block load tensors and plain values alone, whatever its caller asks for.
+
+    torch's DCP and DeepSpeed pass weights_only=False. DeepSpeed's own classes are let through where it is in use.
+    """
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORBID)}
+    os.environ[_FORCE] = "1"
+    try:
+        with safe_globals([getattr(sys.modules[home], name) for home, name in DEEPSPEED if home in sys.modules]):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

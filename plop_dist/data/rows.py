@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plop_dist.data.builtin import arithmetic_rows, python_rows
-from plop_dist.errors import DataError, MissingExtraError
+from plop_dist.errors import DataError, MissingExtraError, as_cause, without_advice
 
 BUILTIN_FIELD = {"builtin:arithmetic": "question", "builtin:python": "text"}
 
@@ -169,8 +169,8 @@ def _read_dataset(name: str, split: str) -> list[dict[str, Any]]:
         raise DataError(
             f"data.path '{name}' is neither a file nor a dataset that can be loaded (split '{split}'): "
             f"{_one_line(error.__cause__ or error)}."
-        ) from error
+        ) from as_cause(error)
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return " ".join(without_advice(str(error)).split()).rstrip(".") or type(error).__name__

@@ -10,7 +10,7 @@ from plop_dist import ranks
 from plop_dist.config.schema import Config
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, tokenize
-from plop_dist.errors import PlopError, ScoresError, WorkerError
+from plop_dist.errors import PlopError, ScoresError, WorkerError, as_cause
 from plop_dist.measure.aggregate import check_weights
 from plop_dist.measure.protocols import ScorableModel
 from plop_dist.registry import BACKENDS, load
@@ -38,7 +38,7 @@ def run_rank(stages: Stages, wanted: Sequence[str], notify: Notify, *, force: bo
             except PlopError:
                 raise
             except Exception as error:
-                raise WorkerError(f"rank {rank}: {stage} failed: {type(error).__name__}: {error}") from error
+                raise WorkerError(f"rank {rank}: {stage} failed: {type(error).__name__}: {error}") from as_cause(error)
 
 
 def _run_stage(stage: str, stages: Stages, notify: Notify, force: bool) -> None:

@@ -9,6 +9,7 @@ import logging
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from plop_dist import ranks
+from plop_dist.checkpoints.resumable import check_resumable
 from plop_dist.config.schema import Config
 from plop_dist.rundir.stages import input_files
 from plop_dist.values.files import write_bytes, write_json
@@ -54,8 +56,10 @@ class Checkpoints:
         """Return (step, this rank's state, progress) of the last complete checkpoint, or None. Collective.
 
         Rank 0 looks and the others follow, so that all ranks continue from the same step: one that every rank can read.
+        Raises RunDirError for one that holds more than tensors and plain values.
         """
         for target, mark in reversed(ranks.agree(self._complete)):
+            ranks.agree(partial(check_resumable, Path(target)))
             state = _read(Path(target) / _file_name())
             damaged = [rank for rank, is_read in enumerate(_on_all_ranks(state is not None)) if not is_read]
             if not damaged and state is not None:

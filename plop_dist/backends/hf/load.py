@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.checkpoints.special_tokens import check_special_tokens
 from plop_dist.config.schema import ModelConfig
-from plop_dist.errors import ModelError, PlopError, first_line
+from plop_dist.errors import ModelError, PlopError, as_cause, first_line
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -197,12 +196,9 @@ def _explained(model: ModelConfig, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated kinds
         said = first_line(error)
-        if isinstance(error, UnpicklingError):
-            # torch's own advice is weights_only=False, which runs the code in the file.
-            said = "the .bin file is damaged, or holds objects other than tensors, which are never unpickled"
-        elif "Couldn't instantiate the backend tokenizer" in said:
+        if "Couldn't instantiate the backend tokenizer" in said:
             said = "there are no tokenizer files, e.g. tokenizer.json"
         raise ModelError(
             f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {said}); check "
             "that the directory or id exists and its files are complete."
-        ) from error
+        ) from as_cause(error)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from plop_dist.errors import ModelError, first_line
+from plop_dist.checkpoints.safe_pickle import tensors_only
+from plop_dist.checkpoints.torch_dist_index import check_index
+from plop_dist.errors import ModelError, as_cause, first_line
 
-# Where the classes of a checkpoint's index come from; none of them runs anything when it is unpickled. torch's one
-# function among them looks a layout up by its name.
-_PLAIN = re.compile(
-    r"(torch|collections|pathlib|(torch\.distributed\.checkpoint|megatron\.core\.dist_checkpointing)\..*)"
-)
-_BUILTINS = ("dict", "frozenset", "list", "set", "slice", "tuple")
+# Objects beside the weights: FP8 scales, pickled, which no score needs. Transformer Engine would unpickle them.
+_OBJECTS = "_extra_state"
 
 
 def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
@@ -37,15 +32,15 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
             f"model.checkpoint '{directory}' is not a Megatron torch_dist checkpoint (no metadata.json in it); pass "
             "the directory that dist_checkpointing.save wrote, or one with latest_checkpointed_iteration.txt."
         )
-    _check_index(directory)
+    check_index(directory)
     keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    wanted = {key: cast(Any, chunk).sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}
+    wanted = {key: _tensors(cast(Any, chunk).sharded_state_dict()) for key, chunk in zip(keys, chunks, strict=True)}
     _check_keys(wanted, directory)
     try:
-        with _weights_alone():
+        with _weights_alone(), tensors_only():
             loaded: Any = dist_checkpointing.load(wanted, str(directory))
         for key, chunk in zip(keys, chunks, strict=True):
-            chunk.load_state_dict(loaded[key], strict=True)
+            _put(chunk, loaded[key])
     except (Exception, CheckpointException) as error:  # torch's own kind is a BaseException
         # torch's own message only says that there are some, by rank: (error, stack).
         failures = getattr(error, "failures", {})
@@ -54,7 +49,7 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
             f"model.checkpoint '{directory}' cannot be loaded into model.name_or_path's architecture "
             f"({type(cause).__name__}: {first_line(cause)}); check that both are the same model and the files are "
             "complete."
-        ) from error
+        ) from as_cause(cause)
 
 
 def _latest(directory: Path) -> Path:
@@ -67,6 +62,25 @@ def _latest(directory: Path) -> Path:
     if not text.isdigit():
         raise ModelError(f"model.checkpoint: '{latest}' holds '{text}', neither an iteration's number nor 'release'.")
     return directory / f"iter_{int(text):07d}"
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a sharded state dict without the objects in it, whatever a checkpoint says that they are."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    return {
+        name: value
+        for name, value in state.items()
+        if not isinstance(value, ShardedObject) and not name.rpartition(".")[2].startswith(_OBJECTS)
+    }
+
+
+def _put(chunk: nn.Module, state: dict[str, Any]) -> None:
+    """Load the tensors into a chunk that keeps its own objects. Raises RuntimeError unless that is all it needs."""
+    missing, unexpected = chunk.load_state_dict(state, strict=False)
+    lost = [name for name in missing if not name.rpartition(".")[2].startswith(_OBJECTS)] + unexpected
+    if lost:
+        raise RuntimeError(f"'{lost[0]}' is in only one of the two")
 
 
 def _check_keys(wanted: dict[str, Any], directory: Path) -> None:
@@ -90,42 +104,6 @@ def _check_keys(wanted: dict[str, Any], directory: Path) -> None:
                 f"model.checkpoint '{directory}': '{tensor.key}' is {tuple(found.global_shape)}, and "
                 f"model.name_or_path's is {tuple(tensor.global_shape)}; both must be the same model."
             )
-
-
-def _check_index(directory: Path) -> None:
-    """Raise ModelError if unpickling the checkpoint's index would run anything but torch's own data classes.
-
-    torch.distributed.checkpoint reads .metadata with plain pickle.
-    """
-    index = directory / ".metadata"
-    try:
-        with index.open("rb") as file:
-            _PlainUnpickler(file).load()
-    except _ForeignError as error:
-        raise ModelError(
-            f"model.checkpoint '{directory}': its index (.metadata) would run {error} when it is read, which no "
-            "checkpoint needs; do not use this file."
-        ) from None
-    except Exception as error:  # whatever a truncated pickle comes to
-        raise ModelError(
-            f"model.checkpoint '{directory}': its index (.metadata) cannot be read ({type(error).__name__}: {error}); "
-            "copy the whole directory, hidden files included."
-        ) from error
-
-
-class _ForeignError(Exception):
-    pass
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return super().find_class(module, name)
-        if _PLAIN.fullmatch(module) or (module == "builtins" and name in _BUILTINS):
-            found = super().find_class(module, name)
-            if isinstance(found, type | torch.dtype | torch.layout | torch.memory_format):
-                return found
-        raise _ForeignError(f"{module}.{name}")
 
 
 @contextmanager

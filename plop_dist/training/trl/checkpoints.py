@@ -8,14 +8,17 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from plop_dist import ranks
+from plop_dist.checkpoints.resumable import check_resumable
+from plop_dist.checkpoints.safe_pickle import tensors_only
 from plop_dist.config.schema import Config
 from plop_dist.errors import RunDirError
 from plop_dist.training.checkpoint import WITHOUT_IT, fingerprint
@@ -34,7 +37,10 @@ def checkpoints_of(config: Config) -> Path:
 
 
 def last_checkpoint(config: Config, placement: Placement) -> str | None:
-    """Return the last whole checkpoint of this very run, or None; others are removed. Collective over the world."""
+    """Return the last whole checkpoint of this very run, or None; others are removed. Collective over the world.
+
+    Raises RunDirError for one that holds more than data: the Trainer and DeepSpeed load what this returns.
+    """
     directory, key = checkpoints_of(config), fingerprint(config, placement)
     mark = directory / _MARK
 
@@ -43,8 +49,14 @@ def last_checkpoint(config: Config, placement: Placement) -> str | None:
             shutil.rmtree(directory, ignore_errors=True)
             write_text(mark, key)
             return None
+        for pickled in directory.glob(f"checkpoint-*/{TRAINING_ARGS_NAME}"):
+            pickled.unlink()  # whole objects, which nothing reads
         whole = [path for path in directory.glob("checkpoint-*") if _is_whole(path)]
-        return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+        if not whole:
+            return None
+        last = max(whole, key=lambda path: int(path.name.split("-")[1]))
+        check_resumable(last)
+        return str(last)
 
     return ranks.agree(find)
 
@@ -86,10 +98,25 @@ def finish(trainer: Any, config: Config, resume: str | None) -> Path:
     Collective over the world: at ZeRO-3 shards are gathered. Raises RunDirError.
     """
     trainer.remove_callback(PrinterCallback)  # it prints the dictionaries that our log already holds
-    with saving_to(checkpoints_of(config)):
+    with saving_to(checkpoints_of(config)), ExitStack() as loading:
+        loading.enter_context(tensors_only())
+        trainer.add_callback(_Loaded(loading))
         trainer.train(resume_from_checkpoint=resume)
     adapter = config.run_path / "train" / "adapter"
     with saving_to(adapter):
         trainer.save_model(str(adapter))
+        if ranks.rank() == 0:
+            (adapter / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle has no place in what is passed on
     ranks.barrier()
     return adapter
+
+
+class _Loaded(TrainerCallback):
+    """Ends what holds while a trainer loads its checkpoint: rewards, which run later, load what they like."""
+
+    def __init__(self, loading: ExitStack) -> None:
+        self._loading = loading
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note that everything is loaded."""
+        self._loading.close()

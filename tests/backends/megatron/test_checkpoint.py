@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -21,6 +20,7 @@ from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.stages import Stages
 from plop_dist.values.scores import Scores
+from tests import payloads
 from tests.backends.megatron.models import config, fresh
 from tests.installed import needs_bridge
 from tests.models import save_tiny
@@ -64,16 +64,6 @@ def _run(configured: Any, *stages: str) -> None:
     run_rank(Stages(configured), stages, lambda kind, **fields: None)
 
 
-class _Trap:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.mark),)
-
-
 def _save_like_megatron_lm(chunk: Any, directory: Path, mark: Path) -> None:
     """Write iteration 10: weights under "model", optimizer, random state, arguments, and an old common.pt."""
     from megatron.core import dist_checkpointing
@@ -98,7 +88,7 @@ def _save_like_megatron_lm(chunk: Any, directory: Path, mark: Path) -> None:
     if rank == 0:
         (directory / "latest_checkpointed_iteration.txt").write_text("10")
         with (iteration / "common.pt").open("wb") as file:
-            pickle.dump(_Trap(mark), file)
+            pickle.dump(payloads.Trap(mark), file)
     dist.barrier()
 
 
@@ -146,23 +136,37 @@ def _refuse(rank: int, root: Path) -> dict[str, str]:
     save_tiny("qwen3", root / "qwen3")
     save_tiny("qwen2", root / "narrow", intermediate_size=32)
     (root / "empty").mkdir()
-    for name in ("trapped", "cut", "odd"):
+    for name in ("trapped", "cut", "odd", "objects", "weight"):
         shutil.copytree(good, root / name)
-    with (root / "trapped" / ".metadata").open("wb") as file:
-        pickle.dump(_Trap(root / "trap"), file)
+    (root / "trapped" / ".metadata").write_bytes(payloads.call("torch", "os.mkdir", str(root / "trap")))
+    # Attention's and the MLP's FP8 states are entries of bytes; an index may say the same of a weight.
+    objects = payloads.poison_entries(root / "objects", root / "trap", only=lambda key: "_extra_state" in key)
+    assert len(objects) == 8
+    payloads.poison_entries(root / "weight", root / "trap", only=lambda key: key == "output_layer.weight")
+    assert payloads.fires(root / "trap", lambda: _plainly(root / "objects", objects))
     for shard in (root / "cut").glob("*.distcp"):
         shard.write_bytes(shard.read_bytes()[:-5000])
     (root / "odd" / "latest_checkpointed_iteration.txt").write_text("ten")
     messages = {}
     cases = {"keys": ("qwen3", "good"), "shapes": ("narrow", "good"), "empty": ("other", "empty"),
-             "trapped": ("other", "trapped"), "cut": ("other", "cut"), "odd": ("other", "odd")}  # fmt: skip
+             "trapped": ("other", "trapped"), "cut": ("other", "cut"), "odd": ("other", "odd"),
+             "weight": ("other", "weight")}  # fmt: skip
     for case, (model, checkpoint) in cases.items():
         with pytest.raises(ModelError) as caught:
             load(config(root / model, checkpoint=str(root / checkpoint)))
         messages[case] = str(caught.value)
         fresh()
-    load(config(root / "other", checkpoint=str(good)))
+    loaded = []
+    for name in ("good", "objects"):
+        (whole,), _ = load_chunks(config(root / "other", checkpoint=str(root / name)))
+        loaded.append(list(whole.parameters()))
+        fresh()
+    assert all(torch.equal(one, other) for one, other in zip(*loaded, strict=True))
     return messages
+
+
+def _plainly(directory: Path, keys: list[str]) -> None:
+    torch.distributed.checkpoint.load(dict.fromkeys(keys), checkpoint_id=directory)
 
 
 def test_other_checkpoints_are_one_error_that_names_a_key(root: Path) -> None:
@@ -171,7 +175,8 @@ def test_other_checkpoints_are_one_error_that_names_a_key(root: Path) -> None:
         "keys": r"has no 'decoder\.layers\.self_attention\.[kq]_layernorm\.weight' \(it has 'decoder\.",
         "shapes": r"'decoder\.layers\.mlp\.linear_fc1\.weight' is \(2, 192, 64\), and model.*'s is \(2, 64, 64\)",
         "empty": "is not a Megatron torch_dist checkpoint",
-        "trapped": r"its index \(\.metadata\) would run posix\.mkdir when it is read",
+        "trapped": r"its index \(\.metadata\) would run torch\.os\.mkdir when it is read",
+        "weight": r"has no 'output_layer\.weight'",
         # The cause by name, and not torch's summary of it, which says only that some rank failed.
         "cut": r"cannot be loaded into model.name_or_path's architecture \((?!CheckpointException)\w+: .+\); check",
         "odd": "latest_checkpointed_iteration.txt' holds 'ten', neither",
