@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
@@ -21,11 +22,14 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def load_hf_config(model: ModelConfig) -> Any:
-    """Return the model's transformers configuration. Raises ModelError."""
+    """Return the model's transformers configuration. Raises ModelError, also for what would run code unasked."""
     from transformers import AutoConfig
 
     with _explained(model, "configuration"):
-        return AutoConfig.from_pretrained(resolve(model.name_or_path), trust_remote_code=model.trust_remote_code)
+        name = resolve(model.name_or_path)
+        hf_config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        check_foreign_code(model, name, hf_config)
+        return hf_config
 
 
 def architecture(hf_config: Any) -> str:
@@ -79,6 +83,7 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
     options |= {"dtype": dtype, "output_loading_info": True}
     with _explained(model, "model"), _freed_at_once():
         if model.checkpoint is None and drop is None:
+            load_hf_config(model)
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code
             loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(name, **options)
@@ -196,7 +201,11 @@ def _explained(model: ModelConfig, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated kinds
         said = first_line(error)
-        if "Couldn't instantiate the backend tokenizer" in said:
+        if "trust_remote_code" in str(error):
+            said = (
+                "it needs Python code that comes with it; read it, and set model.trust_remote_code=true if you trust it"
+            )
+        elif "Couldn't instantiate the backend tokenizer" in said:
             said = "there are no tokenizer files, e.g. tokenizer.json"
         raise ModelError(
             f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {said}); check "
