@@ -17,8 +17,8 @@ def check_foreign_code(model: ModelConfig, name: str, hf_config: Any) -> None:
     name: the directory or id of the model.
     """
     from transformers.integrations import hub_kernels
-    from transformers.utils import find_adapter_config_file
     from transformers.utils.import_utils import is_kernels_available
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     hub_kernels._kernels_available = model.trust_remote_code and is_kernels_available()
     if not model.trust_remote_code:
