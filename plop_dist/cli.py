@@ -17,6 +17,7 @@ import typer
 from plop_dist.config import arguments as given
 from plop_dist.config.command_help import COMMANDS, LOOK_UP, PREPARE, PROGRAM, STEPS, WHOLE
 from plop_dist.errors import ConfigError, PlopError
+from plop_dist.values.visible import make_messages_visible, say, visible
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -52,8 +53,8 @@ def init(
         write_new(path, starter({"run_dir": run_dir, "model.name_or_path": model, "data.path": data, **keys}))
     else:
         raise ConfigError("init needs --model and --data, e.g. --model Qwen/Qwen2.5-0.5B --data rows.jsonl, or --demo.")
-    print(path)
-    print(*([f"note: {note}"] if note else []), f"Next: plop-dist check {path}", sep="\n", file=sys.stderr)
+    say(path)
+    say(*([f"note: {note}"] if note else []), f"Next: plop-dist check {path}", to_stderr=True)
 
 
 @command(PREPARE)
@@ -76,7 +77,7 @@ def schema(markdown: given.AsMarkdown = False) -> None:
 
     from plop_dist.config import json_schema, reference
 
-    print(reference.markdown() if markdown else json.dumps(json_schema.json_schema(), indent=2, ensure_ascii=False))
+    say(reference.markdown() if markdown else json.dumps(json_schema.json_schema(), indent=2, ensure_ascii=False))
 
 
 @command(STEPS)
@@ -121,7 +122,7 @@ def place(
     if sweep:
         terminal.print_sweep(sweep_of(decision))
     terminal.print_diagnostics(diagnose(scores, placement, decision))
-    print(paths.placement)
+    say(paths.placement)
 
 
 @command(STEPS)
@@ -137,11 +138,11 @@ def export(
     paths = RunDir(run_dir)
     written = write_export(Placement.from_file(paths.placement), to, paths.exports, engine=engine, widen=widen)
     for note in (*written.notes, *(f"widened: {item}" for item in written.widened)):
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", to_stderr=True)
     for name in written.files:
-        print(f"# {one_line(paths.exports / to / name)}")
+        say(f"# {one_line(paths.exports / to / name)}")
     for flag in written.flags:
-        print(flag)
+        say(flag)
 
 
 @command(STEPS)
@@ -150,7 +151,7 @@ def report(run_dir: given.RunDirectory) -> None:
     from plop_dist.report import write_report
     from plop_dist.rundir.layout import RunDir
 
-    print(write_report(RunDir(run_dir)))
+    say(write_report(RunDir(run_dir)))
 
 
 @command(WHOLE)
@@ -166,7 +167,7 @@ def run(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
         placement = Placement.from_file(run_dir.placement)
         terminal.print_types(placement.source, placement)
         terminal.print_training(run_dir)
-        print(run_dir.report)
+        say(run_dir.report)
 
 
 @command(WHOLE)
@@ -217,7 +218,7 @@ def diff(run_dir: given.RunDirectory, adapter_config: given.AdapterConfig) -> No
     with spinner("asking PEFT what the configuration adapts"):
         difference = compare(placement, read_adapter_config(adapter_config), str(adapter_config))
     for line in difference.lines():
-        print(line)
+        say(line)
 
 
 @command(LOOK_UP)
@@ -258,22 +259,35 @@ def main() -> None:
     """Run the command line; a user's mistake is one message and exit status 2, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("plop_dist").setLevel(logging.INFO)
+    make_messages_visible()
     if isinstance(sys.stdout, io.TextIOWrapper):  # names from files are shown whatever the terminal can write
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _check_arguments()
         app(
             prog_name="plop-dist"
         )  # ends in SystemExit: 0, typer's own 2 for wrong usage, 130 and 143 after SIGINT and SIGTERM
     except PlopError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", to_stderr=True)
         _leave(error.exit_status)
     except SystemExit as stop:
         if stop.code in (130, 143):
-            print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
+            say("interrupted; the same command goes on from what is on disk", to_stderr=True)
         _leave(int(stop.code or 0))
     except OSError as error:  # standard output is on a full disk
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", to_stderr=True)
         _leave(1)
+
+
+def _check_arguments() -> None:
+    """Raise ConfigError for an argument that hides something: what it names could not be written or shown as it is."""
+    for argument in sys.argv[1:]:
+        whole = argument.encode(errors="ignore").decode()  # other messages tell of what is no UTF-8
+        if visible(whole) != whole:
+            raise ConfigError(
+                f"the argument '{visible(argument)}' holds a control character or one that is not seen; leave it out, "
+                "and rename a folder or file that has it in its name."
+            )
 
 
 def _leave(status: int) -> None:

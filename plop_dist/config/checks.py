@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from plop_dist.config.schema import Config, DataConfig, ParallelConfig, PlacementConfig, TrainConfig
 from plop_dist.errors import ConfigError, LayoutError, suggest
 from plop_dist.registry import BACKENDS, POLICIES, REWARDS, load, names
+from plop_dist.values.visible import check_names
 
 _PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 _MOST_RANKS = 2**20
@@ -38,7 +39,10 @@ def check_consistency(config: Config, source: str) -> None:
 
 def check_section(section: Any, source: str) -> None:
     """Raise ConfigError or LayoutError for keys of one section that do not go together."""
-    _check_text(section.model_dump() if isinstance(section, BaseModel) else section, source)
+    tree = section.model_dump() if isinstance(section, BaseModel) else section
+    _check_text(tree, source)
+    name = next((name for name, field in Config.model_fields.items() if field.annotation is type(section)), "run_dir")
+    check_names({name: tree}, source, "leave it out, and rename a folder or file that has it in its name", ConfigError)
     check = _CHECKS.get(type(section))
     if check is not None:
         check(section, source)

@@ -19,6 +19,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, WorkerError, first_line
 from plop_dist.launch.cluster import connected, with_absolute_paths
+from plop_dist.values.visible import log_text, say
 
 
 def submit_job(config: Config, address: str) -> int:
@@ -76,7 +77,7 @@ def _follow_job(client: Any, job: str) -> int:
 
     async def follow() -> None:
         async for lines in client.tail_job_logs(job):
-            print(lines, end="", flush=True)
+            say(log_text(lines), end="", at_once=True)
 
     asyncio.run(follow())
     while not (status := client.get_job_status(job)).is_terminal():

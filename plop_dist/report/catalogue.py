@@ -14,6 +14,7 @@ from plop_dist.exporters.exporter import Exporter, find_exporter
 from plop_dist.exporters.fits import fit
 from plop_dist.registry import BACKENDS, load
 from plop_dist.report.grid import show_line
+from plop_dist.values.console import VisibleConsole
 from plop_dist.values.placement import Placement
 
 _LABEL_WIDTH = 10
@@ -85,7 +86,7 @@ def _verdict(target: Exporter, placement: Placement, engine: str) -> str:
 
 
 def _print_entry(name: str, lines: Iterable[tuple[str, Sequence[str]]], console: Console | None) -> None:
-    console = console or Console()
+    console = console or VisibleConsole()
     console.print(name, style="bold", markup=False, highlight=False)
     for label, items in lines:
         for number, item in enumerate(items):

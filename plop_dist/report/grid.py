@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from plop_dist.values.console import VisibleConsole
+from plop_dist.values.visible import visible
+
 
 @dataclass
 class Grid:
@@ -22,21 +25,22 @@ class Grid:
 
 def show(grid: Grid, console: Console | None = None) -> None:
     """Print rows: a table on a terminal, aligned lines in a pipe."""
-    console = console or Console()
+    console = console or VisibleConsole()
     is_right = [header.startswith(">") for header in grid.headers]
     headers = [header.lstrip(">") for header in grid.headers]
+    rows = [[visible(cell, keep="") for cell in row] for row in grid.rows]
     if console.is_terminal:
         table = Table(title=escape(grid.title), title_justify="left", header_style="bold")
         for index, (header, right) in enumerate(zip(headers, is_right, strict=True)):
             # names stay whole on a narrow terminal, the other columns fold
             table.add_column(header, justify="right" if right else "left", overflow="fold", no_wrap=index == 0)
-        for index, row in enumerate(grid.rows):
+        for index, row in enumerate(rows):
             table.add_row(*map(escape, row), style="green" if index in grid.highlighted else None)
         console.print(table)
         return
     show_line(grid.title, console)
-    widths = [max(len(cell) for cell in column) for column in zip(headers, *grid.rows, strict=True)]
-    for row in [headers, *grid.rows]:
+    widths = [max(len(cell) for cell in column) for column in zip(headers, *rows, strict=True)]
+    for row in [headers, *rows]:
         cells = zip(row, widths, is_right, strict=True)
         show_line(
             "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip(),
@@ -47,4 +51,4 @@ def show(grid: Grid, console: Console | None = None) -> None:
 def show_line(text: str, console: Console | None = None) -> None:
     """Print one line of text, unfolded."""
     # A pipe gets the line whole: rich would fold it at 80 columns and read [brackets] as markup.
-    (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
+    (console or VisibleConsole()).print(text, markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from plop_dist.report.grid import Grid, show, show_line
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.trained import read_trained
 from plop_dist.values.adapter_size import AdapterSizes
+from plop_dist.values.console import VisibleConsole
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Scores
 
@@ -93,7 +94,7 @@ def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
 
 def print_diagnostics(diagnostics: Iterable[Diagnostic], console: Console | None = None) -> None:
     """Print findings, one per line, warnings in colour on a terminal."""
-    console = console or Console()
+    console = console or VisibleConsole()
     for finding in diagnostics:
         style = "[yellow]warning:[/]" if finding.severity == "warning" else "[dim]note:[/]"
         if console.is_terminal:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 from plop_dist.errors import PlopError
 from plop_dist.values.files import append_line
+from plop_dist.values.visible import say
 
 _LABEL = {"baseline": "baselines of modules", "scoring": "samples scored", "training": "training steps"}
 _LINE_SECONDS = 5.0
@@ -56,10 +56,11 @@ class EventDisplay:
     """Shows events on stderr: a progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._console = Console(stderr=True)
+        from plop_dist.values.console import VisibleConsole
+
+        self._console = VisibleConsole(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self._console) if self._console.is_terminal else None
         self._tasks: dict[str, Any] = {}
@@ -97,7 +98,7 @@ class EventDisplay:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
             with suppress(OSError):  # `2>&1 | head` must not cost the run; events.jsonl has every line
-                print(text, file=sys.stderr, flush=True)
+                say(text, to_stderr=True)
 
 
 @contextmanager
@@ -115,9 +116,9 @@ def both(writer: EventWriter) -> Iterator[Any]:
 @contextmanager
 def spinner(text: str) -> Iterator[None]:
     """Show on a terminal that something is under way that has no count; nothing in a pipe."""
-    from rich.console import Console
+    from plop_dist.values.console import VisibleConsole
 
-    with Console(stderr=True).status(text):
+    with VisibleConsole(stderr=True).status(text):
         yield
 
 

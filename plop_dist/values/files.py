@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from plop_dist.errors import RunDirError, ScoresError
+from plop_dist.values.visible import check_names, may_hide_something
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -74,12 +75,15 @@ def json_bytes(tree: Any) -> bytes:
 def read_json(path: Path, what: str, remedy: str) -> Any:
     """Return the JSON of a file. Raises ScoresError naming path, line and remedy if it is missing or malformed.
 
-    Malformed is also text that is not whole Unicode: half of a surrogate pair, which nothing could be written with.
+    Malformed is also text that is not whole Unicode: half of a surrogate pair, which nothing could be written with; and
+    a name with characters that are not seen where it is shown.
     """
     try:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(text)
         _check_surrogates(text)
+        if may_hide_something(text):
+            check_names(tree, str(path), remedy, ScoresError)
         return tree
     except FileNotFoundError:
         raise ScoresError(f"{path} does not exist: no {what} there; {remedy}.") from None
@@ -87,6 +91,8 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise ScoresError(
             f"{path} is not whole JSON: {error.msg} at line {error.lineno} column {error.colno}; {remedy}."
         ) from error
+    except ScoresError:
+        raise
     except RecursionError:
         raise ScoresError(f"{path} is nested too deeply to be {what}; {remedy}.") from None
     except (OSError, ValueError) as error:  # not UTF-8, or a path with a null byte

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from plop_dist.errors import ScoresError
 from plop_dist.values.files import json_bytes, read_json, write_together
 from plop_dist.values.sample_totals import SAMPLES_FILE, SampleTotals
+from plop_dist.values.visible import may_hide_something
 
 SCORES_SCHEMA = "plop-dist/scores/1"
 
@@ -172,8 +173,9 @@ class Scores(Value):
 def read_value(cls: type[_T], schema: str, path: Path, what: str, remedy: str) -> _T:
     """Return the value that a file holds. Raises ScoresError naming path, field and value, and the remedy."""
     try:
-        value = cls.model_validate_json(path.read_bytes())
-        if "schema_" in value.model_fields_set:
+        content = path.read_bytes()
+        value = cls.model_validate_json(content)
+        if "schema_" in value.model_fields_set and not may_hide_something(content.decode()):
             return value
     except (OSError, ValueError):
         pass
