@@ -12,6 +12,7 @@ import os
 import pickle
 import struct
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,26 @@ class Trap:
         return os.makedirs, (self._marker, 0o777, True)
 
 
-def call(module: str, name: str, *texts: str) -> bytes:
+def call(module: str, name: str, *texts: str, old: bool = False) -> bytes:
     """Return a pickle (protocol 4) that calls module.name(*texts); name may have dots, which are resolved one by one.
 
-    Where something else is to be unpickled after it, see Trap.
+    old: by protocol 2's instruction, the only one for names that torch reads with weights_only.
     """
 
     def text(value: str) -> bytes:
         return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
-    return b"\x80\x04" + text(module) + text(name) + b"\x93(" + b"".join(map(text, texts)) + b"tR."
+    found = f"c{module}\n{name}\n".encode() if old else text(module) + text(name) + b"\x93"
+    return b"\x80\x04" + found + b"(" + b"".join(map(text, texts)) + b"tR."
+
+
+def archive(path: Path, pickled: bytes) -> Path:
+    """Write an archive as torch.save does, with `pickled` as the instructions in it. Returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n"}.items():
+            file.writestr(f"archive/{name}", content)
+    return path
 
 
 def torch_file(path: Path, marker: Path, content: Any = None, *, is_zip: bool = True) -> Path:

@@ -25,7 +25,12 @@ def find_weights_folder(directory: str | Path) -> tuple[Path, Kind]:
     folder = directory
     for mark in ("latest", "latest_universal", "latest_checkpointed_iteration.txt"):
         if (directory / mark).is_file():
-            step = (directory / mark).read_text().strip()
+            step = (directory / mark).read_text(errors="replace").strip()[:255]
+            if Path(step).name != step:
+                raise ModelError(
+                    f"model.checkpoint '{directory}': its file '{mark}' holds {step[:80]!a}, expected the name of a "
+                    "folder beside it."
+                )
             folder = directory / (f"iter_{int(step):07d}" if mark.endswith(".txt") and step.isdigit() else step)
             if not folder.is_dir():
                 raise ModelError(

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
 from contextlib import suppress
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+def say_owner(run_dir: Path) -> None:
+    """Log whose a run directory is, where it belongs to another user."""
+    owner = other_owner(run_dir)
+    if owner is not None:
+        logger.warning(
+            "%s belongs to %s, and this process runs as another user: none of its code is run, but look at what it "
+            "holds before you rely on it",
+            run_dir,
+            owner,
+        )
 
 
 def other_owner(path: Path) -> str | None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from plop_dist.checkpoints.owner import say_owner
 from plop_dist.registry import BACKENDS, EXPORTERS, names
 
 
@@ -16,6 +17,13 @@ def complete_run_dir(incomplete: str) -> list[str]:
     base = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
     found = {path.parent for pattern in ("*/scores.json", "*/*/scores.json") for path in base.glob(pattern)}
     return sorted(str(path) for path in found if str(path).startswith(incomplete))
+
+
+def with_owner_said(context: typer.Context, run_dir: Path | None) -> Path | None:
+    """Return the run directory; that it belongs to another user is said."""
+    if run_dir is not None and not context.resilient_parsing:
+        say_owner(run_dir)
+    return run_dir
 
 
 def complete_target(incomplete: str) -> list[str]:
@@ -67,12 +75,16 @@ RunDirectory = Annotated[
         metavar="RUN_DIR",
         help="Directory that `score` or `run` has written: `run_dir` of the configuration.",
         autocompletion=complete_run_dir,
+        callback=with_owner_said,
     ),
 ]
 OptionalRunDirectory = Annotated[
     Path | None,
     typer.Argument(
-        metavar="RUN_DIR", help="Directory with a placement to be expressed.", autocompletion=complete_run_dir
+        metavar="RUN_DIR",
+        help="Directory with a placement to be expressed.",
+        autocompletion=complete_run_dir,
+        callback=with_owner_said,
     ),
 ]
 BackendName = Annotated[

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plop_dist import ranks
+from plop_dist.checkpoints.owner import say_owner
 from plop_dist.config.schema import Config
 from plop_dist.errors import WorkerError
 from plop_dist.launch.rank import run_rank
@@ -50,6 +51,7 @@ def launch(stages: Stages, wanted: Sequence[str], command: str, *, force: bool =
         _run_stages(stages, wanted, force)
         return
     stages.run_dir.prepare()
+    say_owner(stages.run_dir.path)
     with kept_config(stages, command):
         _run_stages(stages, wanted, force)
 

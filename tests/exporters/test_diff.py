@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import random
 import re
 import time
 import warnings
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,10 +28,26 @@ from plop_dist.exporters.peft import lora_config_fields
 from plop_dist.exporters.peft_match import adapted_ranks
 from plop_dist.exporters.stand_in import stand_in
 from plop_dist.values.scores import Projection
+from tests import payloads
 from tests.exporters.cases import adapted_paths, llama_projections, model_of, place, projections_of, scores_of
 
 LLAMA = scores_of(llama_projections(12))
 EVIL = "(([a-z_.0-9]+)+)+!"
+
+
+def test_no_module_that_a_configuration_names_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT before 0.21 imports `megatron_core`, and for its Auto classes `parent_library`."""
+    marker = tmp_path / "marker"
+    payloads.module(tmp_path / "theirs.py", marker)
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"megatron_config": {"a": 1}, "megatron_core": "theirs", "runtime_config": {"a": 1},
+             "auto_mapping": {"base_model_class": "Theirs", "parent_library": "theirs"}}  # fmt: skip
+    tree = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], **named}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(tree))
+    found = diff(place(LLAMA, ["q_proj"]), read_adapter_config(tmp_path / "adapter_config.json"))
+    assert len(found.both) == 12
+    assert not marker.exists()
+    assert payloads.fires(marker, lambda: importlib.import_module("theirs"))
 
 
 def test_what_only_one_side_adapts_and_what_it_costs():

@@ -35,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _sub_adapter(folder: Path, marker: Path) -> None:
-    """An adapter in a folder of its own, which a Trainer loads with its configuration: PEFT imports what that names."""
+    """An adapter in a folder of its own: a Trainer loads it by its configuration, whose modules older PEFT imports."""
     shutil.copytree(folder, folder / "other", ignore=shutil.ignore_patterns("*.pt*"))
     tree = json.loads((folder / "adapter_config.json").read_text())
     tree |= {"megatron_config": {"x": 1}, "megatron_core": "antigravity"}

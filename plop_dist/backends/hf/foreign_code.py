@@ -12,8 +12,9 @@ from plop_dist.errors import ModelError
 def check_foreign_code(model: ModelConfig, name: str, hf_config: Any) -> None:
     """Raise ModelError for a kernel that the configuration has fetched from a hub, and for adapters beside the model.
 
-    transformers needs no leave for either: it downloads and imports the one (or what it thinks of by itself, which is
-    switched off here for the whole process), and of the other PEFT imports the modules that its configuration names.
+    transformers needs no leave for either. It downloads and imports kernels, some of them unasked: they are switched
+    off here for the whole process. It adds the adapters to what is scored, and PEFT before 0.21 imports the modules
+    that their configuration names.
     name: the directory or id of the model.
     """
     from transformers.integrations import hub_kernels

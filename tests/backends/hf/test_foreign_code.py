@@ -108,7 +108,7 @@ def test_no_code_of_a_models_runs_unless_it_is_asked_for(tmp_path: Path) -> None
 
 
 def test_an_adapter_beside_the_model_is_refused(tmp_path: Path) -> None:
-    """PEFT imports the module that its configuration names, and would put the adapter into what is scored."""
+    """It would be put into what is scored, and PEFT before 0.21 imports the module that its configuration names."""
     save_tiny("llama", tmp_path / "model")
     tree = {"peft_type": "LORA", "target_modules": ["q_proj"], "megatron_config": {"a": 1}, "megatron_core": "theirs"}
     (tmp_path / "model" / "adapter_config.json").write_text(json.dumps(tree))
