@@ -45,8 +45,8 @@ class Outcome:
 
 def run_here(arguments: Sequence[str]) -> Outcome:
     """Run `plop-dist ARGUMENTS` in this process, its streams as strict as a terminal's."""
-    out = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict", write_through=True)
-    err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace", write_through=True)
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict", newline="\n", write_through=True)
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace", newline="\n", write_through=True)
     status: int | None = 0
     escaped = ""
     command = ["plop-dist", *arguments]
