@@ -65,8 +65,9 @@ test-rare: setup ## more of what other tests show, minutes long
 test-gpu: setup ## what needs a CUDA device
 	$(PYTEST) -m gpu
 
-test-fuzz: setup ## 2,000 damaged files and arguments (FUZZ_CASES, FUZZ_SEED; FUZZ_ONLY: the number of a single one)
+test-fuzz: setup ## 2,000 damaged files, 500 hostile runs (FUZZ_CASES, HOSTILE_CASES, FUZZ_SEED; FUZZ_ONLY: one number)
 	PLOP_DIST_FUZZ_CASES=$(or $(FUZZ_CASES),2000) PLOP_DIST_FUZZ_SEED=$(or $(FUZZ_SEED),0) \
+	  PLOP_DIST_HOSTILE_CASES=$(or $(HOSTILE_CASES),500) \
 	  $(if $(FUZZ_ONLY),PLOP_DIST_FUZZ_ONLY=$(FUZZ_ONLY)) $(PYTEST) tests/fuzz
 
 # A lane named above has its own recipe: make takes this one only for what has none.
