@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ from plop_dist.errors import ConfigError, PlopError
 from plop_dist.values.visible import make_messages_visible, say, visible
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
+
+_began = time.monotonic()
 
 app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False, help=PROGRAM)
 
@@ -54,7 +57,9 @@ def init(
     else:
         raise ConfigError("init needs --model and --data, e.g. --model Qwen/Qwen2.5-0.5B --data rows.jsonl, or --demo.")
     say(path)
-    say(*([f"note: {note}"] if note else []), f"Next: plop-dist check {path}", to_stderr=True)
+    if note:
+        say(f"note: {note}", to_stderr=True)
+    _way_on("check", path)
 
 
 @command(PREPARE)
@@ -68,6 +73,7 @@ def check(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
 
         plan = build_plan(_config(config, overrides))
     print_plan(plan)
+    _way_on("run", config, *(overrides or []))
 
 
 @command(PREPARE)
@@ -83,14 +89,19 @@ def schema(markdown: given.AsMarkdown = False) -> None:
 @command(STEPS)
 def score(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
     """Measure the NFN of every linear module; writes RUN_DIR/scores.json."""
+    from plop_dist.choose.diagnostics import diagnose
     from plop_dist.launch import pipeline
-    from plop_dist.report import terminal
+    from plop_dist.report import closing, terminal
     from plop_dist.values.scores import Scores
 
     loaded = _config(config, overrides)
     run_dir = pipeline.score(loaded, pipeline.command_line())
     if _speaks():
-        terminal.print_types(Scores.from_file(run_dir.scores))
+        scores = Scores.from_file(run_dir.scores)
+        terminal.print_types(scores)
+        terminal.print_diagnostics(diagnose(scores))
+        closing.print_files(run_dir.scores)
+        _way_on("place", run_dir.path)
 
 
 @command(STEPS)
@@ -99,6 +110,7 @@ def place(
     overrides: given.PlacementOverrides = None,
     explain: given.Explain = False,
     sweep: given.Sweep = False,
+    dry_run: given.DryRun = False,
 ) -> None:
     """Choose the modules that get adapters, from the scores; writes RUN_DIR/placement.json."""
     from plop_dist.choose.decision import decide
@@ -106,7 +118,7 @@ def place(
     from plop_dist.choose.explain import explain as build_explanation
     from plop_dist.choose.place import placement_of
     from plop_dist.choose.sweep import sweep_of
-    from plop_dist.report import terminal
+    from plop_dist.report import closing, terminal
     from plop_dist.rundir.layout import RunDir
     from plop_dist.rundir.stored_config import placement_config
     from plop_dist.values.scores import Scores
@@ -115,14 +127,21 @@ def place(
     scores = Scores.from_file(paths.scores)
     decision = decide(scores, placement_config(paths, overrides or []))
     placement = placement_of(decision)
-    placement.to_file(paths.placement)
+    if not dry_run:
+        placement.to_file(paths.placement)
     terminal.print_types(scores, placement)
     if explain:
         terminal.print_explanation(build_explanation(scores, placement, decision))
     if sweep:
         terminal.print_sweep(sweep_of(decision))
     terminal.print_diagnostics(diagnose(scores, placement, decision))
-    say(paths.placement)
+    if dry_run:
+        say(f"{paths.placement} stays as it was (--dry-run)")
+        _way_on("place", run_dir, *(overrides or []))
+        return
+    closing.print_outdated(paths)
+    closing.print_files(paths.placement)
+    _way_on("export", run_dir, "--to", "peft")
 
 
 @command(STEPS)
@@ -132,33 +151,42 @@ def export(
     """Write the placement in your training framework's own format; prints the flags to paste."""
     from plop_dist.exporters.text import one_line
     from plop_dist.exporters.write import write_export
+    from plop_dist.report.closing import path_from_here
     from plop_dist.rundir.layout import RunDir
+    from plop_dist.rundir.made_from import placement_mark
     from plop_dist.values.placement import Placement
 
     paths = RunDir(run_dir)
-    written = write_export(Placement.from_file(paths.placement), to, paths.exports, engine=engine, widen=widen)
+    placement, mark = Placement.from_file(paths.placement), placement_mark(paths)
+    written = write_export(placement, to, paths.exports, engine=engine, widen=widen, mark=mark)
     for note in (*written.notes, *(f"widened: {item}" for item in written.widened)):
         say(f"note: {note}", to_stderr=True)
     for name in written.files:
-        say(f"# {one_line(paths.exports / to / name)}")
+        say(f"# {one_line(path_from_here(paths.exports / to / name))}")
     for flag in written.flags:
         say(flag)
+    _way_on("report", run_dir)
 
 
 @command(STEPS)
 def report(run_dir: given.RunDirectory) -> None:
     """Write RUN_DIR/report.html: scores, choice, exports and training on one page."""
-    from plop_dist.report import write_report
+    from plop_dist.report import closing, write_report
     from plop_dist.rundir.layout import RunDir
 
-    say(write_report(RunDir(run_dir)))
+    paths = RunDir(run_dir)
+    write_report(paths)
+    closing.print_outdated(paths)
+    closing.print_files(paths.report)
+    _way_on("targets", run_dir)
 
 
 @command(WHOLE)
 def run(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
     """Score, place, export, train (where `train.method` says so) and report."""
+    from plop_dist.choose.diagnostics import diagnose
     from plop_dist.launch import pipeline
-    from plop_dist.report import terminal
+    from plop_dist.report import closing, terminal
     from plop_dist.values.placement import Placement
 
     loaded = _config(config, overrides)
@@ -166,8 +194,13 @@ def run(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
     if _speaks():
         placement = Placement.from_file(run_dir.placement)
         terminal.print_types(placement.source, placement)
+        terminal.print_diagnostics(diagnose(placement.source, placement))
         terminal.print_training(run_dir)
-        say(run_dir.report)
+        closing.print_outdated(run_dir)
+        exports = [run_dir.exports / target for target in loaded.export.targets]
+        adapter = [run_dir.train / "adapter"] if loaded.train.method != "none" else []
+        closing.print_files(run_dir.scores, run_dir.placement, *exports, *adapter, run_dir.report)
+        _way_on("targets", run_dir.path)
 
 
 @command(WHOLE)
@@ -248,6 +281,12 @@ def _config(path: Path, overrides: list[str] | None) -> Any:
     from plop_dist.config.loading import load_config
 
     return load_config(path, overrides or [])
+
+
+def _way_on(*next_command: object) -> None:
+    from plop_dist.report.closing import print_way_on
+
+    print_way_on(_began, next_command)
 
 
 def _speaks() -> bool:

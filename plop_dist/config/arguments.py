@@ -107,6 +107,7 @@ AsMarkdown = Annotated[
 ]
 Explain = Annotated[bool, typer.Option("--explain", help="Also say why each type is in or out, and how sure that is.")]
 Sweep = Annotated[bool, typer.Option("--sweep", help="Also show the choice for every k, and for fewer samples.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the choice; placement.json stays as it was.")]
 Target = Annotated[
     str,
     typer.Option("--to", help="Framework to write for, one of `plop-dist targets`.", autocompletion=complete_target),

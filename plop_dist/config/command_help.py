@@ -67,6 +67,7 @@ Examples:
 
     plop-dist place runs/gsm8k --explain
     plop-dist place runs/gsm8k k=2 rank=32
+    plop-dist place runs/gsm8k policy=highest_k --dry-run
     plop-dist place runs/gsm8k policy=budget max_trainable_parameters=1000000
 """,
     "export": """\

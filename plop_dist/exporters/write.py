@@ -9,8 +9,12 @@ from plop_dist.values.files import write_json, write_text
 from plop_dist.values.placement import Export, Placement
 
 
-def write_export(placement: Placement, target: str, directory: Path, *, engine: str | None, widen: bool) -> Export:
+def write_export(
+    placement: Placement, target: str, directory: Path, *, engine: str | None, widen: bool, mark: str | None = None
+) -> Export:
     """Export a placement and write its files below directory/target. Returns what was exported.
+
+    mark: of the placement's file, kept with the export, by which it is seen when it has become another.
 
     Raises ConfigError for an unknown target, ExportError for what the target cannot express, RunDirError.
     """
@@ -18,5 +22,5 @@ def write_export(placement: Placement, target: str, directory: Path, *, engine: 
     for name, content in export.files.items():
         write_text(directory / target / name, content)
     record = {"flags": list(export.flags), "notes": list(export.notes), "widened": list(export.widened)}
-    write_json(directory / target / "export.json", record)
+    write_json(directory / target / "export.json", record | ({} if mark is None else {"placement": mark}))
     return export

@@ -15,6 +15,7 @@ from plop_dist.measure.aggregate import check_weights
 from plop_dist.measure.protocols import ScorableModel
 from plop_dist.registry import BACKENDS, load
 from plop_dist.rundir import progress
+from plop_dist.rundir.made_from import placement_mark
 from plop_dist.rundir.stages import Stages
 from plop_dist.rundir.trained import write_trained
 from plop_dist.values.placement import Placement
@@ -140,10 +141,12 @@ def export(stages: Stages, notify: Notify) -> None:
 
     def write_all() -> None:
         run_dir, wanted = stages.run_dir, stages.config.export
-        placement = Placement.from_file(run_dir.placement)
+        placement, mark = Placement.from_file(run_dir.placement), placement_mark(run_dir)
         written = []
         for target in wanted.targets:
-            export = write_export(placement, target, run_dir.exports, engine=wanted.engine, widen=wanted.widen)
+            export = write_export(
+                placement, target, run_dir.exports, engine=wanted.engine, widen=wanted.widen, mark=mark
+            )
             written += [f"exports/{target}/{name}" for name in export.files]
         stages.finish("export", written)
         notify("status", text=f"exported to {', '.join(written)}")

@@ -19,6 +19,7 @@ from plop_dist.report.redact import redact
 from plop_dist.report.spread import folded_types
 from plop_dist.report.terminal import interval_text, percent, short_list
 from plop_dist.rundir.layout import RunDir
+from plop_dist.rundir.made_from import placement_mark
 from plop_dist.rundir.trained import read_trained
 from plop_dist.values.files import write_text
 from plop_dist.values.placement import Placement
@@ -59,6 +60,7 @@ def build_context(run_dir: RunDir) -> dict[str, Any]:
     context: dict[str, Any] = {
         "scores": redact(scores.model_dump(mode="json", by_alias=True, exclude={"modules", "left_out"})),
         "num_modules": len(scores.modules),
+        "placement_mark": placement_mark(run_dir),
         "folded": folded_types(scores),
         **_choice(run_dir, scores, placement),
         **_training(run_dir),

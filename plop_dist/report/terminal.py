@@ -1,4 +1,4 @@
-"""Scores, explanations and sweeps on the terminal: a table where someone looks, plain aligned lines in a pipe."""
+"""Scores, explanations and sweeps on the terminal, each with the words that say how to read it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 
 from plop_dist.choose.diagnostics import Diagnostic
 from plop_dist.choose.explain import Explanation
@@ -15,9 +14,17 @@ from plop_dist.report.grid import Grid, show, show_line
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.trained import read_trained
 from plop_dist.values.adapter_size import AdapterSizes
-from plop_dist.values.console import VisibleConsole
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Scores
+
+NFN_MEANS = (
+    "NFN: how strongly a layer answers its inputs; 1.0 is its answer to random inputs of the same norm. Below 1 the "
+    "weights answer this data less than chance, and adapters go where it is lowest."
+)
+CONFIDENCE_MEANS = (
+    "Confidence is the share of bootstrap resamples (the same samples, drawn anew) that lead to the same choice."
+)
+PROBABILITY_MEANS = "P(chosen): the share of these resamples in which the type, or exactly this choice, is chosen."
 
 
 def print_types(scores: Scores, placement: Placement | None = None, console: Console | None = None) -> None:
@@ -34,40 +41,32 @@ def print_types(scores: Scores, placement: Placement | None = None, console: Con
                 grid.highlighted.add(len(grid.rows))
         grid.rows.append(row)
     show(grid, console)
+    show_line(NFN_MEANS, console)
     if placement is not None:
         show_line(_summary(placement), console)
 
 
 def print_explanation(explanation: Explanation, console: Console | None = None) -> None:
     """Print why each type is in or out, the next-best choice, and the alternatives at matched rank."""
-    grid = Grid(
-        f"Why · {explanation.rule}",
-        ["type", ">NFN", ">95% interval", "in", "reason", ">P(chosen)", ">parameters"],
-    )
+    grid = Grid(f"Why · {explanation.rule}", ["type", ">NFN", "in", ">P(chosen)", ">parameters"])
     for verdict in explanation.verdicts:
         share = "yes" if verdict.num_chosen == verdict.num_modules else f"{verdict.num_chosen}/{verdict.num_modules}"
         if verdict.num_chosen:
             grid.highlighted.add(len(grid.rows))
-        grid.rows.append(
-            [
-                verdict.type,
-                f"{verdict.nfn:.4f}",
-                interval_text(verdict.interval),
-                share if verdict.num_chosen else "no",
-                verdict.reason,
-                percent(verdict.probability),
-                f"{verdict.num_parameters:,}",
-            ]
-        )
+        cells = [verdict.type, f"{verdict.nfn:.4f}", share if verdict.num_chosen else "no"]
+        grid.rows.append([*cells, percent(verdict.probability), f"{verdict.num_parameters:,}"])
     show(grid, console)
-    show_line(f"Confidence: {percent(explanation.confidence)} of bootstrap resamples make the same choice.", console)
+    for verdict in explanation.verdicts:
+        show_line(f"{verdict.type}: {verdict.reason}", console)
+    show_line(f"Confidence: {percent(explanation.confidence)}. {CONFIDENCE_MEANS}", console)
+    show_line(PROBABILITY_MEANS, console)
     if explanation.next_best:
         show_line(f"Next best: {explanation.next_best}.", console)
     grid = Grid(
         "Alternatives at the same rank", ["choice", "types", ">modules", ">parameters", ">mean NFN", ">P(chosen)"]
     )
     for other in explanation.alternatives:
-        types, nfn = " ".join(other.module_types), f"{other.nfn:.4f}"
+        types, nfn = short_list(other.module_types), f"{other.nfn:.4f}"
         counts = [f"{other.num_modules}", f"{other.num_parameters:,}"]
         grid.rows.append([other.name, types, *counts, nfn, percent(other.probability)])
     show(grid, console)
@@ -90,17 +89,16 @@ def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
         final = "yes" if entry.is_final_choice else "no"
         grid.rows.append([f"{entry.num_samples}", short_list(entry.units), final, percent(entry.agreement)])
     show(grid, console)
+    show_line(CONFIDENCE_MEANS, console)
+    show_line(
+        "P(final choice): the share of resamples of so few samples that come to the choice of all samples.", console
+    )
 
 
 def print_diagnostics(diagnostics: Iterable[Diagnostic], console: Console | None = None) -> None:
-    """Print findings, one per line, warnings in colour on a terminal."""
-    console = console or VisibleConsole()
-    for finding in diagnostics:
-        style = "[yellow]warning:[/]" if finding.severity == "warning" else "[dim]note:[/]"
-        if console.is_terminal:
-            console.print(f"{style} {escape(finding.text)}", highlight=False)
-        else:
-            show_line(f"{finding.severity}: {finding.text}", console)
+    """Print findings, each once, warnings first."""
+    for finding in dict.fromkeys(diagnostics):
+        show_line(f"{finding.severity}: {finding.text}", console)
 
 
 def print_training(run_dir: RunDir, console: Console | None = None) -> None:
@@ -109,8 +107,7 @@ def print_training(run_dir: RunDir, console: Console | None = None) -> None:
     if trained is None:
         return
     if not trained.is_of_placement:
-        show_line(f"Not trained: {run_dir.train} holds the training of an earlier placement.", console)
-        return
+        return  # said where what is outdated is named
     summary = trained.summary
     parts = [f"Trained: {summary.get('method', 'adapter')}"]
     if summary.get("num_steps") is not None:
@@ -121,7 +118,7 @@ def print_training(run_dir: RunDir, console: Console | None = None) -> None:
     first, last = summary.get("reward_first"), summary.get("reward_last")
     if first is not None and last is not None:
         parts.append(f"reward {first:.4f} -> {last:.4f}")
-    parts += [f"{name} {summary[name]}" for name in ("adapter", "note") if summary.get(name)]
+    parts += [summary["note"]] if summary.get("note") else []
     show_line(" · ".join(parts), console)
 
 
@@ -163,6 +160,6 @@ def _summary(placement: Placement) -> str:
     confidence = placement.selection_confidence
     sure = "" if confidence is None else f", the same in {confidence:.1%} of bootstrap resamples"
     return (
-        f"Chosen: {' '.join(placement.module_types)} · {len(placement.modules)} modules, rank {placement.rank}, "
+        f"Chosen: {short_list(placement.module_types)} · {len(placement.modules)} modules, rank {placement.rank}, "
         f"{placement.num_trainable_parameters:,} trainable parameters{sure}."
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 from plop_dist.errors import ScoresError
 from plop_dist.rundir.layout import RunDir
-from plop_dist.values.files import content_hash, read_json, write_json
+from plop_dist.rundir.made_from import MARK, is_current, placement_mark
+from plop_dist.values.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Trained:
 
 def write_trained(run_dir: RunDir, summary: Mapping[str, Any]) -> None:
     """Write train/summary.json, with a mark of the placement that was trained. Raises RunDirError."""
-    write_json(run_dir.training_summary, {**summary, "placement": content_hash(run_dir.placement)})
+    write_json(run_dir.training_summary, {**summary, MARK: placement_mark(run_dir)})
 
 
 def read_trained(run_dir: RunDir) -> Trained | None:
@@ -32,5 +33,4 @@ def read_trained(run_dir: RunDir) -> Trained | None:
     summary = read_json(path, what="training summary", remedy=remedy)
     if not isinstance(summary, dict):
         raise ScoresError(f"{path} holds a {type(summary).__name__}, expected an object; {remedy}.")
-    mark = summary.get("placement")
-    return Trained(summary, mark is None or mark == content_hash(run_dir.placement))
+    return Trained(summary, is_current(run_dir, path))

@@ -13,6 +13,7 @@ import pytest
 import plop_dist
 from plop_dist.errors import MissingExtraError, ScoresError
 from plop_dist.report import write_report
+from plop_dist.report.closing import print_outdated
 from plop_dist.report.figures import training_figure
 from plop_dist.report.redact import redact
 from plop_dist.report.terminal import print_training
@@ -117,7 +118,10 @@ def test_a_training_of_an_earlier_placement_is_not_shown(tmp_path: Path, capsys:
     assert "held-out loss" in write_report(RunDir(tmp_path)).read_text()
     plop_dist.place(Scores.from_file(run.scores), k=1).to_file(run.placement)
     print_training(run)
-    assert "holds the training of an earlier placement" in capsys.readouterr().out
+    print_outdated(run)
+    said = capsys.readouterr().out
+    assert "Trained" not in said
+    assert "made from an older placement: train, report.html" in said
     page = write_report(RunDir(tmp_path)).read_text()
     assert "Not shown: train/ holds the training of an earlier placement" in page
     assert "held-out loss" not in page

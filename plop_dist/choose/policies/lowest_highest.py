@@ -42,13 +42,22 @@ class LowestK(Policy):
     def reasons(
         self, candidates: Candidates, values_U: np.ndarray, chosen_U: np.ndarray, config: PlacementConfig
     ) -> Callable[[int], str]:
-        """Return each unit's place in the order."""
-        position_U = np.empty(len(values_U), dtype=np.int64)
-        position_U[np.argsort(self.order(values_U), kind="stable")] = np.arange(1, len(values_U) + 1)
+        """Return how far each unit lies from the cut: from the nearest one on the other side of it."""
+        order_U = self.order(values_U)
+        known = ~np.isnan(order_U)
+        inside, outside = np.flatnonzero(chosen_U & known), np.flatnonzero(~chosen_U & known)
+        last = inside[order_U[inside].argmax()] if len(inside) else None
+        first = outside[order_U[outside].argmin()] if len(outside) else None
+        beyond, within = ("above", "below") if self._word == "lowest" else ("below", "above")
 
         def reason(unit: int) -> str:
-            side = "within" if chosen_U[unit] else "beyond"
-            return f"number {position_U[unit]} of {len(values_U)}, {self._word} NFN first; {side} k = {config.k}"
+            other = first if chosen_U[unit] else last
+            if other is None:
+                return f"k = {config.k} takes all candidates there are"
+            apart = abs(values_U[unit] - values_U[other])
+            side, kept = (within, "left out") if chosen_U[unit] else (beyond, "taken")
+            name = candidates.units[other]
+            return f"{apart:.4f} {side} {name} ({values_U[other]:.4f}), the nearest one {kept}"
 
         return reason
 
