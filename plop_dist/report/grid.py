@@ -13,7 +13,6 @@ from plop_dist.values.console import VisibleConsole
 from plop_dist.values.visible import visible
 
 _GAP = "  "
-_NO_BREAK = {"break_long_words": False, "break_on_hyphens": False}
 
 
 @dataclass
@@ -47,10 +46,15 @@ def show_line(text: str, console: Console | None = None, *, is_whole: bool = Fal
     console = console or VisibleConsole()
     lines = [text]
     if console.is_terminal and not is_whole:
-        lines = textwrap.wrap(text, console.width, subsequent_indent=indent, **_NO_BREAK) or [text]
+        lines = _fold(text, console.width, indent)
     for line in lines:
         # rich itself would read [brackets] as markup, and break a path at the margin.
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _fold(text: str, width: int, indent: str = "") -> list[str]:
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text) or [text]
 
 
 def _widths(headers: Sequence[str], rows: Sequence[Sequence[str]], most: int | None) -> list[int]:
@@ -83,10 +87,7 @@ def _show_row(
     ends_low: bool = False,
 ) -> None:
     """Print one row, of several lines where cells fold; ends_low: short cells stand on its last line."""
-    folded = [
-        [cell] if len(cell) <= width else textwrap.wrap(cell, width, **_NO_BREAK)
-        for cell, width in zip(cells, widths, strict=True)
-    ]
+    folded = [[cell] if len(cell) <= width else _fold(cell, width) for cell, width in zip(cells, widths, strict=True)]
     height = max(map(len, folded))
     for cell in folded:
         missing = [""] * (height - len(cell))
