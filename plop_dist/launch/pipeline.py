@@ -32,8 +32,10 @@ def run(config: Config, command: str) -> RunDir:
     stages = Stages(config)
     wanted = ["score", "place", "export", *(["train"] if config.train.method != "none" else [])]
     if any(map(stages.reason_to_run, wanted)):
+        before = _state(stages.run_dir.training_summary)
         launch(stages, wanted, command)
-        run_job(stages)
+        if _state(stages.run_dir.training_summary) != before:  # else it names a script that this run has not written
+            run_job(stages)
     report(stages.run_dir)
     return stages.run_dir
 
@@ -86,6 +88,15 @@ def run_job(stages: Stages) -> None:
         error.exit_status = status
         raise error
     write_json(stages.run_dir.training_job, {**job, "exit_status": status})
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Return what changes whenever a file is written anew."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def report(run_dir: RunDir) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests import payloads
 from tests.launch.cluster_case import BIN, run
 from tests.models import save_tiny
 
@@ -73,3 +75,21 @@ def test_an_installed_engine_is_started_and_its_exit_status_is_that_of_the_run(t
     kept = run_with(packages, config)
     assert kept.returncode == 0, kept.stderr
     assert "simulated verl" not in kept.stdout, "what has succeeded ran again"
+
+    # What somebody else has written there is neither run nor gone on from.
+    marker = tmp_path / "marker"
+    (tmp_path / "theirs.sh").write_text(f"mkdir {marker}\n")
+    summary = json.loads((train / "summary.json").read_text())
+    job["script"] = str(tmp_path / "theirs.sh")
+    (train / "summary.json").write_text(json.dumps({**summary, "job": job}))
+    shutil.rmtree(tmp_path / "run" / "exports")
+    exported = run_with(packages, config)
+    assert exported.returncode == 0, exported.stderr
+    assert not marker.exists()
+    assert payloads.fires(marker, lambda: subprocess.run(["sh", job["script"]], check=True))
+    payloads.torch_file(train / "verl" / "checkpoints" / "global_step_1" / "data.pt", marker)
+    (train / "job.json").unlink()
+    refused = run_with(packages, config)
+    assert refused.returncode == 2, refused.stderr
+    assert "holds checkpoints of an earlier job, from which verl would go on" in refused.stderr.splitlines()[-1]
+    assert not marker.exists()

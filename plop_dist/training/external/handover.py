@@ -15,7 +15,7 @@ from plop_dist import ranks
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
 from plop_dist.data.texts import Row
-from plop_dist.errors import ConfigError, DataError
+from plop_dist.errors import ConfigError, DataError, RunDirError
 from plop_dist.exporters.text import hydra_overrides
 from plop_dist.exporters.write import write_export
 from plop_dist.training.data import prompts_of, split_rows
@@ -62,15 +62,13 @@ class HandedOver:
         Nothing is trained yet: where the engine is installed the summary holds a job, which the driver starts once
         these ranks have given up their devices (pipeline.run). Rank 0 writes; collective over all ranks. Raises
         ExportError for a placement that the engine cannot express, ConfigError for a layout it has no words for,
-        DataError for rows without an answer.
+        DataError for rows without an answer, RunDirError where the engine would go on from what lies there.
         """
         assert data is None, "data holds micro-batches with labels, and an engine of its own reads rows"
         _check(config, self.engine.name)
         directory = config.run_path / "train" / self.engine.name
         script = directory / "launch.sh"
-        if ranks.rank() == 0:
-            _write(config, placement, self.engine, directory, script)
-        ranks.barrier()
+        ranks.agree(lambda: _write(config, placement, self.engine, directory, script))
         return _summary(self.engine, script)
 
 
@@ -111,6 +109,12 @@ def _check(config: Config, name: str) -> None:
 
 
 def _write(config: Config, placement: Placement, engine: ExternalEngine, directory: Path, script: Path) -> None:
+    left = directory / "checkpoints"
+    if left.is_dir() and any(left.iterdir()):
+        raise RunDirError(
+            f"'{left}' holds checkpoints of an earlier job, from which {engine.name} would go on: it unpickles them. "
+            f"Delete that folder to begin anew, or go on with sh {shlex.quote(str(script))} if they are your own."
+        )
     is_megatron = config.parallel.backend == "megatron"
     kind = "megatron" if is_megatron else None
     export = write_export(placement, engine.name, directory.parent, engine=kind, widen=config.export.widen)
