@@ -17,11 +17,9 @@ def check_foreign_code(model: ModelConfig, name: str, hf_config: Any) -> None:
     that their configuration names.
     name: the directory or id of the model.
     """
-    from transformers.integrations import hub_kernels
-    from transformers.utils.import_utils import is_kernels_available
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    hub_kernels._kernels_available = model.trust_remote_code and is_kernels_available()
+    _let_kernels(model.trust_remote_code)
     if not model.trust_remote_code:
         for kernel in filter(_is_fetched, _attention_of(hf_config)):
             raise ModelError(
@@ -34,6 +32,32 @@ def check_foreign_code(model: ModelConfig, name: str, hf_config: Any) -> None:
             f"model.name_or_path '{model.name_or_path}' has an adapter_config.json: transformers would add its adapter "
             "to the model. Merge it (merge_and_unload, save_pretrained), or move it to a directory of its own."
         )
+
+
+def _let_kernels(is_trusted: bool) -> None:
+    """Have transformers fetch kernels from a hub, or take the package that does it for absent."""
+    from transformers.integrations import hub_kernels
+    from transformers.utils.import_utils import is_kernels_available
+
+    # What transformers 5.12 and what 5.24 asks before it fetches one.
+    flags: Any = hub_kernels
+    flags._kernels_available = is_trusted and is_kernels_available()
+    flags.is_kernels_available = is_kernels_available if is_trusted else lambda: False
+    if is_kernels_available():  # and what it calls in the end, wherever that is asked for
+        import kernels
+
+        own = getattr(kernels.get_kernel, "own", kernels.get_kernel)
+        kernels.get_kernel = flags.get_kernel_hub = own if is_trusted else _Refusal(own)
+
+
+class _Refusal:
+    """Stands for the function that fetches a kernel; own: that function."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(self, name: str, *args: Any, **options: Any) -> Any:
+        raise FileNotFoundError(f"the kernel '{name}' is not fetched: model.trust_remote_code is false")
 
 
 def _is_fetched(implementation: str) -> bool:
