@@ -19,6 +19,7 @@ import yaml
 from plop_dist.registry import EXPORTERS, names
 from tests import payloads
 from tests.fuzz.commands import Outcome, digests, run_here
+from tests.fuzz.hostile import CATASTROPHIC
 from tests.models import save_tiny
 
 ROW = {"text": "one and two", "question": "one", "messages": [{"role": "user", "content": "one"}]}
@@ -61,6 +62,19 @@ def test_weights_in_a_pickle_run_nothing(tmp_path: Path, model: Path) -> None:
         assert payloads.fires(marker, lambda file=file: torch.load(file, weights_only=False))
         refused(score(tmp_path, theirs, text_field="text"))
         assert not marker.exists()
+
+
+def test_a_pattern_of_a_quantised_checkpoint_has_a_time_limit(tmp_path: Path, model: Path) -> None:
+    theirs = tmp_path / "model"
+    theirs.mkdir()
+    for path in model.iterdir():
+        (theirs / path.name).write_bytes(path.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head", CATASTROPHIC[0]]}
+    (theirs / "config.json").write_text(json.dumps(config))
+    outcome = score(tmp_path, theirs, text_field="text")
+    refused(outcome)
+    assert f"quantization_config.modules_to_not_convert {CATASTROPHIC[0]!r} takes more than 4 s" in outcome.err
 
 
 TEMPLATES = (
