@@ -77,6 +77,21 @@ def test_a_pattern_of_a_quantised_checkpoint_has_a_time_limit(tmp_path: Path, mo
     assert f"quantization_config.modules_to_not_convert {CATASTROPHIC[0]!r} takes more than 4 s" in outcome.err
 
 
+def test_a_pattern_of_a_tokenizer_without_end_is_one_message(tmp_path: Path, model: Path) -> None:
+    theirs = tmp_path / "model"
+    theirs.mkdir()
+    for path in model.iterdir():
+        (theirs / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a|a)*$"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = pattern
+    (theirs / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "a" * 60 + "?"}))
+    outcome = score(tmp_path, theirs, path=str(tmp_path / "long.jsonl"), text_field="text")
+    refused(outcome)
+    assert "the tokenizer fails on these texts (Onig: Regex search error: retry-limit-in-match over)" in outcome.err
+
+
 TEMPLATES = (
     "{{ cycler.__init__.__globals__.os.mkdir('MARKER') }}",
     "{{ lipsum.__globals__['os'].mkdir('MARKER') }}",
