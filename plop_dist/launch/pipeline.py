@@ -32,8 +32,10 @@ def run(config: Config, command: str) -> RunDir:
     stages = Stages(config)
     wanted = ["score", "place", "export", *(["train"] if config.train.method != "none" else [])]
     if any(map(stages.reason_to_run, wanted)):
+        before = _identity(stages.run_dir.training_summary)
         launch(stages, wanted, command)
-        run_job(stages)
+        if _identity(stages.run_dir.training_summary) != before:  # else it says what somebody has written there
+            run_job(stages)
     report(stages.run_dir)
     return stages.run_dir
 
@@ -65,9 +67,15 @@ def _run_stages(stages: Stages, wanted: Sequence[str], force: bool) -> None:
     _with_ray("workers", f"a run on {world_size} ranks").run_workers(stages, wanted, force=force)
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from one that is written in its place."""
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+
 def run_job(stages: Stages) -> None:
     """Run the Ray job that the training stage has left for an engine of its own, if any, now that the ranks are gone.
 
+    Called after a training stage that has just run: what a run directory brings along could name any script.
     train/job.json marks its success. Raises WorkerError with the job's exit status.
     """
     if stages.config.train.method != "grpo" or ranks.rank() != 0:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.fuzz.commands import run_here
 from tests.launch.cluster_case import BIN, run
 from tests.models import save_tiny
 
@@ -73,3 +74,16 @@ def test_an_installed_engine_is_started_and_its_exit_status_is_that_of_the_run(t
     kept = run_with(packages, config)
     assert kept.returncode == 0, kept.stderr
     assert "simulated verl" not in kept.stdout, "what has succeeded ran again"
+
+
+def test_a_job_that_a_run_directory_brings_along_is_not_started(tmp_path: Path, config: Path) -> None:
+    assert run_here(("run", str(config))).status == 0
+    summary, script = tmp_path / "run" / "train" / "summary.json", tmp_path / "theirs.sh"
+    script.write_text(f"mkdir {tmp_path / 'marker'}\n")
+    job = {"script": str(script), "directory": str(tmp_path)}
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "job": job}))
+    (tmp_path / "run" / "exports" / "peft" / "adapter_config.json").unlink()
+    again = run_here(("run", str(config)))
+    assert again.status == 0, again
+    assert "export: runs because" in again.err
+    assert not (tmp_path / "marker").exists()
