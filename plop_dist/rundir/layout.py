@@ -33,7 +33,7 @@ class RunDir:
 
         Pipes and devices inside it are refused: whoever writes or reads there may never end.
         """
-        odd = next(filter(is_pipe, self.path.rglob("*")), None)
+        odd = next((path for path in self.path.rglob("*") if is_pipe(path) and not path.is_symlink()), None)
         if odd is not None:
             raise RunDirError(f"{odd} is a pipe or a device, which no run leaves there; delete it.")
         try:
