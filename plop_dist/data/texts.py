@@ -8,7 +8,7 @@ from typing import Any
 
 from plop_dist.config.schema import DataConfig
 from plop_dist.data.rows import BUILTIN_FIELD, kind_of
-from plop_dist.errors import DataError
+from plop_dist.errors import DataError, first_line
 
 _BRACES = re.compile(r"\{([^{}]+)\}")
 _NAME = re.compile(r"\w(?:[\w .-]*\w)?")
@@ -72,7 +72,8 @@ def token_ids(
     """Return the token ids of each text by the tokenizer's defaults, truncated to max_length if that is given.
 
     data: its messages_field tells that a chat template has written the special tokens already; its path and `first`,
-    the number of the first row, are for messages. Raises DataError naming the row whose text is not Unicode.
+    the number of the first row, are for messages. Raises DataError naming the row whose text is not Unicode, and for a
+    tokenizer that fails, as by a pattern without end.
     """
     for number, text in enumerate(texts, start=first):
         try:
@@ -84,7 +85,15 @@ def token_ids(
     options: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
     if data.messages_field is not None:
         options["add_special_tokens"] = False
-    return [list(ids) for ids in tokenizer(list(texts), **options)["input_ids"]]
+    try:
+        return [list(ids) for ids in tokenizer(list(texts), **options)["input_ids"]]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what Rust code ends with, which is no Exception
+            raise
+        raise DataError(
+            f"{data.path}: the tokenizer fails on these texts ({first_line(error)}); a pattern or a table of its "
+            "tokenizer.json does not fit them: put the tokenizer there that the model was trained with."
+        ) from error
 
 
 def _chat(row: Row, number: int, data: DataConfig, tokenizer: Any, *, is_open: bool) -> str:

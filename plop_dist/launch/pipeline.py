@@ -70,6 +70,7 @@ def _run_stages(stages: Stages, wanted: Sequence[str], force: bool) -> None:
 def run_job(stages: Stages) -> None:
     """Run the Ray job that the training stage has left for an engine of its own, if any, now that the ranks are gone.
 
+    Called after a training stage that has just run: what a run directory brings along could name any script.
     train/job.json marks its success. Raises WorkerError with the job's exit status.
     """
     if stages.config.train.method != "grpo" or ranks.rank() != 0:

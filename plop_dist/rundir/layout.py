@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from plop_dist.errors import RunDirError
+from plop_dist.values.files import is_pipe
 
 
 class RunDir:
@@ -28,7 +29,13 @@ class RunDir:
         self.stages = self.path / "stages.json"
 
     def prepare(self) -> None:
-        """Create the directory and prove that it can be written, before anything is computed. Raises RunDirError."""
+        """Create the directory and prove that it can be written, before anything is computed. Raises RunDirError.
+
+        Pipes and devices inside it are refused: whoever writes or reads there may never end.
+        """
+        odd = next((path for path in self.path.rglob("*") if is_pipe(path) and not path.is_symlink()), None)
+        if odd is not None:
+            raise RunDirError(f"{odd} is a pipe or a device, which no run leaves there; delete it.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path) as probe:

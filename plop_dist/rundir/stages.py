@@ -12,7 +12,7 @@ from typing import Any
 from plop_dist.checkpoints.folder import digest_of_files
 from plop_dist.config.schema import Config
 from plop_dist.rundir.layout import RunDir
-from plop_dist.values.files import content_hash, write_json
+from plop_dist.values.files import content_hash, no_pipe, write_json
 
 
 class Stages:
@@ -49,7 +49,7 @@ class Stages:
     def done(self) -> dict[str, Any]:
         """Return what is noted of the stages that are done, by name; nothing where the notes cannot be trusted."""
         try:
-            stages = json.loads(self.run_dir.stages.read_text())
+            stages = json.loads(no_pipe(self.run_dir.stages).read_text())
         except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(stages, dict):

@@ -83,7 +83,9 @@ class TrainingLog:
                 import wandb
 
                 os.environ.setdefault("WANDB_DIR", str(self._directory))
-                run = wandb.init(project="plop-dist", name=self._config.run_path.name)
+                # By itself it also sends what the terminal shows, the command's arguments and the remote's URL.
+                only_numbers = {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
+                run = wandb.init(project="plop-dist", name=self._config.run_path.name, settings=only_numbers)
                 self._sinks.append(lambda step, numbers: run.log(numbers, step=step))
                 self._close.append(run.finish)
             else:

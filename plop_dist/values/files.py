@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -79,7 +80,7 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
     a name with characters that are not seen where it is shown.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = no_pipe(path).read_text(encoding="utf-8")
         tree = json.loads(text)
         _check_surrogates(text)
         if may_hide_something(text):
@@ -97,6 +98,18 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise ScoresError(f"{path} is nested too deeply to be {what}; {remedy}.") from None
     except (OSError, ValueError) as error:  # not UTF-8, or a path with a null byte
         raise ScoresError(f"{path} cannot be read: {error}; {remedy}.") from error
+
+
+def is_pipe(path: Path) -> bool:
+    """Tell whether a path leads to a pipe, a socket or a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def no_pipe(path: Path) -> Path:
+    """Return the path. Raises OSError for a pipe or a device there, whose reading may never end."""
+    if is_pipe(path):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, and no regular file", str(path))
+    return path
 
 
 def content_hash(path: Path) -> str | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from plop_dist.errors import ScoresError
-from plop_dist.values.files import json_bytes, read_json, write_together
+from plop_dist.values.files import json_bytes, no_pipe, read_json, write_together
 from plop_dist.values.sample_totals import SAMPLES_FILE, SampleTotals
 from plop_dist.values.visible import may_hide_something
 
@@ -173,7 +173,7 @@ class Scores(Value):
 def read_value(cls: type[_T], schema: str, path: Path, what: str, remedy: str) -> _T:
     """Return the value that a file holds. Raises ScoresError naming path, field and value, and the remedy."""
     try:
-        content = path.read_bytes()
+        content = no_pipe(path).read_bytes()
         value = cls.model_validate_json(content)
         if "schema_" in value.model_fields_set and not may_hide_something(content.decode()):
             return value

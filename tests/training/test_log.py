@@ -57,6 +57,21 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in found.Scalars("nfn/v_proj")] == [(2, 0.75)]
 
 
+def test_wandb_is_sent_numbers_and_not_what_the_terminal_or_the_command_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["plop-dist", "run", "said-on-the-command-line"])
+    write(tmp_path, "wandb")
+    sent = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
+    assert b"nfn/v_proj" in sent
+    for secret in (b"said-on-the-command-line", b"0123456789" * 4, str(Path(sys.argv[0]).resolve()).encode()):
+        assert secret not in sent
+
+
 def test_a_logger_that_cannot_begin_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**_: Any) -> None:
         raise PermissionError("No API key configured.\nUse wandb login")

@@ -12,6 +12,7 @@ import torch
 
 from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
+from plop_dist.backends.hf.quantization_patterns import check_quantization_patterns
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.checkpoints.special_tokens import check_special_tokens
@@ -82,8 +83,13 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
     dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     options |= {"dtype": dtype, "output_loading_info": True}
     with _explained(model, "model"), _freed_at_once():
+        hf_config = load_hf_config(model)
+        check_quantization_patterns(
+            hf_config,
+            lambda: [name for name, _ in meta_model(model, hf_config).named_modules()],
+            f"model.name_or_path '{model.name_or_path}'",
+        )
         if model.checkpoint is None and drop is None:
-            load_hf_config(model)
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code
             loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(name, **options)

@@ -33,8 +33,9 @@ class Verl:
         self, directory: Path, split: str, rows: Sequence[Row], prompts: Sequence[str], config: Config
     ) -> None:
         """Write SPLIT.parquet. See ExternalEngine."""
-        from datasets import Dataset
+        from datasets import Dataset, disable_progress_bars
 
+        disable_progress_bars()
         train = config.train
         entries = [
             {

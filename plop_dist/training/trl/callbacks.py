@@ -13,9 +13,11 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from plop_dist import ranks
+from plop_dist.errors import RunDirError
 from plop_dist.training.batch import Batch, batch_loss
 from plop_dist.training.engine import Log
 from plop_dist.training.loop import evaluate
+from plop_dist.values.files import write_text
 
 
 class LogCallback(TrainerCallback):
@@ -59,9 +61,9 @@ class HeldOutCallback(TrainerCallback):
         if state.global_step == 0:
             self.before = self._loss()
             if ranks.rank() == 0:
-                self._mark.write_text(repr(self.before))
+                write_text(self._mark, repr(self.before))
         else:  # resumed: the untrained model was measured by the run that was cut off
-            self.before = float(self._mark.read_text())
+            self.before = _stored_loss(self._mark)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure what training has come to. Collective over the world."""
@@ -69,6 +71,18 @@ class HeldOutCallback(TrainerCallback):
 
     def _loss(self) -> float:
         return evaluate(_Replicas(self._trainer), self._held_out)
+
+
+def _stored_loss(mark: Path) -> float:
+    """Return the loss that a file holds. Raises RunDirError."""
+    try:
+        if mark.is_file():
+            return float(mark.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        pass
+    raise RunDirError(
+        f"{mark} does not hold the loss that training began with; delete {mark.parent} to train from the beginning."
+    )
 
 
 class _Replicas:
