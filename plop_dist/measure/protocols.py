@@ -33,7 +33,8 @@ class MicroBatch:
     """What one forward pass reads on this rank. All tensors have the shape (batch, sequence) of input_ids.
 
     input_ids, attention_mask, position_ids: int64. sample_ids: int64, the calibration sample each token belongs to
-    and -1 where the token is padding (or filler) and must not be counted.
+    and -1 where the token is padding (or filler) and must not be counted. extra: what else the model's forward takes,
+    by its names there, of any shape; tensors on the CPU.
     """
 
     input_ids: Tensor
@@ -186,6 +187,13 @@ class ScorableModel(Protocol):
         """Raise DataError or ModelError where forward() could not keep this micro-batch's samples apart. Local.
 
         Asked of every micro-batch before the first pass: in a pass one rank's error would leave the others waiting.
+        """
+        ...
+
+    def takes(self, key: str) -> bool | None:
+        """Tell whether forward() hands this key of MicroBatch.extra to the model. Local.
+
+        False: what the model computes cannot depend on it. None: that cannot be told.
         """
         ...
 

@@ -17,8 +17,9 @@ from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.protocols import ScorableModel, Site
 from plop_dist.measure.run import Pass, score_model
 from plop_dist.plugin.detect import find
-from plop_dist.plugin.host_batches import read_local, share
+from plop_dist.plugin.host_batches import share
 from plop_dist.plugin.host_state import undisturbed
+from plop_dist.plugin.reading import Reader
 from plop_dist.values.names import path_matches
 from plop_dist.values.sample_totals import SampleTotals
 from plop_dist.values.scores import Scores
@@ -33,6 +34,7 @@ def score(
     seed: int = 0,
     exclude: Sequence[str] = ("lm_head",),
     name: str | None = None,
+    num_samples: int | None = None,
 ) -> Scores:
     """Return the scores of a host's model, equal on every rank. Collective over the world.
 
@@ -56,9 +58,11 @@ def score(
         scorable = found.wrap(exclude)
         scorable.sites = _not_excluded(scorable.sites, exclude)
         reducer = Reducer(scorable.groups)
-        vocab_size = _vocab_size(found.roots)
+        reader = Reader(
+            scorable.takes, _vocab_size(found.roots), _pad_id(found.roots), _share_of(num_samples, scorable)
+        )
         per_step = scorable.micro_batches_per_step
-        host = share(lambda: read_local(batches, vocab_size), scorable.groups, per_step, reducer)
+        host = share(lambda: reader.read(batches), scorable.groups, per_step, reducer)
         _check_sites(scorable, reducer)
         scores = score_model(
             scorable,
@@ -80,6 +84,10 @@ def score(
     return scores.with_samples(_renamed(scores.samples, host.sample_ids))
 
 
+def _share_of(num_samples: int | None, model: ScorableModel) -> int | None:
+    return None if num_samples is None else -(-num_samples // model.groups.num_replicas)
+
+
 def _vocab_size(roots: Sequence[nn.Module]) -> int | None:
     """Return how many token ids the model takes: transformers' configuration says it, or Megatron's model.
 
@@ -93,6 +101,12 @@ def _vocab_size(roots: Sequence[nn.Module]) -> int | None:
         if isinstance(size := getattr(module, "vocab_size", None), int):
             return size
     return None
+
+
+def _pad_id(roots: Sequence[nn.Module]) -> int | None:
+    configs = (getattr(module, "config", None) for root in roots for module in root.modules())
+    known = (getattr(config, "pad_token_id", None) for config in configs)
+    return next((one for one in known if isinstance(one, int)), None)
 
 
 def _num_embeddings(module: Any) -> int | None:
