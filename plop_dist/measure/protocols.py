@@ -159,6 +159,7 @@ class Groups:
     replica: int = 0  # which of num_replicas model replicas this rank belongs to: each reads its own samples
     num_replicas: int = 1
     uniform_steps: bool = False  # every replica must run the same number of forward passes (ZeRO-3, experts)
+    alone: bool = False  # this rank scores by itself, whatever others there are
 
 
 class Sited(Protocol):
@@ -200,6 +201,7 @@ class ScorableModel(Protocol):
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids in the order in which this rank's hidden states hold the tokens: (b, s), or (s, b).
 
+        Or (b,), where every position of whatever a module sees in a row counts.
         Under sequence parallelism the whole sequence, under context parallelism this rank's part.
         """
         ...

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,31 +48,11 @@ class Reader:
 
     def read(self, batches: Iterable[Mapping[str, Any]]) -> Local:
         """Return this rank's batches. Raises DataError naming the batch and the key."""
-        if not isinstance(batches, Iterable) or isinstance(batches, Mapping | str | bytes):
-            raise DataError(
-                f"batches is a {type(batches).__name__}, expected an iterable of dictionaries with input_ids; put one "
-                "dictionary alone into a list."
-            )
-        micro_batches, counts, has_ids = [], [], set()
-        ids: set[int] = set()
-        for number, batch in enumerate(batches):
-            micro_batch, given = self._micro_batch(batch, f"batches[{number}]")
-            micro_batches.append(micro_batch)
-            has_ids.add(given)
-            if given:
-                ids |= {int(one) for one in micro_batch.sample_ids.unique()} - {-1}
-            counts.append(0 if given else int(micro_batch.sample_ids.max()) + 1)
-            if self.num_samples is not None and len(ids) + sum(counts) >= self.num_samples:
-                break
-            if number + 1 == _MANY and self.num_samples is None and not isinstance(batches, Sized):
-                logger.warning("%d batches read and no end; score(..., num_samples=N) ends an endless iterator.", _MANY)
-        if len(has_ids) > 1:
-            raise DataError("some batches have sample_ids and others have not; give them in every batch or in none.")
-        return Local(micro_batches, sorted(ids) if has_ids == {True} else None, counts)
+        return read_ahead(batches, self._micro_batch, self.num_samples)
 
     def _micro_batch(self, batch: Mapping[str, Any], where: str) -> tuple[MicroBatch, bool]:
         rotary = _positions_of_axes(batch)
-        input_ids, given = _token_tensors(batch if rotary is None else {**batch, "position_ids": None}, where)
+        input_ids, given = token_tensors(batch if rotary is None else {**batch, "position_ids": None}, where)
         packed = packed_positions(batch, input_ids, where)
         if packed is not None and not torch.equal(given.setdefault("position_ids", packed), packed):
             raise DataError(f"{where}: position_ids do not begin again where cu_seq_lens_q says that samples do.")
@@ -102,12 +82,45 @@ class Reader:
         return MicroBatch(input_ids, mask, sample_ids, position_ids, extra), has_ids
 
 
-def _token_tensors(batch: Mapping[str, Any], where: str) -> tuple[Tensor, dict[str, Tensor]]:
+def read_ahead(
+    batches: Iterable[Any], read: Callable[[Any, str], tuple[MicroBatch, bool]], num_samples: int | None
+) -> Local:
+    """Return all batches, or as many as have num_samples, read one by one: read(batch, where), whether it has ids.
+
+    Raises DataError.
+    """
+    if not isinstance(batches, Iterable) or isinstance(batches, Mapping | str | bytes | Tensor):
+        raise DataError(
+            f"batches is a {type(batches).__name__}, expected an iterable of batches, such as dictionaries with "
+            "input_ids; put one batch alone into a list."
+        )
+    micro_batches, counts, has_ids = [], [], set()
+    ids: set[int] = set()
+    for number, batch in enumerate(batches):
+        micro_batch, given = read(batch, f"batches[{number}]")
+        micro_batches.append(micro_batch)
+        has_ids.add(given)
+        if given:
+            ids |= {int(one) for one in micro_batch.sample_ids.unique()} - {-1}
+        counts.append(0 if given else int(micro_batch.sample_ids.max()) + 1)
+        if num_samples is not None and len(ids) + sum(counts) >= num_samples:
+            break
+        if number + 1 == _MANY and num_samples is None and not isinstance(batches, Sized):
+            logger.warning("%d batches read and no end; score(..., num_samples=N) ends an endless iterator.", _MANY)
+    if len(has_ids) > 1:
+        raise DataError("some batches have sample_ids and others have not; give them in every batch or in none.")
+    return Local(micro_batches, sorted(ids) if has_ids == {True} else None, counts)
+
+
+def token_tensors(batch: Mapping[str, Any], where: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Return input_ids and what else there is of the keys with one number per token: each (b, s), int64."""
     if not isinstance(batch, Mapping):
         raise DataError(f"{where} is a {type(batch).__name__}, expected a dictionary with input_ids.")
     if batch.get("input_ids") is None:
-        raise DataError(f"{where} has no input_ids (its keys: {', '.join(map(str, batch)) or 'none'}).")
+        raise DataError(
+            f"{where} has no input_ids (its keys: {', '.join(map(str, batch)) or 'none'}); a model that reads none is "
+            "scored by score(..., forward=), your own function of (model, batch)."
+        )
     input_ids = _integers(batch, "input_ids", where)
     if input_ids.dim() != 2 or not input_ids.numel():
         raise DataError(f"{where}['input_ids'] has shape {tuple(input_ids.shape)}, expected (batch, sequence).")

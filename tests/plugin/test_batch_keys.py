@@ -173,7 +173,7 @@ def test_padding_that_only_labels_show_is_refused(side: str) -> None:
 
 
 def test_one_batch_alone_is_refused_with_what_to_do() -> None:
-    with pytest.raises(DataError, match="put one dictionary alone into a list"):
+    with pytest.raises(DataError, match="put one batch alone into a list"):
         plop_dist.score(tiny("llama"), {"input_ids": random_tokens(1, 4)})  # pyright: ignore[reportArgumentType]
 
 
