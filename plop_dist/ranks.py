@@ -13,10 +13,29 @@ from plop_dist.errors import LayoutError, PlopError, WorkerError
 
 _T = TypeVar("_T")
 
+# How many there are, and which one this is: torchrun and DeepSpeed, srun, mpirun, other MPIs.
+_LAUNCHERS = (
+    ("WORLD_SIZE", "RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+)
+
 
 def launched_ranks() -> int | None:
     """Return the number of ranks that torchrun or the DeepSpeed launcher started, or None outside a launcher."""
     return _launcher_number("WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
+
+
+def said_ranks() -> tuple[str, int] | None:
+    """Return which variable of the environment says how many ranks were started beside this one, and how many.
+
+    None where no launcher has started this process: an allocation alone (SLURM_NTASKS) starts nothing.
+    """
+    for size, place in _LAUNCHERS:
+        if size in os.environ and place in os.environ:
+            return size, _launcher_number(size, 1)
+    return None
 
 
 def rank() -> int:

@@ -36,6 +36,6 @@ def check_forward(module: nn.Module) -> None:
     missing = [name for name in ("input_ids", "attention_mask") if name not in parameters and not takes_any]
     if missing:
         raise ModelError(
-            f"{type(module).__name__}.forward takes no {' and no '.join(missing)}, so that score() cannot run it; "
-            f"{accepted()}."
+            f"{type(module).__name__}.forward takes no {' and no '.join(missing)}, so that score() cannot run it; give "
+            f"score() a forward=, your own function of (model, batch), or {accepted()}."
         )

@@ -36,7 +36,8 @@ class Found:
     """A host's model that a backend has recognised.
 
     backend and wrapper: words for scores.json; roots: all its modules are below these. wrap(exclude) gives the
-    ScorableModel; keep() is a context that puts the sharding back as it was.
+    ScorableModel; keep() is a context that puts the sharding back as it was. has_schedule: the framework runs the
+    forward by a schedule of its own (pipelines), so that no function of the host's can.
     """
 
     backend: str
@@ -46,6 +47,7 @@ class Found:
     keep: Callable[[], AbstractContextManager[Any]] = nullcontext
     zero_stage: int = 0
     sequence_parallel: bool = False
+    has_schedule: bool = False
 
 
 class BackendRecord:

@@ -111,7 +111,7 @@ class Reducer:
 
     def sum_world(self, tensor: Tensor, what: str) -> Tensor:
         """Return the sum of a CPU tensor over all ranks, on the CPU. Collective over the world."""
-        if not _is_one_of_many():
+        if self.groups.alone or not _is_one_of_many():
             return tensor
         device = _device_of(None)
         moved = tensor.to(device)
@@ -120,7 +120,7 @@ class Reducer:
 
     def gather_objects(self, value: Any, what: str) -> list[Any]:
         """Return every rank's picklable value. Collective over the world."""
-        if not _is_one_of_many():
+        if self.groups.alone or not _is_one_of_many():
             return [value]
         gathered: list[Any] = [None] * dist.get_world_size()
         self._run(lambda: dist.all_gather_object(gathered, value), None, None, what)

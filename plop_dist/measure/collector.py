@@ -243,7 +243,8 @@ def _numbers(call: _Call, samples: TokenSamples) -> Tensor | None:
     if call.routing is not None:
         return samples.of_routed(call.routing)
     if call.token_index_T is not None:
-        return samples.of_all()[call.token_index_T]
+        all_T = samples.of_all()
+        return None if all_T is None else all_T[call.token_index_T]
     if Part.TOKENS in (call.in_part, call.out_part):
         return samples.of_all()
     return samples.of_shape(call.leading_shape or (call.in_sq_T.numel(),))

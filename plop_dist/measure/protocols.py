@@ -33,7 +33,8 @@ class MicroBatch:
     """What one forward pass reads on this rank. All tensors have the shape (batch, sequence) of input_ids.
 
     input_ids, attention_mask, position_ids: int64. sample_ids: int64, the calibration sample each token belongs to
-    and -1 where the token is padding (or filler) and must not be counted.
+    and -1 where the token is padding (or filler) and must not be counted. extra: what else the model's forward takes,
+    by its names there, of any shape; tensors on the CPU.
     """
 
     input_ids: Tensor
@@ -158,6 +159,7 @@ class Groups:
     replica: int = 0  # which of num_replicas model replicas this rank belongs to: each reads its own samples
     num_replicas: int = 1
     uniform_steps: bool = False  # every replica must run the same number of forward passes (ZeRO-3, experts)
+    alone: bool = False  # this rank scores by itself, whatever others there are
 
 
 class Sited(Protocol):
@@ -189,9 +191,17 @@ class ScorableModel(Protocol):
         """
         ...
 
+    def takes(self, key: str) -> bool | None:
+        """Tell whether forward() hands this key of MicroBatch.extra to the model. Local.
+
+        False: what the model computes cannot depend on it. None: that cannot be told.
+        """
+        ...
+
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids in the order in which this rank's hidden states hold the tokens: (b, s), or (s, b).
 
+        Or (b,), where every position of whatever a module sees in a row counts.
         Under sequence parallelism the whole sequence, under context parallelism this rank's part.
         """
         ...

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,7 +16,8 @@ from plop_dist.measure.protocols import Routing
 class TokenSamples:
     """The samples of one micro-batch's tokens, numbered 0 to S-1 in ascending order of their ids; -1 is padding.
 
-    layout: sample ids, (b, s) or (s, b), in the order of the hidden states. routed_T: those of the tokens that experts
+    layout: sample ids, (b, s) or (s, b), in the order of the hidden states; (b,) where only rows are known, of which
+    every position counts. routed_T: those of the tokens that experts
     are fed from, and maps: per router which of them go where, (T, E) bool; both of all source ranks, one after the
     other.
     """
@@ -42,9 +44,9 @@ class TokenSamples:
             self._by_shape[key] = self._spread(key)
         return self._by_shape[key]
 
-    def of_all(self) -> Tensor:
-        """Return the sample number of every token in order, (T,)."""
-        return self._flat
+    def of_all(self) -> Tensor | None:
+        """Return the sample number of every token in order, (T,), or None where only rows are known."""
+        return None if self._layout.dim() == 1 else self._flat
 
     def of_routed(self, routing: Routing) -> Tensor:
         """Return the sample number of each token that one expert was fed, (T,), by source rank and place."""
@@ -59,6 +61,8 @@ class TokenSamples:
         return torch.searchsorted(self.sample_ids, ids.clamp_min(0)).where(ids >= 0, -1)
 
     def _spread(self, shape: tuple[int, ...]) -> Tensor | None:
+        if self._layout.dim() == 1:
+            return self._spread_rows(shape)
         first, second = self._layout.shape
         if shape in ((first, second), (first * second,)):
             return self._flat
@@ -69,3 +73,10 @@ class TokenSamples:
         if len(shape) == 2 and shape[0] == first * second:  # (b * s, heads)
             return self._flat[:, None].expand(shape).reshape(-1)
         return None  # it pools, cuts or lengthens the sequence
+
+    def _spread_rows(self, shape: tuple[int, ...]) -> Tensor:
+        # What has been reshaped beyond recognition, (s, b) or pooled, still counts, under the first row's sample.
+        num_positions, num_rows = math.prod(shape), len(self._flat)
+        if shape and shape[0] % num_rows == 0:
+            return self._flat.repeat_interleave(num_positions // num_rows)
+        return self._flat[:1].expand(num_positions)

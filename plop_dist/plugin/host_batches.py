@@ -1,20 +1,20 @@
-"""A host's batches as micro-batches: samples numbered over all replicas, and as many steps on every rank."""
+"""What every rank has read, made one: samples numbered over all replicas, and as many steps on every rank."""
 
-# b rows, s tokens of the longest, S samples
+# S samples
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from plop_dist.errors import DataError
 from plop_dist.measure.collectives import Reducer, attempt
 from plop_dist.measure.protocols import Groups, MicroBatch
+from plop_dist.plugin.reading import Local
 
 
 @dataclass(frozen=True)
@@ -26,38 +26,7 @@ class HostBatches:
     samples_after: list[int]
 
 
-@dataclass(frozen=True)
-class _Local:
-    """One rank's batches before anyone else's are known. ids: the host's sample ids, None where rows are samples."""
-
-    micro_batches: list[MicroBatch]
-    ids: list[int] | None
-    num_samples: list[int]  # without ids: rows with tokens, per micro-batch
-
-
-def read_local(batches: Iterable[Mapping[str, Any]], vocab_size: int | None = None) -> _Local:
-    """Return this rank's batches, checked, on the CPU. Raises DataError naming the batch and the key.
-
-    vocab_size: of the model's embedding, where it is known.
-    """
-    if not isinstance(batches, Iterable):
-        raise DataError(f"batches is a {type(batches).__name__}, expected an iterable of dictionaries with input_ids.")
-    micro_batches, counts, has_ids = [], [], set()
-    for number, batch in enumerate(batches):
-        micro_batch, given = _micro_batch(batch, f"batches[{number}]", vocab_size)
-        micro_batches.append(micro_batch)
-        has_ids.add(given)
-        counts.append(0 if given else int(micro_batch.sample_ids.max()) + 1)
-    if len(has_ids) > 1:
-        raise DataError("some batches have sample_ids and others have not; give them in every batch or in none.")
-    ids = None
-    if has_ids == {True}:
-        found = {int(one) for micro_batch in micro_batches for one in micro_batch.sample_ids.unique()}
-        ids = sorted(found - {-1})
-    return _Local(micro_batches, ids, counts)
-
-
-def share(read: Callable[[], _Local], groups: Groups, per_step: int, reducer: Reducer) -> HostBatches:
+def share(read: Callable[[], Local], groups: Groups, per_step: int, reducer: Reducer) -> HostBatches:
     """Return this rank's steps once all ranks' batches are known. Collective over the world.
 
     read: reads this rank's batches. per_step: micro-batches that one forward takes. Samples without ids are numbered
@@ -86,57 +55,6 @@ def share(read: Callable[[], _Local], groups: Groups, per_step: int, reducer: Re
     return HostBatches(steps, sample_ids, done)
 
 
-def _micro_batch(batch: Mapping[str, Any], where: str, vocab_size: int | None) -> tuple[MicroBatch, bool]:
-    if not isinstance(batch, Mapping):
-        raise DataError(f"{where} is a {type(batch).__name__}, expected a dictionary with input_ids.")
-    if batch.get("input_ids") is None:
-        raise DataError(f"{where} has no input_ids (its keys: {', '.join(map(str, batch)) or 'none'}).")
-    input_ids = _integers(batch, "input_ids", where)
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise DataError(f"{where}['input_ids'] has shape {tuple(input_ids.shape)}, expected (batch, sequence).")
-    given = {name: _integers(batch, name, where) for name in ("attention_mask", "position_ids", "sample_ids")
-             if batch.get(name) is not None}  # fmt: skip
-    num_rows = len(input_ids)
-    if "position_ids" in given and given["position_ids"].shape == (1, input_ids.shape[1]):
-        given["position_ids"] = given["position_ids"].expand_as(input_ids)
-    if "sample_ids" in given and given["sample_ids"].shape == (num_rows,):
-        given["sample_ids"] = given["sample_ids"][:, None].expand_as(input_ids)
-    for name, tensor in given.items():
-        if tensor.shape != input_ids.shape:
-            raise DataError(
-                f"{where}['{name}'] has shape {tuple(tensor.shape)}, expected {tuple(input_ids.shape)} as input_ids."
-            )
-    mask = given.get("attention_mask", torch.ones_like(input_ids))
-    is_real = mask != 0
-    is_token = (input_ids >= 0) & (input_ids < (vocab_size or input_ids.max() + 1))
-    foreign = input_ids[is_real & ~is_token]
-    if foreign.numel():
-        of_model = f" (the model has {vocab_size})" if vocab_size else ""
-        raise DataError(
-            f"{where}['input_ids'] holds {int(foreign[0])}, which is no token{of_model}; leave such places out of "
-            "attention_mask, or check that the tokenizer is the model's."
-        )
-    input_ids = input_ids.where(is_token, 0)  # labels' -100 in padding, which is embedded like the rest
-    position_ids = given.get("position_ids", (is_real.long().cumsum(dim=1) - 1).clamp_min(0))
-    has_ids = "sample_ids" in given
-    # A row of padding is no sample.
-    rows = (is_real.any(dim=1).long().cumsum(dim=0) - 1)[:, None].expand_as(input_ids)
-    sample_ids = given["sample_ids"].clamp_min(-1) if has_ids else rows
-    return MicroBatch(input_ids, mask, sample_ids.where(is_real, -1), position_ids), has_ids
-
-
-def _integers(batch: Mapping[str, Any], name: str, where: str) -> Tensor:
-    try:
-        tensor = torch.as_tensor(batch[name]).detach().to("cpu", copy=True)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{where}['{name}'] is not a tensor of integers ({error}).") from None
-    # A mask of floats that are neither 0 nor 1 is one to be added to logits, where 0 means a real token.
-    is_mask = name == "attention_mask" and bool(((tensor == 0) | (tensor == 1)).all())
-    if not is_mask and (tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex()):
-        raise DataError(f"{where}['{name}'] is {tensor.dtype}, expected integers.")
-    return tensor.long()
-
-
 def _by_replica(everyone: Sequence[Any]) -> dict[int, Any]:
     """Return the facts of each replica. Raises DataError when its ranks disagree."""
     first: dict[int, tuple[int, Any]] = {}
@@ -150,12 +68,12 @@ def _by_replica(everyone: Sequence[Any]) -> dict[int, Any]:
     return {replica: facts for replica, (_, facts) in sorted(first.items())}
 
 
-def _digest(local: _Local) -> int:
+def _digest(local: Local) -> int:
     return hash(tuple((*micro.input_ids.shape, int(micro.input_ids.sum())) for micro in local.micro_batches))
 
 
 def _numbered(
-    local: _Local, replica: int, replicas: Mapping[int, Any], *, has_ids: bool
+    local: Local, replica: int, replicas: Mapping[int, Any], *, has_ids: bool
 ) -> tuple[list[MicroBatch], np.ndarray]:
     """Return the micro-batches with sample ids 0..S-1 over all replicas, and the host's numbers of those."""
     if has_ids:
@@ -174,13 +92,16 @@ def _numbered(
 
 
 def _filler(micro_batches: Sequence[MicroBatch], reducer: Reducer) -> MicroBatch:
-    """Return one real row of a batch, of a peer's where this rank has none, that counts for nothing. Collective."""
-    own = next((_one_row(micro) for micro in micro_batches if micro.attention_mask.any()), None)
+    """Return a little of a batch, of a peer's where this rank has none, that counts for nothing. Collective."""
+    own = next((_uncounted(micro) for micro in micro_batches if micro.attention_mask.any()), None)
     every = reducer.gather_objects(own, "example for ranks without batches")
     return own or next(one for one in every if one is not None)
 
 
-def _one_row(micro: MicroBatch) -> MicroBatch:
+def _uncounted(micro: MicroBatch) -> MicroBatch:
+    """Return one real row without its sample; the whole batch where it has keys that nobody can cut."""
+    if micro.extra:
+        return replace(micro, sample_ids=torch.full_like(micro.sample_ids, -1))
     row = int(micro.attention_mask.any(dim=1).long().argmax())
     one = {
         name: getattr(micro, name)[row : row + 1].clone() for name in ("input_ids", "attention_mask", "position_ids")

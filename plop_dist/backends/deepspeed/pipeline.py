@@ -122,6 +122,10 @@ class PipelineModel:
     def check(self, micro_batch: MicroBatch) -> None:
         """Take every micro-batch: the layers keep packed samples apart, and padding out of sight."""
 
+    def takes(self, key: str) -> bool | None:
+        """Take nothing beside the tokens, their mask and places; what else a host's own loop does cannot be told."""
+        return None
+
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids as they are, (b, s)."""
         return micro_batch.sample_ids.to(self.device)

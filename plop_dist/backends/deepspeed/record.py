@@ -64,8 +64,8 @@ class DeepSpeed(BackendRecord):
             return importlib.import_module(f"plop_dist.backends.deepspeed.{kind}").load(config)
 
     def find(self, model: Any) -> Found | None:
-        """Return an engine of any kind."""
-        if not is_a(model, "DeepSpeedEngine"):
+        """Return an engine of any kind, or a module that zero.Init has partitioned."""
+        if not is_a(model, "DeepSpeedEngine") and not _is_partitioned(model):
             return None
         from plop_dist.backends.deepspeed.host import find
 
@@ -74,6 +74,11 @@ class DeepSpeed(BackendRecord):
     def training_engine(self, config: Config) -> str:
         """Return TRL's trainer for ZeRO, our loops for the rest."""
         return "autotp" if config.parallel.tp > 1 else "pipeline" if config.parallel.pp > 1 else "trl"
+
+
+def _is_partitioned(model: Any) -> bool:
+    # zero.Init gives each parameter the number by which ZeRO-3 knows it.
+    return callable(getattr(model, "parameters", None)) and any(hasattr(one, "ds_id") for one in model.parameters())
 
 
 RECORD = DeepSpeed()

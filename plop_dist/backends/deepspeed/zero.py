@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -38,6 +38,48 @@ def wrap(engine: Any, exclude: Sequence[str]) -> HFModel:
             getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()
         ),
     )
+
+
+def wrap_module(module: nn.Module, exclude: Sequence[str]) -> HFModel:
+    """Return a module that zero.Init has partitioned, and that has no engine yet, as the collector sees it. Local."""
+    return whole_model(
+        module,
+        needs_head(list(exclude)),
+        gather=gathered,
+        call=_GatheredCall(module),
+        num_parameters=sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters()),
+    )
+
+
+class _GatheredCall:
+    """Calls a module, each part of which has its parameters whole while it runs, as an engine's hooks would do it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, **inputs: Any) -> Any:
+        running: list[tuple[nn.Module, ExitStack]] = []
+
+        def enter(part: nn.Module, _: Any) -> None:
+            stack = ExitStack()
+            stack.enter_context(gathered(list(part.parameters(recurse=False))))
+            running.append((part, stack))
+
+        def leave(part: nn.Module, *_: Any) -> None:
+            assert running[-1][0] is part, "modules end in the order opposite to that in which they began"
+            running.pop()[1].close()
+
+        with ExitStack() as hooks:
+            for part in self.module.modules():
+                if any(hasattr(parameter, "ds_id") for parameter in part.parameters(recurse=False)):
+                    # Before and after everybody else's hooks, which read weights and biases.
+                    hooks.callback(part.register_forward_pre_hook(enter, prepend=True).remove)
+                    hooks.callback(part.register_forward_hook(leave).remove)
+            try:
+                return self.module(**inputs)
+            finally:
+                for _, stack in reversed(running):
+                    stack.close()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from plop_dist.backends.hf import tp_plan
 from plop_dist.backends.hf.load import needs_head
 from plop_dist.backends.hf.model import HFModel
 from plop_dist.backends.hf.whole import whole_model
-from plop_dist.backends.hosts import bare, check_forward
+from plop_dist.backends.hosts import bare
 from plop_dist.backends.record import Found
 from plop_dist.errors import LayoutError
 
@@ -19,10 +19,9 @@ from plop_dist.errors import LayoutError
 def find(module: nn.Module) -> Found:
     """Return how a module is to be wrapped. Local.
 
-    Raises ModelError for one that takes no token ids, LayoutError for DTensors that nothing known has made.
+    Raises LayoutError for DTensors that nothing known has made.
     """
     module, wrapper = bare(module)
-    check_forward(module)
     if (getattr(module, "_tp_size", None) or 1) > 1:  # transformers 5.12 keeps plain local weights, not DTensors
         return Found("transformers", "tp_plan", (module,), lambda exclude: tp_plan.wrap(module, exclude))
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,14 +49,9 @@ class HFModel:
         self.release = release
         self.device = next(module.parameters()).device
         self._call = call or (module if with_head else headless(module))
-        signature = inspect.signature(_forward_of(self._call)).parameters
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
-        self._takes_positions = "position_ids" in signature
-        self._options: dict[str, Any] = {}
-        if "use_cache" in signature or takes_any:
-            self._options["use_cache"] = False
-        if not with_head and "logits_to_keep" in signature:
-            self._options["logits_to_keep"] = 1  # an engine has to run the head: on one token only
+        self._whole = call or module
+        self._with_head = with_head
+        self._takes_positions = "position_ids" in _parameters_of(self._call)
         self._num_parameters = num_parameters or sum(parameter.numel() for parameter in module.parameters())
 
     def check(self, micro_batch: MicroBatch) -> None:
@@ -83,20 +78,32 @@ class HFModel:
                 "or pass one sample per row."
             )
 
+    def takes(self, key: str) -> bool | None:
+        """Tell whether the model's forward names the key, or takes any and a module inside it names this one."""
+        parameters = _parameters_of(self._whole)
+        if key in parameters and parameters[key].kind is not inspect.Parameter.VAR_KEYWORD:
+            return True
+        if not _takes_any(parameters):
+            return False
+        return True if any(key in _parameters_of(module) for module in self.module.modules()) else None
+
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids, (b, s), in the order in which forward() passes the tokens."""
-        return _right_padded(micro_batch).sample_ids.to(self.device)
+        return _as_passed(micro_batch).sample_ids.to(self.device)
 
     def routed_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids, flat: every token is seen by this rank's routers."""
         return self.token_layout(micro_batch).reshape(-1)
 
     def forward(self, micro_batches: Sequence[MicroBatch], begin: Callable[[int], None]) -> None:
-        """Run the micro-batches one after the other, each row's padding behind its tokens. Raises as check() does."""
+        """Run the micro-batches one after the other, each row's padding behind its tokens. Raises as check() does.
+
+        One with further inputs is passed as it is: nobody can tell which of them go by the places of tokens.
+        """
         for index, given in enumerate(micro_batches):
             self.check(given)
             begin(index)
-            micro_batch = _right_padded(given)
+            micro_batch = _as_passed(given)
             inputs = {
                 "input_ids": micro_batch.input_ids,
                 "attention_mask": _mask(micro_batch),
@@ -105,15 +112,25 @@ class HFModel:
                 **({"position_ids": micro_batch.position_ids} if self._needs_positions(micro_batch) else {}),
                 **micro_batch.extra,
             }
-            self._call(
+            call = self._call if _parameters_of(self._call).keys() >= micro_batch.extra.keys() else self._whole
+            call(
                 **{key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in inputs.items()},
-                **self._options,
+                **self._options(call),
             )
+
+    def _options(self, call: Callable[..., Any]) -> dict[str, Any]:
+        parameters = _parameters_of(call)
+        options: dict[str, Any] = {}
+        if "use_cache" in parameters or _takes_any(parameters):
+            options["use_cache"] = False
+        if not self._with_head and "logits_to_keep" in parameters:
+            options["logits_to_keep"] = 1  # the head has to run: on one token only
+        return options
 
     def _needs_positions(self, micro_batch: MicroBatch) -> bool:
         """Tell whether position_ids, in right-padded rows, are others than 0, 1, 2, ..."""
         positions = micro_batch.position_ids
-        if positions is None or not self._takes_positions:
+        if positions is None or micro_batch.extra or not self._takes_positions:
             return False
         places = torch.arange(positions.shape[1], device=positions.device)
         return bool(((positions != places) & (micro_batch.attention_mask != 0)).any())
@@ -133,6 +150,10 @@ def _mask(micro_batch: MicroBatch) -> Tensor | None:
     """Return the attention mask, or None for packed rows: transformers then keeps samples apart by position_ids."""
     mask, positions = micro_batch.attention_mask, micro_batch.position_ids
     return None if positions is not None and is_packed(positions, mask) else mask
+
+
+def _as_passed(micro_batch: MicroBatch) -> MicroBatch:
+    return micro_batch if micro_batch.extra else _right_padded(micro_batch)
 
 
 def _right_padded(micro_batch: MicroBatch) -> MicroBatch:
@@ -178,6 +199,10 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _forward_of(call: Callable[..., Any]) -> Callable[..., Any]:
+def _parameters_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     module = getattr(call, "module", call)  # a DeepSpeed or DDP engine wraps the model it forwards to
-    return module.forward if isinstance(module, nn.Module) else module
+    return inspect.signature(module.forward if isinstance(module, nn.Module) else module).parameters
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -57,6 +57,10 @@ class MegatronModel:
         """Raise ModelError for packed rows in a model without local attention."""
         self._batching.prepare(micro_batch)
 
+    def takes(self, key: str) -> bool | None:
+        """Take nothing beside the tokens, their mask and places; what else a host's own loop does cannot be told."""
+        return None
+
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample ids (s, b) in the order of this rank's hidden states. See Batching."""
         return self._batching.token_layout(micro_batch)

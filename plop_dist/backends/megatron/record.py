@@ -68,7 +68,7 @@ class Megatron(BackendRecord):
 
         return Found(
             self.name, "megatron", tuple(chunks), lambda exclude: wrap(chunks, exclude),
-            sequence_parallel=bool(unwrap(chunks[0]).config.sequence_parallel),
+            sequence_parallel=bool(unwrap(chunks[0]).config.sequence_parallel), has_schedule=True,
         )  # fmt: skip
 
     def training_engine(self, config: Config) -> str:

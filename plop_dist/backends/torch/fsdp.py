@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from plop_dist.backends.hf.load import needs_head
 from plop_dist.backends.hf.model import HFModel
 from plop_dist.backends.hf.whole import replica_per_rank, whole_sites
-from plop_dist.backends.hosts import bare, check_forward, is_a
+from plop_dist.backends.hosts import bare, is_a
 from plop_dist.backends.record import Found
 from plop_dist.errors import LayoutError, ModelError
 
@@ -40,7 +40,6 @@ def find(module: nn.Module) -> Found | None:
     units = [one for one in module.modules() if isinstance(one, FSDPModule)]
     if not units:
         return None
-    check_forward(module)
     if module not in units:
         raise LayoutError(
             f"fully_shard was applied below {type(module).__name__} but not to it; apply it to the whole model last, "
