@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from plop_dist.choose.sweep import sweep, sweep_of
 from plop_dist.config.loading import parse_section
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.report import figures, paste
+from plop_dist.report.closing import command_text
 from plop_dist.report.module_rows import module_rows, num_rows_left_out
 from plop_dist.report.panels import folded_panels, samples_panel
 from plop_dist.report.redact import redact
@@ -57,7 +57,12 @@ def write_report(run_dir: RunDir) -> Path:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        interval=interval_text, percent=percent, short_list=short_list, rounded=rounded, label=label, shell=shlex.join
+        interval=interval_text,
+        percent=percent,
+        short_list=short_list,
+        rounded=rounded,
+        label=label,
+        command=lambda arguments: command_text(*arguments),
     )
     parts = {name: environment.get_template(f"{file}.j2").render() for name, file in _PARTS.items()}
     page = environment.get_template("report.html.j2").render(
@@ -85,7 +90,7 @@ def build_context(run_dir: RunDir) -> dict[str, Any]:
         "num_modules": len(scores.modules),
         "num_resamples": NUM_RESAMPLES,
         **choice,
-        "run_dir": shlex.quote(str(run_dir.path)),
+        "run_dir": str(run_dir.path),
         "pastes": pasted,
         "other_targets": paste.other_targets(),
         "next_step": paste.next_step(run_dir, placement, pasted, training.summary),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from plop_dist.errors import ExportError
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.registry import EXPORTERS, names
+from plop_dist.report.closing import command_text
 from plop_dist.rundir.layout import RunDir
 from plop_dist.values.placement import Placement
 
@@ -50,10 +50,10 @@ def next_step(
     run_dir: RunDir, placement: Placement | None, pasted: Sequence[Paste], trained: Mapping[str, Any] | None
 ) -> NextStep:
     """Return what comes next. trained: the summary of a training of this placement, or None."""
-    here = shlex.quote(str(run_dir.path))
+    here = run_dir.path
     if placement is None:
         return NextStep("Choose the targets from these scores; no model is needed, it takes seconds:",
-                        f"plop-dist place {here}")  # fmt: skip
+                        command_text("place", here))  # fmt: skip
     adapter = None if trained is None else trained.get("adapter")
     if isinstance(adapter, str):
         return NextStep("The adapter of this placement is trained. Load it on the base model:",
@@ -61,9 +61,9 @@ def next_step(
     target = next((paste.target for paste in reversed(pasted) if not paste.is_refused), None)
     if target is None:
         return NextStep("See which trainers can express this placement, and export it for one of them:",
-                        f"plop-dist targets {here}")  # fmt: skip
+                        command_text("targets", here))  # fmt: skip
     return NextStep("Write the files of your trainer, and start it with the flags that this prints:",
-                    f"plop-dist export {here} --to {target}")  # fmt: skip
+                    command_text("export", here, "--to", target))  # fmt: skip
 
 
 def _paste(name: str, placement: Placement) -> Paste:
