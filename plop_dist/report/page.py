@@ -39,6 +39,8 @@ from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Scores
 from plop_dist.values.visible import visible
 
+_PARTS = {"style": "style.css", "script": "page.js"}  # of the page, each in a template of its own
+
 
 def write_report(run_dir: RunDir) -> Path:
     """Write report.html into a run directory and return its path.
@@ -72,9 +74,6 @@ def write_report(run_dir: RunDir) -> Path:
     )
     write_text(run_dir.report, page)
     return run_dir.report
-
-
-_PARTS = {"style": "style.css", "script": "page.js"}
 
 
 def build_context(run_dir: RunDir) -> dict[str, Any]:
