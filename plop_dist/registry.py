@@ -124,8 +124,6 @@ _EXTRA_OF = {
     "trl": "train",
     "peft": "train",
     "accelerate": "train",
-    "plotly": "report",
-    "jinja2": "report",
     "datasets": "train",
     "tensorboard": "loggers",
     "wandb": "loggers",

@@ -1,80 +1,144 @@
-"""RUN_DIR/report.html: one page with the choice, its reasons and the training, that opens without a network."""
+"""RUN_DIR/report.html: one page with the choice, its reasons and the training; needs no network and no script."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
+from plop_dist.choose.bootstrap import NUM_RESAMPLES
 from plop_dist.choose.decision import decide_for
 from plop_dist.choose.diagnostics import diagnose
 from plop_dist.choose.explain import explain
 from plop_dist.choose.sweep import sweep, sweep_of
 from plop_dist.config.loading import parse_section
 from plop_dist.config.schema import PlacementConfig
-from plop_dist.registry import missing_extra
-from plop_dist.report import figures
+from plop_dist.report import figures, paste
+from plop_dist.report.closing import command_text
+from plop_dist.report.module_rows import module_rows, num_rows_left_out
+from plop_dist.report.panels import folded_panels, samples_panel
 from plop_dist.report.redact import redact
-from plop_dist.report.spread import folded_types
-from plop_dist.report.terminal import interval_text, percent, short_list
+from plop_dist.report.spread import MOST_ONE_BY_ONE, folded_types
+from plop_dist.report.terminal import (
+    CONFIDENCE_MEANS,
+    NFN_MEANS,
+    PROBABILITY_MEANS,
+    interval_text,
+    percent,
+    short_list,
+)
+from plop_dist.report.training import training_of
 from plop_dist.rundir.layout import RunDir
-from plop_dist.rundir.made_from import placement_mark
-from plop_dist.rundir.trained import read_trained
+from plop_dist.rundir.made_from import outdated, placement_mark
 from plop_dist.values.files import write_text
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Scores
+from plop_dist.values.visible import visible
+
+_PARTS = {"style": "style.css", "script": "page.js"}  # of the page, each in a template of its own
 
 
 def write_report(run_dir: RunDir) -> Path:
     """Write report.html into a run directory and return its path.
 
     Reads scores.json (required) and samples.safetensors, placement.json, train/log.jsonl, train/summary.json,
-    config.yaml and command.txt where they exist. plotly.js is part of the page; secrets are left out of it.
+    config.yaml and command.txt where they exist. Secrets are left out of it.
     Raises ScoresError for a file that is missing or malformed, ConfigError for the policy of a placement that cannot be
-    read, MissingExtraError without plotly or jinja2.
+    read.
     """
-    try:
-        import jinja2
-        from markupsafe import Markup
-        from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "plop-dist report") from error
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("plop_dist.report", "templates"),
         autoescape=True,
+        finalize=_shown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(interval=interval_text, percent=percent, short_list=short_list)
-    template = environment.get_template("report.html.j2")
-    write_text(run_dir.report, template.render(plotly_js=Markup(get_plotlyjs()), **build_context(run_dir)))
+    environment.filters.update(
+        interval=interval_text,
+        percent=percent,
+        short_list=short_list,
+        rounded=rounded,
+        label=label,
+        command=lambda arguments: command_text(*arguments),
+    )
+    parts = {name: environment.get_template(f"{file}.j2").render() for name, file in _PARTS.items()}
+    page = environment.get_template("report.html.j2").render(
+        **{name: Markup(text) for name, text in parts.items()},
+        hashes={name: _hash(text) for name, text in parts.items()},
+        **build_context(run_dir),
+    )
+    write_text(run_dir.report, page)
     return run_dir.report
 
 
 def build_context(run_dir: RunDir) -> dict[str, Any]:
-    """Return everything the template shows, without secrets. Raises ScoresError as write_report does."""
+    """Return everything the template shows. Raises ScoresError as write_report does."""
     placement = Placement.from_file(run_dir.placement) if run_dir.placement.is_file() else None
     scores = placement.source if placement is not None else Scores.from_file(run_dir.scores)
-    context: dict[str, Any] = {
+    folded, choice, training = folded_types(scores), _choice(run_dir, scores, placement), training_of(run_dir)
+    pasted = [] if placement is None else paste.pastes(placement)
+    return {
         "scores": redact(scores.model_dump(mode="json", by_alias=True, exclude={"modules", "left_out"})),
-        "num_modules": len(scores.modules),
         "placement_mark": placement_mark(run_dir),
-        "folded": folded_types(scores),
-        **_choice(run_dir, scores, placement),
-        **_training(run_dir),
-        "config": redact(_read_text(run_dir.config)),
-        "command": redact(_read_text(run_dir.command)),
+        "means": {"nfn": NFN_MEANS, "confidence": CONFIDENCE_MEANS, "probability": PROBABILITY_MEANS},
+        "num_modules": len(scores.modules),
+        "num_resamples": NUM_RESAMPLES,
+        **choice,
+        "run_dir": str(run_dir.path),
+        "pastes": pasted,
+        "other_targets": paste.other_targets(),
+        "next_step": paste.next_step(run_dir, placement, pasted, training.summary),
+        "outdated": [entry for entry in outdated(run_dir) if entry.name != run_dir.report.name],
+        "training": redact(training.summary),
+        "held_out_label": training.held_out_label,
+        "num_unreadable": training.num_unreadable,
+        "folded": folded,
+        "modules": module_rows(scores, placement),
+        "num_rows_left_out": num_rows_left_out(scores),
+        "most_one_by_one": MOST_ONE_BY_ONE,
+        "config": _read_text(run_dir.config),
+        "command": _read_text(run_dir.command),
+        "charts": {
+            "types": figures.types_figure(scores, placement),
+            "heatmap": figures.heatmap_figure(scores, placement),
+            "folded": folded_panels(folded),
+            "samples": samples_panel(choice["sweep"]),
+            "training": training.panels,
+        },
     }
-    charts = {
-        "types": figures.types_figure(scores, placement),
-        "heatmap": figures.heatmap_figure(scores),
-        "folded": figures.folded_figure(context["folded"]),
-        "samples": figures.samples_figure(context["sweep"]) if context["sweep"].by_samples else None,
-        **context.pop("training_charts"),
-    }
-    return {**context, "charts": redact({name: chart for name, chart in charts.items() if chart is not None})}
+
+
+def rounded(value: Any) -> str:
+    """Return a value of whatever kind as a person reads it: four digits of a fraction, thousands apart.
+
+    >>> rounded(1.31115465), rounded(1234567), rounded({"load": 2.5, "ranks": [0, 1]}), rounded(None)
+    ('1.311', '1,234,567', 'load: 2.5, ranks: 0, 1', '-')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {rounded(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(rounded, value))
+    return str(value)
+
+
+def label(key: str) -> str:
+    """Return a field's name as a person reads it.
+
+    >>> label("num_held_out_rows")
+    'held out rows'
+    """
+    return key.removeprefix("num_").replace("_", " ")
 
 
 def _choice(run_dir: RunDir, scores: Scores, placement: Placement | None) -> dict[str, Any]:
@@ -93,52 +157,14 @@ def _choice(run_dir: RunDir, scores: Scores, placement: Placement | None) -> dic
     }
 
 
-def _training(run_dir: RunDir) -> dict[str, Any]:
-    """Return what the page says of the training; nothing of one that belongs to an earlier placement."""
-    trained = read_trained(run_dir)
-    is_earlier = trained is not None and not trained.is_of_placement
-    summary = None if trained is None or is_earlier else trained.summary
-    log, num_unreadable = _read_log(run_dir.training_log)
-    if is_earlier:
-        log = []
-    return {
-        "training": redact(summary),
-        "is_of_earlier_placement": is_earlier,
-        "num_unreadable": num_unreadable,
-        "training_charts": {
-            "loss": figures.training_figure([*log, *_held_out(summary)], "loss", "loss", held_out=True),
-            "reward": figures.training_figure(log, "reward", "reward"),
-            "nfn": figures.tracked_nfn_figure(log),
-        },
-    }
+def _shown(value: Any) -> Any:
+    """Return what the page shows of a value, whatever part of it that is in: no secret, no character that hides."""
+    return visible(redact(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _read_log(path: Path) -> tuple[list[Mapping[str, Any]], int]:
-    """Return the log's entries and how many lines are unreadable, as the last one is after a crash.
-
-    A resumed run repeats the steps since its last checkpoint: what it logs last of a step counts.
-    """
-    entries: list[Mapping[str, Any]] = []
-    num_unreadable = 0
-    for line in (_read_text(path) or "").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            entry = None
-        if isinstance(entry, dict):
-            entries.append(entry)
-        else:
-            num_unreadable += 1
-    last = {(entry.get("step"), frozenset(entry)): entry for entry in entries}
-    return list(last.values()), num_unreadable
-
-
-def _held_out(summary: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the held-out losses before and after training as entries of a log."""
-    if summary is None or not isinstance(summary.get("num_steps"), int):
-        return []
-    at = {0: "held_out_before", summary["num_steps"]: "held_out_after"}
-    return [{"step": step, "held_out_loss": summary.get(name)} for step, name in at.items()]
+def _hash(text: str) -> str:
+    """Return by what the page's own security policy knows its script: none that a name may bring along runs."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _read_text(path: Path) -> str | None:

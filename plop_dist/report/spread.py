@@ -12,7 +12,7 @@ from plop_dist.choose.place import ordered_types
 from plop_dist.values.scores import ModuleScore, Scores
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_MOST_ONE_BY_ONE = 4
+MOST_ONE_BY_ONE = 4
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,5 @@ def folded_types(scores: Scores) -> list[FoldedType]:
             num_left_out=left_out[name],
         )
         for name in ordered_types(scores)
-        if max(map(len, by_type[name].values())) > _MOST_ONE_BY_ONE
+        if max(map(len, by_type[name].values())) > MOST_ONE_BY_ONE
     ]

@@ -18,6 +18,7 @@ from plop_dist.data.rows import load_rows
 from plop_dist.data.texts import Row, fill, render, render_prompt, token_ids
 from plop_dist.errors import DataError
 from plop_dist.training.batch import IGNORED, Batch
+from plop_dist.training.engine import Data
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,17 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
             batch["position_ids"][index, part] = torch.arange(len(example.input_ids))
             at = part.stop
     return batch
+
+
+def count_rows(data: Data, config: Config, num_steps: int) -> dict[str, float]:
+    """Return on how much the losses of a training rest: held-out rows and, where the rows end, rows and epochs."""
+    counts: dict[str, float] = {"num_held_out_rows": sum(len(batch["input_ids"]) for batch in data.held_out)}
+    if not isinstance(data, TrainingData):
+        return counts
+    train = config.train
+    per_step = train.micro_batch_size * train.gradient_accumulation_steps * config.parallel.dp
+    num_rows = sum(map(len, data.sequences))
+    return {"num_rows": num_rows, "num_epochs": num_steps * per_step / len(data.sequences), **counts}
 
 
 class TrainingData:

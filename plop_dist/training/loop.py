@@ -15,7 +15,7 @@ from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config, TrainConfig
 from plop_dist.training.batch import Batch, count_targets, to_device, without_targets
 from plop_dist.training.checkpoint import Checkpoints, fingerprint
-from plop_dist.training.data import TrainingData
+from plop_dist.training.data import TrainingData, count_rows
 from plop_dist.training.engine import Data, Engine, Evaluating, Log
 from plop_dist.training.sums import sum_over
 from plop_dist.training.track import NfnTracker, with_head
@@ -46,8 +46,8 @@ class StepEngine:
 def run(engine: Engine, data: Data, config: Config, placement: Placement, log: Log) -> dict[str, Any]:
     """Train for train.max_steps, from the last complete checkpoint if there is one, and save the adapter.
 
-    Returns held_out_before and held_out_after (mean loss per target token), num_steps and the adapter's directory.
-    Collective over all ranks.
+    Returns held_out_before and held_out_after (mean loss per target token), num_steps, the adapter's directory and
+    what count_rows says. Collective over all ranks.
     """
     train, directory = config.train, config.run_path / "train"
     tracker = _tracker(engine, config, placement)
@@ -73,6 +73,7 @@ def run(engine: Engine, data: Data, config: Config, placement: Placement, log: L
         "held_out_before": progress["held_out_before"],
         "held_out_after": held_out_after,
         "num_steps": train.max_steps,
+        **count_rows(data, config, train.max_steps),
         "adapter": str(directory / "adapter"),
     }
 

@@ -14,8 +14,9 @@ from plop_dist.values.placement import Placement
 def train(config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
     """Train the placement's adapters by train.method, and return the summary.
 
-    Of sft: held_out_before, held_out_after, num_steps, adapter. Of grpo: reward_first and reward_last instead of the
-    losses; or, with an engine that runs by itself, what was written for it. data: replaces the configured rows (sft).
+    Of sft: held_out_before, held_out_after, num_steps, adapter, and what data.count_rows says. Of grpo: reward_first
+    and reward_last instead of the losses; or, with an engine that runs by itself, what was written for it.
+    data: replaces the configured rows (sft).
     Collective over all ranks. Raises UserError for what a layout cannot train.
     """
     name = engine_name(config)

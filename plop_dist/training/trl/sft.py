@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
 from plop_dist.training.batch import model_inputs
-from plop_dist.training.data import TrainingData
+from plop_dist.training.data import TrainingData, count_rows
 from plop_dist.training.engine import Data, Log
 from plop_dist.training.trl.callbacks import HeldOutCallback, LogCallback
 from plop_dist.training.trl.checkpoints import checkpoints_of, finish, last_checkpoint
@@ -58,6 +58,7 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
         "held_out_before": held_out.before,
         "held_out_after": held_out.after,
         "num_steps": trainer.state.global_step,
+        **count_rows(data, config, trainer.state.global_step),
         "adapter": str(adapter),
     }
 
