@@ -64,8 +64,9 @@ class HeldOutCallback(TrainerCallback):
             self.before = float(self._mark.read_text())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure what training has come to. Collective over the world."""
-        self.after = self._loss()
+        """Measure what training has come to, if it has come to its end. Collective over the world."""
+        if state.global_step >= state.max_steps:
+            self.after = self._loss()
 
     def _loss(self) -> float:
         return evaluate(_Replicas(self._trainer), self._held_out)
