@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import inspect
 import io
 import logging
 import os
@@ -18,10 +20,12 @@ import typer
 from plop_dist.config import arguments as given
 from plop_dist.config.command_help import COMMANDS, LOOK_UP, PREPARE, PROGRAM, STEPS, WHOLE
 from plop_dist.errors import ConfigError, PlopError
+from plop_dist.rundir import talk
 from plop_dist.values.visible import make_messages_visible, say, visible
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
+_TAKE_TIME = {"check", "score", "place", "export", "report", "run", "submit", "diff", "bench"}
 _began = time.monotonic()
 
 app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False, help=PROGRAM)
@@ -32,9 +36,28 @@ def command(group: str) -> Callable[[_Command], _Command]:
 
     def register(function: _Command) -> _Command:
         name = function.__name__
-        return app.command(name, help=f"{function.__doc__}\n\n{COMMANDS[name]}", rich_help_panel=group)(function)
+        spoken = _with_talk(function)
+        app.command(name, help=f"{function.__doc__}\n\n{COMMANDS[name]}", rich_help_panel=group)(spoken)
+        return function
 
     return register
+
+
+def _with_talk(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that also takes -q, -v and --log-file, and says at once what it is about to do."""
+
+    @functools.wraps(function)
+    def spoken(*, quiet: bool, verbose: bool, log_file: Path | None, **arguments: Any) -> None:
+        talk.options.is_quiet, talk.options.is_verbose, talk.options.log_file = quiet, verbose, log_file
+        logging.getLogger("plop_dist").setLevel(logging.DEBUG if verbose else logging.INFO)
+        if not quiet and _speaks() and function.__name__ in _TAKE_TIME:
+            say(f"plop-dist {function.__name__}: starting", to_stderr=True)
+        function(**arguments)
+
+    own = inspect.signature(function, eval_str=True)
+    vars(spoken)["__signature__"] = own.replace(parameters=[*own.parameters.values(), *given.TALK.values()])
+    spoken.__annotations__ = {**function.__annotations__, **{name: it.annotation for name, it in given.TALK.items()}}
+    return spoken
 
 
 @command(PREPARE)
@@ -65,9 +88,9 @@ def init(
 @command(PREPARE)
 def check(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
     """Validate a configuration and show what it would do, without loading weights."""
-    from plop_dist.rundir.events import spinner
+    from plop_dist.rundir.events import working
 
-    with spinner("building the model without weights"):
+    with working("building the model without weights"):
         from plop_dist.costs.plan import build_plan
         from plop_dist.report.cost_tables import print_plan
 
@@ -92,14 +115,18 @@ def score(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
     from plop_dist.choose.diagnostics import diagnose
     from plop_dist.launch import pipeline
     from plop_dist.report import closing, terminal
+    from plop_dist.rundir.layout import RunDir
     from plop_dist.values.scores import Scores
 
     loaded = _config(config, overrides)
+    before = _scored_modules(RunDir(loaded.run_dir).scores)
     run_dir = pipeline.score(loaded, pipeline.command_line())
     if _speaks():
         scores = Scores.from_file(run_dir.scores)
         terminal.print_types(scores)
         terminal.print_diagnostics(diagnose(scores))
+        if before not in (None, scores.modules):
+            closing.print_older_than_scores(run_dir)
         closing.print_files(run_dir.scores)
         _way_on("place", run_dir.path)
 
@@ -172,10 +199,12 @@ def export(
 def report(run_dir: given.RunDirectory) -> None:
     """Write RUN_DIR/report.html: scores, choice, exports and training on one page."""
     from plop_dist.report import closing, write_report
+    from plop_dist.rundir.events import working
     from plop_dist.rundir.layout import RunDir
 
     paths = RunDir(run_dir)
-    write_report(paths)
+    with working("writing the report"):
+        write_report(paths)
     closing.print_outdated(paths)
     closing.print_files(paths.report)
     _way_on("targets", run_dir)
@@ -244,14 +273,15 @@ def diff(run_dir: given.RunDirectory, adapter_config: given.AdapterConfig) -> No
     """Compare the placement with adapters that you have already."""
     from plop_dist.exporters.adapter_config import read_adapter_config
     from plop_dist.exporters.diff import diff as compare
-    from plop_dist.rundir.events import spinner
+    from plop_dist.rundir.events import working
     from plop_dist.values.placement import Placement
 
     placement = Placement.from_file(run_dir / "placement.json")
-    with spinner("asking PEFT what the configuration adapts"):
+    with working("asking PEFT what the configuration adapts"):
         difference = compare(placement, read_adapter_config(adapter_config), str(adapter_config))
     for line in difference.lines():
         say(line)
+    _way_on("export", run_dir, "--to", "peft")
 
 
 @command(LOOK_UP)
@@ -275,6 +305,7 @@ def bench(
     if config is None:
         raise typer.BadParameter("Missing argument 'CONFIG'; only --scale needs none.")
     cost_tables.print_bench(run_bench(_config(config, overrides), ranks=ranks, repeats=repeats))
+    _way_on("score", config, *(overrides or []))
 
 
 def _config(path: Path, overrides: list[str] | None) -> Any:
@@ -283,10 +314,20 @@ def _config(path: Path, overrides: list[str] | None) -> Any:
     return load_config(path, overrides or [])
 
 
+def _scored_modules(path: Path) -> Any:
+    """Return the modules of a scores file, None where there is none that can be read."""
+    from plop_dist.values.scores import Scores
+
+    with suppress(PlopError):
+        return Scores.from_file(path).modules
+    return None
+
+
 def _way_on(*next_command: object) -> None:
     from plop_dist.report.closing import print_way_on
 
-    print_way_on(_began, next_command)
+    if not talk.options.is_quiet:
+        print_way_on(_began, next_command)
 
 
 def _speaks() -> bool:
@@ -296,8 +337,8 @@ def _speaks() -> bool:
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit status 2, never a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("plop_dist").setLevel(logging.INFO)
+    if logging.lastResort is not None:  # what is logged outside of a run, where no other handler takes it
+        logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
     make_messages_visible()
     if isinstance(sys.stdout, io.TextIOWrapper):  # names from files are shown whatever the terminal can write
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -307,7 +348,8 @@ def main() -> None:
             prog_name="plop-dist"
         )  # ends in SystemExit: 0, typer's own 2 for wrong usage, 130 and 143 after SIGINT and SIGTERM
     except PlopError as error:
-        say(f"error: {error}", to_stderr=True)
+        if _says_errors(str(error)):
+            say(f"error: {error}", to_stderr=True)
         _leave(error.exit_status)
     except SystemExit as stop:
         if stop.code in (130, 143):
@@ -329,11 +371,21 @@ def _check_arguments() -> None:
             )
 
 
+def _says_errors(message: str) -> bool:
+    """Tell whether this process prints an error: of launched ranks that all raise it, the first."""
+    if "RANK" not in os.environ:
+        return True
+    from plop_dist.rundir.once import is_first_to_say
+
+    return is_first_to_say(message)
+
+
 def _leave(status: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             if stream is not None:  # it is None where the caller has closed it
                 stream.flush()
+    atexit.register(talk.silence_the_end)  # registered last, it comes first
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # After a failure peers may still wait in a collective with this rank; the launcher ends them once it sees this
         # exit. After success gloo's threads, which outlive its groups, may abort the interpreter's own end.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import Parameter
 from pathlib import Path
 from typing import Annotated
 
@@ -131,3 +132,15 @@ Scale = Annotated[
     bool,
     typer.Option("--scale", help="Instead: what a module costs in tiny models of 1,600, 6,500 and 24,500 modules."),
 ]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results, warnings and errors alone.")]
+Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="What libraries print goes to stderr, instead of to RUN_DIR/log.txt.")
+]
+LogFile = Annotated[
+    Path | None, typer.Option("--log-file", help="Where what libraries print goes, instead of to RUN_DIR/log.txt.")
+]
+TALK = {
+    "quiet": Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
+    "verbose": Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=Verbose),
+    "log_file": Parameter("log_file", Parameter.KEYWORD_ONLY, default=None, annotation=LogFile),
+}  # what every command takes

@@ -17,10 +17,12 @@ from plop_dist.errors import WorkerError
 from plop_dist.launch.rank import run_rank
 from plop_dist.registry import missing_extra
 from plop_dist.report.page import write_report
-from plop_dist.rundir.events import EventWriter, both
+from plop_dist.rundir.display import EventDisplay
+from plop_dist.rundir.events import EventWriter, both, working
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.stages import Stages
 from plop_dist.rundir.stored_config import kept_config
+from plop_dist.rundir.talk import kept_apart, rank_log
 from plop_dist.values.files import write_json
 
 
@@ -61,8 +63,14 @@ def launch(stages: Stages, wanted: Sequence[str], command: str, *, force: bool =
 def _run_stages(stages: Stages, wanted: Sequence[str], force: bool) -> None:
     world_size = stages.config.parallel.world_size
     if ranks.launched_ranks() is not None or world_size == 1:
-        with both(EventWriter(stages.run_dir.events)) as notify:
-            run_rank(stages, wanted, notify, force=force)
+        rank = ranks.rank()
+        log = stages.run_dir.log if rank == 0 else rank_log(stages.run_dir.log, rank)
+        with kept_apart(log) as own:
+            if rank == 0:
+                with EventDisplay(own) as display, both(EventWriter(stages.run_dir.events), display) as notify:
+                    run_rank(stages, wanted, notify, force=force)
+            else:
+                run_rank(stages, wanted, EventWriter(stages.run_dir.events), force=force)
         return
     _with_ray("workers", f"a run on {world_size} ranks").run_workers(stages, wanted, force=force)
 
@@ -103,7 +111,8 @@ def _state(path: Path) -> tuple[int, int] | None:
 def report(run_dir: RunDir) -> Path:
     """Write RUN_DIR/report.html, on rank 0, and return its path. Raises UserError."""
     if ranks.rank() == 0:
-        write_report(run_dir)
+        with working("writing the report", run_dir.log):
+            write_report(run_dir)
     return run_dir.report
 
 

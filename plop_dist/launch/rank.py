@@ -58,9 +58,10 @@ def score(stages: Stages, notify: Notify) -> Scores:
 
     config = stages.config
     # Data before weights: a typo in a column name should not cost the minutes that loading takes.
+    notify("phase", text=f"reading {config.data.path}")
     tokenizer, samples = _tokenized(config)
-    loading = f"loading {config.model.name_or_path} with {config.parallel.backend}"
-    notify("status", text=f"{_samples_text(samples, config.data.num_samples)}; {loading}")
+    notify("status", text=_samples_text(samples, config.data.num_samples))
+    notify("phase", text=f"loading {config.model.name_or_path} with {config.parallel.backend}")
     model: ScorableModel = load(BACKENDS, config.parallel.backend).load(config)
     scores = score_model(
         model,
@@ -74,6 +75,7 @@ def score(stages: Stages, notify: Notify) -> Scores:
         },
         notify=notify,
     )
+    notify("phase", text="writing the scores")
     if ranks.rank() == 0:
         scores.to_file(stages.run_dir.scores)
         progress.clear(stages.run_dir.path)
@@ -161,6 +163,7 @@ def train(stages: Stages, notify: Notify) -> None:
 
     config, run_dir = stages.config, stages.run_dir
     placement = Placement.from_file(run_dir.placement)
+    notify("phase", text=f"preparing the training: {config.train.method}")
     with TrainingLog(config, run_dir.train, notify if ranks.rank() == 0 else None) as log:
         summary = continue_run(config, placement, log)
     if ranks.rank() == 0:

@@ -33,9 +33,13 @@ from plop_dist.launch.cluster import (
     worker_environment,
 )
 from plop_dist.launch.rank import run_rank
+from plop_dist.rundir import talk
 from plop_dist.rundir.attempts import all_found_it, begin_attempt, read_records, records_of, write_record
 from plop_dist.rundir.events import EventHandler, EventWriter, shown
 from plop_dist.rundir.stages import Stages
+from plop_dist.rundir.talk import kept_apart, rank_log
+
+_STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Launch:
     wanted: list[str]
     force: bool
     directory: str
+    log: str
 
 
 def run_workers(stages: Stages, wanted: Sequence[str], *, force: bool = False) -> None:
@@ -56,20 +61,33 @@ def run_workers(stages: Stages, wanted: Sequence[str], *, force: bool = False) -
     what is on disk. Raises the workers' UserError as it is, and WorkerError naming rank and cause.
     """
     config = with_absolute_paths(stages.config)
-    launch = Launch(uuid.uuid4().hex, config.model_dump(mode="json"), list(wanted), force, os.getcwd())
+    launch = Launch(uuid.uuid4().hex, config.model_dump(mode="json"), list(wanted), force, os.getcwd(), _log_of(stages))
     events, records = stages.run_dir.events, records_of(stages.run_dir, launch.id).resolve()
-    with connected(config), shown(events):
-        trainer = _trainer(config, launch, events.resolve(), records)
-        try:
-            _fit(trainer)
-        except Exception as error:  # Ray wraps what workers raise in classes of its own, version by version
-            raise _cause(records, getattr(error, "worker_failures", {})) or WorkerError(
-                f"the workers failed: {last_line(error)}"
-            ) from None
+    notify = EventWriter(events)
+    with kept_apart(stages.run_dir.log) as own, shown(events, own):
+        notify("phase", text=f"joining Ray at {config.cluster.address}" if config.cluster.address else "starting Ray")
+        with connected(config):
+            trainer = _trainer(config, launch, events.resolve(), records)
+            notify("phase", text=f"starting {config.parallel.world_size} workers")
+            _run(trainer, records, stages.run_dir.stop_request)
     failure = _cause(records, {})
     if failure is not None:
         raise failure
     shutil.rmtree(records, ignore_errors=True)
+
+
+def _run(trainer: TorchTrainer, records: Path, stop_request: Path) -> None:
+    """Run the workers to their end. Raises as run_workers does."""
+    try:
+        _fit(trainer, stop_request)
+    except Exception as error:  # Ray wraps what workers raise in classes of its own, version by version
+        raise _cause(records, getattr(error, "worker_failures", {})) or WorkerError(
+            f"the workers failed: {last_line(error)}"
+        ) from None
+
+
+def _log_of(stages: Stages) -> str:
+    return str((talk.options.log_file or stages.run_dir.log).resolve())
 
 
 def _trainer(config: Config, launch: Launch, events: Path, records: Path) -> TorchTrainer:
@@ -115,10 +133,11 @@ class _TellRestarts(UserCallback):
                 EventWriter(self._events)("status", text=text)
 
 
-def _fit(trainer: TorchTrainer) -> None:
+def _fit(trainer: TorchTrainer, stop_request: Path) -> None:
     """Run the workers to their end, so that an interrupt (SIGINT, SIGTERM) raises here and ends them.
 
     Ray Train would answer SIGINT with its own exit, without a word to the user; it leaves signals alone in a thread.
+    Workers that train are asked to stop with a checkpoint first; a second signal, or a long step, does not wait.
     """
     raised: list[Exception] = []
 
@@ -135,7 +154,13 @@ def _fit(trainer: TorchTrainer) -> None:
     try:
         thread = threading.Thread(target=fit, daemon=True)
         thread.start()
-        thread.join()
+        try:
+            thread.join()
+        except (KeyboardInterrupt, SystemExit):
+            if stop_request.is_file():
+                stop_request.write_text("stop")
+                thread.join(_STOP_SECONDS)
+            raise
     finally:
         signal.signal(signal.SIGTERM, previous)
     if raised:
@@ -157,7 +182,10 @@ def _work(told: dict[str, Any]) -> None:
         logging.getLogger("plop_dist").addHandler(EventHandler(notify))
     notify("worker", rank=ranks.rank(), pid=os.getpid(), attempt=attempt)
     try:
-        run_rank(stages, launch.wanted, notify, force=launch.force and attempt == 1)
+        with kept_apart(rank_log(Path(launch.log), ranks.rank())):
+            run_rank(stages, launch.wanted, notify, force=launch.force and attempt == 1)
+    except SystemExit:
+        return  # asked to stop: the driver, which knows of it, ends the run
     except Exception as error:
         with suppress(PlopError):  # a full disk is likely what is being reported
             write_record(records, ranks.rank(), error)

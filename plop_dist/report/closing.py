@@ -10,7 +10,7 @@ from pathlib import Path
 
 from plop_dist.report.grid import show_line
 from plop_dist.rundir.layout import RunDir
-from plop_dist.rundir.made_from import outdated
+from plop_dist.rundir.made_from import made_from_scores, outdated
 from plop_dist.values.visible import say
 
 
@@ -24,6 +24,13 @@ def print_outdated(run_dir: RunDir) -> None:
     for item in found:
         if item.command is not None:
             show_line(f"  {command_text(*item.command)}", is_whole=True)
+
+
+def print_older_than_scores(run_dir: RunDir) -> None:
+    """Print, once other scores have been written, what was made from those before."""
+    names = made_from_scores(run_dir)
+    if names:
+        show_line(f"warning: made from the scores that were here before: {', '.join(names)}. Place again first.")
 
 
 def print_files(*paths: Path) -> None:

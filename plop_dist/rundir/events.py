@@ -1,4 +1,4 @@
-"""How far a run has come: one JSON line per event, shown as a bar on a terminal and as plain lines in a pipe."""
+"""How far a run has come: one JSON line per event, written by rank 0 and shown where the command was started."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from plop_dist.errors import PlopError
+from plop_dist.rundir.display import EventDisplay
+from plop_dist.rundir.talk import kept_apart
 from plop_dist.values.files import append_line
-from plop_dist.values.visible import say
 
-_LABEL = {"baseline": "baselines of modules", "scoring": "samples scored", "training": "training steps"}
-_LINE_SECONDS = 5.0
+logger = logging.getLogger("plop_dist")
 
 
 class EventWriter:
@@ -40,103 +40,66 @@ class EventWriter:
 
 
 class EventHandler(logging.Handler):
-    """A logging handler whose records become events: what a worker logs is shown by the driver."""
+    """A logging handler whose records become events, each text once: what this package logs is shown as it goes on."""
 
-    def __init__(self, notify: EventWriter) -> None:
+    def __init__(self, notify: Any) -> None:
         super().__init__()
         self._notify = notify
+        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record as an event."""
-        with suppress(PlopError):
-            self._notify("status", text=record.getMessage())
-
-
-class EventDisplay:
-    """Shows events on stderr: a progress bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        from plop_dist.values.console import VisibleConsole
-
-        self._console = VisibleConsole(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=self._console) if self._console.is_terminal else None
-        self._tasks: dict[str, Any] = {}
-        self._shown: dict[str, float] = {}
-
-    def __enter__(self) -> EventDisplay:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, kind: str, **fields: Any) -> None:
-        """Show one event."""
-        if "done" in fields and kind in _LABEL:
-            self._progress(kind, fields["done"], fields["total"], fields.get("note", ""))
-        else:
-            self._line(_sentence(kind, fields))
-
-    def _progress(self, kind: str, done: int, total: int, note: str) -> None:
-        if self._bar is not None:
-            if kind not in self._tasks:
-                self._tasks[kind] = self._bar.add_task(_LABEL[kind], total=total)
-            self._bar.update(self._tasks[kind], completed=done, total=total, description=f"{_LABEL[kind]} {note}")
+        """Write one record as an event: a phase where phase() logged it."""
+        kind, text = getattr(record, "event", "status"), record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"warning: {text}"
+        if kind == "status" and text in self._said:
             return
-        now = time.monotonic()
-        if done == total or now - self._shown.setdefault(kind, now - _LINE_SECONDS + 2) >= _LINE_SECONDS:
-            self._shown[kind] = now
-            self._line(f"{_LABEL[kind]}: {done}/{total} {note}".rstrip())
+        self._said.add(text)
+        with suppress(PlopError):
+            self._notify(kind, text=text)
 
-    def _line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
-        else:
-            with suppress(OSError):  # `2>&1 | head` must not cost the run; events.jsonl has every line
-                say(text, to_stderr=True)
+
+def phase(text: str) -> None:
+    """Say what this rank does from now on, until it says something else: shown with the time that it takes."""
+    logger.info("%s", text, extra={"event": "phase"})
 
 
 @contextmanager
-def both(writer: EventWriter) -> Iterator[Any]:
-    """Yield a function that writes and shows each event: what a run without a driver uses."""
-    with EventDisplay() as display:
+def both(writer: EventWriter, display: EventDisplay) -> Iterator[Any]:
+    """Yield a function that writes and shows each event, and takes what is logged: what a run without a driver uses."""
 
-        def notify(kind: str, **fields: Any) -> None:
-            writer(kind, **fields)
-            display(kind, **fields)
+    def notify(kind: str, **fields: Any) -> None:
+        writer(kind, **fields)
+        display(kind, **fields)
 
+    with _logged_to(notify):
         yield notify
 
 
 @contextmanager
-def spinner(text: str) -> Iterator[None]:
-    """Show on a terminal that something is under way that has no count; nothing in a pipe."""
-    from plop_dist.values.console import VisibleConsole
-
-    with VisibleConsole(stderr=True).status(text):
+def working(text: str, log: Path | None = None) -> Iterator[None]:
+    """Show what is under way that has no count, with its time; libraries talk to the log meanwhile."""
+    with kept_apart(log) as own, EventDisplay(own) as display, _logged_to(display):
+        display("phase", text=text)
         yield
 
 
-def _sentence(kind: str, fields: dict[str, Any]) -> str:
-    if kind == "resumed":
-        return f"resumed: {fields['done']} of {fields['total']} samples were scored before"
-    if kind == "stable":
-        sure = f"the selection is {fields['confidence']:.0%} sure"
-        return f"stopped after {fields['done']} of {fields['total']} samples: {sure}"
-    return fields.get("text") or f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
+@contextmanager
+def _logged_to(notify: Any) -> Iterator[None]:
+    handler = EventHandler(notify)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextmanager
-def shown(events: Path) -> Iterator[None]:
+def shown(events: Path, stream: TextIO | None = None) -> Iterator[None]:
     """Show what rank 0 appends to events.jsonl while the block runs."""
     start = events.stat().st_size if events.is_file() else 0
     ended = threading.Event()
-    with EventDisplay() as display:
+    with EventDisplay(stream) as display:
         thread = threading.Thread(target=_follow, args=(events, start, ended, display), daemon=True)
         thread.start()
         try:

@@ -22,10 +22,12 @@ class RunDir:
         self.training_summary = self.train / "summary.json"
         self.training_log = self.train / "log.jsonl"
         self.training_job = self.train / "job.json"
+        self.stop_request = self.train / "stop"  # there while a training runs, with a word in it when it is to end
         self.report = self.path / "report.html"
         self.config = self.path / "config.yaml"
         self.command = self.path / "command.txt"
         self.events = self.path / "events.jsonl"
+        self.log = self.path / "log.txt"  # what libraries say
         self.stages = self.path / "stages.json"
 
     def prepare(self) -> None:

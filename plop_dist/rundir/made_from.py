@@ -49,6 +49,14 @@ def outdated(run_dir: RunDir) -> list[Outdated]:
     return found
 
 
+def made_from_scores(run_dir: RunDir) -> list[str]:
+    """Return what is there of all that is drawn from the scores, directly or by way of a placement."""
+    exports = sorted(f"exports/{record.parent.name}" for record in run_dir.exports.glob("*/export.json"))
+    there = {"placement.json": run_dir.placement, "train": run_dir.training_summary, "report.html": run_dir.report}
+    found = [name for name, path in there.items() if path.is_file()]
+    return [*found[:1], *exports, *found[1:]] if "placement.json" in found else found
+
+
 def _read_mark(record: Path) -> str | None:
     if not record.is_file():
         return None

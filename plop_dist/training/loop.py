@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +14,18 @@ import torch
 
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config, TrainConfig
+from plop_dist.rundir.events import phase
+from plop_dist.rundir.layout import RunDir
 from plop_dist.training.batch import Batch, count_targets, to_device, without_targets
 from plop_dist.training.checkpoint import Checkpoints, fingerprint
 from plop_dist.training.data import TrainingData, count_rows
 from plop_dist.training.engine import Data, Engine, Evaluating, Log
+from plop_dist.training.stopping import stoppable
 from plop_dist.training.sums import sum_over
 from plop_dist.training.track import NfnTracker, with_head
 from plop_dist.values.placement import Placement
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,15 +65,22 @@ def run(engine: Engine, data: Data, config: Config, placement: Placement, log: L
             log({"step": 0, "nfn": tracker.score()})
     else:
         start, state, progress = last
+        logger.info("training goes on from step %d of %d", start, train.max_steps)
         engine.optimizer.load_state(state)
-    for step in range(start, train.max_steps):
-        _seed(train.seed, step, engine.dp_rank)
-        log(_step(engine, data, train, step))
-        if tracker is not None and (step + 1) % (train.track_nfn_every or 1) == 0:
-            log({"step": step + 1, "nfn": tracker.score()})
-        if (step + 1) % train.save_steps == 0 or step + 1 == train.max_steps:
-            checkpoints.save(step + 1, engine.optimizer.state(), progress)
+    with stoppable(RunDir(config.run_dir)) as stopping:
+        for step in range(start, train.max_steps):
+            _seed(train.seed, step, engine.dp_rank)
+            log(_step(engine, data, train, step))
+            if tracker is not None and (step + 1) % (train.track_nfn_every or 1) == 0:
+                log({"step": step + 1, "nfn": tracker.score()})
+            is_last, is_asked = step + 1 == train.max_steps, stopping.is_asked(engine.device)
+            if (step + 1) % train.save_steps == 0 or is_last or is_asked:
+                checkpoints.save(step + 1, engine.optimizer.state(), progress)
+            if is_asked and not is_last:  # see stopping: the run ends by SystemExit
+                logger.info("training stopped after step %d of %d, with a checkpoint", step + 1, train.max_steps)
+                stopping.leave()
     held_out_after = evaluate(engine, data.held_out)
+    phase("saving the adapter")
     engine.save_adapter(directory / "adapter")
     return {
         "held_out_before": progress["held_out_before"],
@@ -96,6 +109,7 @@ def evaluate(engine: Evaluating, held_out: Sequence[Batch]) -> float:
     Each replica reads its share; the last round is filled up with batches without targets, so that all replicas run
     equally often.
     """
+    phase(f"measuring the loss on {len(held_out)} held-out batches")
     num_rounds = math.ceil(len(held_out) / engine.dp_size)
     shares = []
     for index in range(num_rounds):

@@ -90,6 +90,14 @@ def test_what_was_made_from_an_older_placement_is_named_until_it_is_made_anew(ca
     assert "made from an older placement" in plop_dist("place", "run", "k=1").out
 
 
+def test_scores_that_have_become_others_name_what_was_made_from_those_before(finished: Path, case: Path) -> None:
+    arguments = ["score", finished / "config.yaml", "run_dir=run"]
+    assert "here before" not in plop_dist(*arguments).out, "the scores are the same"
+    scored = plop_dist(*arguments, "data.num_samples=6")
+    expected = "made from the scores that were here before: placement.json, exports/peft, train, report.html"
+    assert expected in scored.out
+
+
 def test_a_dry_run_shows_the_choice_and_changes_nothing(case: Path) -> None:
     before = (case / "run" / "placement.json").read_bytes()
     tried = plop_dist("place", "run", "k=1", "--dry-run")

@@ -34,6 +34,18 @@ def test_torchrun_with_two_ranks(case: Case) -> None:
     done = run(script, case.write("torchrun"), "data.batch_size=16", "parallel.zero_stage=2", **variables)
     assert done.returncode == 0, done.stderr
     case.assert_same_scores("torchrun")
+    assert done.stdout.startswith("NFN per module type"), done.stdout
+
+
+@pytest.mark.slow
+def test_what_all_ranks_have_to_say_is_said_once_and_only_ours_is_on_stdout(case: Case) -> None:
+    variables = {"PET_NPROC_PER_NODE": "2", "PET_MASTER_PORT": str(free_ports(1)[0])}
+    script = ROOT / "launchers" / "torchrun.sh"
+    for override in ("data.path=nowhere.jsonl", "placement.k=99"):  # found by each rank, and by rank 0 alone
+        done = run(script, case.write("once"), "parallel.zero_stage=2", override, **variables)
+        assert done.returncode != 0
+        assert done.stdout == ""
+        assert done.stderr.count("error: ") == 1, done.stderr
 
 
 def test_scripts_can_be_executed_and_explain_their_use() -> None:

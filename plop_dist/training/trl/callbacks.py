@@ -66,8 +66,9 @@ class HeldOutCallback(TrainerCallback):
             self.before = _stored_loss(self._mark)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure what training has come to. Collective over the world."""
-        self.after = self._loss()
+        """Measure what training has come to, if it has come to its end. Collective over the world."""
+        if state.global_step >= state.max_steps:
+            self.after = self._loss()
 
     def _loss(self) -> float:
         return evaluate(_Replicas(self._trainer), self._held_out)

@@ -21,7 +21,11 @@ from plop_dist.checkpoints.resumable import check_resumable
 from plop_dist.checkpoints.safe_pickle import tensors_only
 from plop_dist.config.schema import Config
 from plop_dist.errors import RunDirError
+from plop_dist.rundir.events import phase
+from plop_dist.rundir.layout import RunDir
 from plop_dist.training.checkpoint import WITHOUT_IT, fingerprint
+from plop_dist.training.stopping import stoppable
+from plop_dist.training.trl.stop import StopCallback
 from plop_dist.values.files import write_text
 from plop_dist.values.placement import Placement
 
@@ -95,13 +99,23 @@ def saving_to(directory: Path) -> Iterator[None]:
 def finish(trainer: Any, config: Config, resume: str | None) -> Path:
     """Run a trainer to its end, from a checkpoint or from the start, and write the adapter; returns where that lies.
 
-    Collective over the world: at ZeRO-3 shards are gathered. Raises RunDirError.
+    Collective over the world: at ZeRO-3 shards are gathered. Raises RunDirError. Asked to stop, it ends after the step,
+    with a checkpoint, by SystemExit.
     """
     trainer.remove_callback(PrinterCallback)  # it prints the dictionaries that our log already holds
-    with saving_to(checkpoints_of(config)), ExitStack() as loading:
+    if resume is not None:
+        done = int(Path(resume).name.split("-")[1])
+        logger.info("training goes on from step %d of %d", done, config.train.max_steps)
+    with saving_to(checkpoints_of(config)), stoppable(RunDir(config.run_dir)) as stopping, ExitStack() as loading:
         loading.enter_context(tensors_only())
         trainer.add_callback(_Loaded(loading))
+        trainer.add_callback(StopCallback(stopping, trainer.args.device))
         trainer.train(resume_from_checkpoint=resume)
+        done = trainer.state.global_step
+        if done < trainer.state.max_steps:
+            logger.info("training stopped after step %d of %d, with a checkpoint", done, trainer.state.max_steps)
+            stopping.leave()
+    phase("saving the adapter")
     adapter = config.run_path / "train" / "adapter"
     with saving_to(adapter):
         trainer.save_model(str(adapter))
