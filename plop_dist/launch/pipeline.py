@@ -57,7 +57,7 @@ def launch(stages: Stages, wanted: Sequence[str], command: str, *, force: bool =
 def _run_stages(stages: Stages, wanted: Sequence[str], force: bool) -> None:
     world_size = stages.config.parallel.world_size
     if ranks.launched_ranks() is not None or world_size == 1:
-        with both(EventWriter(stages.run_dir.events)) as notify:
+        with both(EventWriter(stages.run_dir.events, stages.config.hide)) as notify:
             run_rank(stages, wanted, notify, force=force)
         return
     _with_ray("workers", f"a run on {world_size} ranks").run_workers(stages, wanted, force=force)
