@@ -21,6 +21,7 @@ from plop_dist.config import arguments as given
 from plop_dist.config.command_help import COMMANDS, LOOK_UP, PREPARE, PROGRAM, STEPS, WHOLE
 from plop_dist.errors import ConfigError, PlopError
 from plop_dist.rundir import talk
+from plop_dist.values.secret_texts import secret_part, without_secrets
 from plop_dist.values.visible import make_messages_visible, say, visible
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
@@ -361,13 +362,19 @@ def main() -> None:
 
 
 def _check_arguments() -> None:
-    """Raise ConfigError for an argument that hides something: what it names could not be written or shown as it is."""
+    """Raise ConfigError for an argument that holds a secret, or hides something: it could not be shown as it is."""
     for argument in sys.argv[1:]:
         whole = argument.encode(errors="ignore").decode()  # other messages tell of what is no UTF-8
         if visible(whole) != whole:
             raise ConfigError(
                 f"the argument '{visible(argument)}' holds a control character or one that is not seen; leave it out, "
                 "and rename a folder or file that has it in its name."
+            )
+        part = secret_part(argument, is_prose="=" in argument)
+        if part is not None:
+            raise ConfigError(
+                f"the argument '{without_secrets(argument)}' holds {part}, which everyone on this machine can read; "
+                "give it through the environment (HF_TOKEN, RAY_AUTH_TOKEN, ~/.netrc) and leave it out."
             )
 
 

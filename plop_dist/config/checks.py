@@ -11,15 +11,16 @@ from pydantic import BaseModel
 from plop_dist.config.schema import Config, DataConfig, ParallelConfig, PlacementConfig, TrainConfig
 from plop_dist.errors import ConfigError, LayoutError, suggest
 from plop_dist.registry import BACKENDS, POLICIES, REWARDS, load, names
-from plop_dist.values.visible import check_names
+from plop_dist.values.secret_texts import REDACTED, names_secret, secret_part, without_secrets
+from plop_dist.values.visible import check_names, holds_text, strings
 
-_PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 _MOST_RANKS = 2**20
 
 
 def check_consistency(config: Config, source: str) -> None:
     """Raise ConfigError or LayoutError for keys that do not go together; `source` is named in it."""
-    _check_secrets(config.model_dump(), source)
+    _check_secrets(config, source)
+    _check_references(config, source)
     for name in Config.model_fields:
         check_section(getattr(config, name), source)
     parallel, workers = config.parallel, config.cluster.num_workers
@@ -126,13 +127,27 @@ def _check_text(tree: Any, source: str) -> None:
             ) from None
 
 
-def _check_secrets(section: Mapping[str, Any], source: str, prefix: str = "") -> None:
-    # The configuration is kept in the run directory, for all to read.
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            _check_secrets(value, source, f"{prefix}{key}.")
-        elif isinstance(value, str) and _PASSWORD.search(value):
+def _check_references(config: Config, source: str) -> None:
+    """Raise ConfigError for a text of the placement that is a reference: results are explained by it later."""
+    names = [f"placement.{name}" for name in ("policy", "granularity", "fit")]
+    for key, text in config.references.items():
+        if key.startswith("placement") and key not in names and isinstance(config.value_of(key), str | dict | list):
             raise ConfigError(
-                f"{source}: {prefix}{key} holds a password ({_PASSWORD.sub('...', value)}), which would stay in the "
-                "run directory; give it through the environment (HF_TOKEN, ~/.netrc) and leave it out of the URL."
+                f"{source}: {key} is {text}, but what is placed is explained by it later, where that has no value; "
+                f"write out what {key} is."
+            )
+
+
+def _check_secrets(config: Config, source: str) -> None:
+    # The configuration is kept in the run directory, for all to read.
+    for key, value in strings(config.stored()):
+        is_reference, last = key in config.references, key.rpartition(".")[2]
+        shown = re.sub(r"\$\{[^}]*\}+", "", value) if is_reference else value
+        part = secret_part(shown, is_prose=holds_text(key))
+        if names_secret(last) and value != last and not is_reference:
+            part, value = f"the value of '{last}'", REDACTED
+        if part is not None:
+            raise ConfigError(
+                f"{source}: {key} holds {part} ({without_secrets(value)}), which would stay in the run directory; give "
+                "it through the environment (HF_TOKEN, ~/.netrc, or ${oc.env:NAME} in its place)."
             )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from plop_dist.config.checks import check_consistency, check_section
 from plop_dist.config.messages import explain
+from plop_dist.config.references import Followed, check_followed, follow, is_kept_by_run, without_calls
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError
 
@@ -27,15 +28,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not file.is_file():
         state = "is not a file" if file.exists() else "does not exist"
         raise ConfigError(f"Config file '{file}' {state}; pass the path of a YAML file.")
-    return parse_config(_read_tree(file, overrides), source=str(file))
+    found = _read_tree(file, overrides)
+    check_followed(found.unfollowed, str(file))
+    return parse_config(found.values, str(file), found.references)
 
 
-def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
-    """Return the validated configuration of a plain dictionary; `source` is named in errors. Raises ConfigError."""
+def stored_section(file: Path, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return one section of a configuration that a run has left behind, and the references in it by their keys.
+
+    Nothing in it is resolved but interpolations of its own keys, and no other section is looked at.
+    """
+    found = _read_tree(file, (), is_stored=True)
+    section = found.values.get(name) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{file}: {name} is {section!r}, expected a section.")
+    return section, {key: text for key, text in found.unfollowed.items() if key.startswith(f"{name}.")}
+
+
+def parse_config(
+    tree: Mapping[str, Any], source: str = "config", references: Mapping[str, str] | None = None
+) -> Config:
+    """Return the validated configuration of a plain dictionary; `source` is named in errors. Raises ConfigError.
+
+    references: which of its keys came from references, and from which.
+    """
     sections = {name for name in tree if name != "run_dir" and tree[name] is None}
     # `parallel:` with every key commented out is null in YAML, and means the defaults
     tree = {**tree, **{name: {} for name in sections if name in Config.model_fields}}
-    config = _validated(Config, tree, source, prefix=())
+    config = _validated(Config, tree, source, prefix=()).with_references(references or {})
     check_consistency(config, source)
     return config
 
@@ -82,7 +102,8 @@ def _plain(value: Any, text: str) -> Any:
     return value
 
 
-def _read_tree(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def _read_tree(file: Path, overrides: Sequence[str], *, is_stored: bool | None = None) -> Followed:
+    """Return what the keys of a YAML file stand for. is_stored None: whether a run has left it is seen beside it."""
     import yaml
     from omegaconf import OmegaConf
 
@@ -90,6 +111,8 @@ def _read_tree(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         is_mapping = isinstance(yaml.compose(text, Loader=yaml.SafeLoader), yaml.MappingNode)
         tree = OmegaConf.create(text) if is_mapping else None
+        if tree is not None and (is_kept_by_run(file) if is_stored is None else is_stored):
+            tree = without_calls(tree)
     if tree is None:
         raise ConfigError(f"{file} does not hold a mapping; expected keys such as model: and data:.")
     for override in overrides:
@@ -97,9 +120,7 @@ def _read_tree(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
         with _named(f"{file}: the override '{override}' does not fit (a list is given whole: export.targets=[peft])"):
             OmegaConf.update(tree, key, value, merge=isinstance(value, dict))
     with _named(f"{file} cannot be resolved"):
-        merged = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
+        return follow(tree)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
@@ -33,8 +35,11 @@ from plop_dist.config.fields import (
     Seed,
     Share,
 )  # fmt: skip
+from plop_dist.config.references import digest, replaced, yaml_text
 from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES, REWARDS
 from plop_dist.values.mesh import Layout
+
+_SHORTEST_HIDDEN = 4  # characters; a shorter value stands in other words too
 
 
 class _Section(BaseModel):
@@ -244,8 +249,47 @@ class Config(_Section):
     export: ExportConfig = Field(default_factory=ExportConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    _references: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @property
     def run_path(self) -> Path:
         """run_dir as a path."""
         return Path(self.run_dir)
+
+    @property
+    def references(self) -> Mapping[str, str]:
+        """The keys that were given as references (`${oc.env:X}`), and these; the keys themselves have the values."""
+        return self._references
+
+    def with_references(self, references: Mapping[str, str]) -> Config:
+        """Return the same configuration, knowing which of its values came from references."""
+        copy = self.model_copy()
+        copy._references = dict(references)
+        return copy
+
+    def stored(self) -> dict[str, Any]:
+        """Return all keys as they may be kept: with references in place of what they stand for."""
+        return replaced(self.model_dump(mode="json"), self._references)
+
+    def stored_yaml(self) -> str:
+        """Return the same as the text of a configuration."""
+        return yaml_text(self.model_dump(mode="json"), self._references)
+
+    def reference_digests(self) -> dict[str, str]:
+        """Return for each reference a text that changes with its value, which it does not tell."""
+        return {key: digest(self.value_of(key), key) for key in self._references}
+
+    def hide(self, text: str) -> str:
+        """Return a text with references in place of the values that they stand for, run_dir's excepted."""
+        found = {key: self.value_of(key) for key in self._references if key != "run_dir"}
+        texts = {value: self._references[key] for key, value in found.items() if isinstance(value, str) and value}
+        for value in sorted(texts, key=len, reverse=True):
+            text = text.replace(value, texts[value]) if len(value) >= _SHORTEST_HIDDEN else text
+        return text
+
+    def value_of(self, key: str) -> Any:
+        """Return the value of a dotted key, as JSON has it."""
+        found: Any = self.model_dump(mode="json")
+        for name in key.split("."):
+            found = found[int(name)] if isinstance(found, list) else found.get(name)
+        return found

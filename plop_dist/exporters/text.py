@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from plop_dist.errors import ExportError
+from plop_dist.values.interpolation import literal
 
 # What YAML, Hydra and OmegaConf all read as a string without quotes, and a shell as one plain word.
 _BARE = re.compile(r"[A-Za-z_][\w.]*", re.ASCII)
@@ -141,7 +142,7 @@ def _hydra(value: Any) -> str:
         if _is_bare(value):
             return value
         # Hydra takes a backslash for itself except before a quote, the closing one included.
-        escaped = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), _literal(value))
+        escaped = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), literal(value))
         return f'"{escaped}"'
     if isinstance(value, Sequence):
         return f"[{','.join(_hydra(item) for item in value)}]"
@@ -154,10 +155,5 @@ def _is_bare(text: str) -> bool:
 
 def _literal_for_omegaconf(value: Any) -> Any:
     if isinstance(value, str):
-        return _literal(value)
+        return literal(value)
     return [_literal_for_omegaconf(item) for item in value] if isinstance(value, list) else value
-
-
-def _literal(text: str) -> str:
-    # `${` begins an interpolation for OmegaConf; backslashes before it count.
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

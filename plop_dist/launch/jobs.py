@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from omegaconf import OmegaConf
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -28,12 +27,14 @@ def submit_job(config: Config, address: str) -> int:
     Paths in the configuration are those of the cluster's nodes. The job uses the `python` on the head node's PATH:
     start Ray there in the environment that has plop-dist. Raises ConfigError when the address does not take jobs.
     """
-    tree = with_absolute_paths(config).model_dump(mode="json")
-    tree["cluster"]["address"] = "auto"
+    whole = with_absolute_paths(config)
+    whole = whole.model_copy(update={"cluster": whole.cluster.model_copy(update={"address": "auto"})})
+    # References stay: the nodes have their own environment, and a job's description is for all to read.
+    references = {key: text for key, text in whole.references.items() if key != "cluster.address"}
     try:
         client = JobSubmissionClient(address)
         with tempfile.TemporaryDirectory() as directory:
-            Path(directory, "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+            Path(directory, "config.yaml").write_text(whole.with_references(references).stored_yaml())
             job = client.submit_job(
                 entrypoint="python -m plop_dist.cli run config.yaml", runtime_env={"working_dir": directory}
             )

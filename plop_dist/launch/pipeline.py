@@ -65,12 +65,13 @@ def _run_stages(stages: Stages, wanted: Sequence[str], force: bool) -> None:
     if ranks.launched_ranks() is not None or world_size == 1:
         rank = ranks.rank()
         log = stages.run_dir.log if rank == 0 else rank_log(stages.run_dir.log, rank)
+        writer = EventWriter(stages.run_dir.events, stages.config.hide)
         with kept_apart(log) as own:
             if rank == 0:
-                with EventDisplay(own) as display, both(EventWriter(stages.run_dir.events), display) as notify:
+                with EventDisplay(own) as display, both(writer, display) as notify:
                     run_rank(stages, wanted, notify, force=force)
             else:
-                run_rank(stages, wanted, EventWriter(stages.run_dir.events), force=force)
+                run_rank(stages, wanted, writer, force=force)
         return
     _with_ray("workers", f"a run on {world_size} ranks").run_workers(stages, wanted, force=force)
 

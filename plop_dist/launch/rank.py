@@ -58,10 +58,10 @@ def score(stages: Stages, notify: Notify) -> Scores:
 
     config = stages.config
     # Data before weights: a typo in a column name should not cost the minutes that loading takes.
-    notify("phase", text=f"reading {config.data.path}")
+    notify("phase", text=f"reading {config.stored()['data']['path']}")
     tokenizer, samples = _tokenized(config)
     notify("status", text=_samples_text(samples, config.data.num_samples))
-    notify("phase", text=f"loading {config.model.name_or_path} with {config.parallel.backend}")
+    notify("phase", text=f"loading {config.stored()['model']['name_or_path']} with {config.parallel.backend}")
     model: ScorableModel = load(BACKENDS, config.parallel.backend).load(config)
     scores = score_model(
         model,
@@ -69,8 +69,8 @@ def score(stages: Stages, notify: Notify) -> Scores:
         estimator=config.estimator,
         placement=config.placement,
         info={
-            "model": {"name_or_path": config.model.name_or_path, **model.describe()},
-            "data": {"source": config.data.path, "max_length": config.data.max_length},
+            "model": {"name_or_path": kept["model"]["name_or_path"], **model.describe()},
+            "data": {"source": kept["data"]["path"], "max_length": config.data.max_length},
             "parallel": config.parallel.model_dump(),
         },
         notify=notify,
@@ -169,7 +169,8 @@ def train(stages: Stages, notify: Notify) -> None:
     if ranks.rank() == 0:
         if "note" in summary:
             notify("status", text=summary["note"])
-        write_trained(run_dir, {"method": config.train.method, **summary})
+        texts = {key: config.hide(value) for key, value in summary.items() if isinstance(value, str)}
+        write_trained(run_dir, {"method": config.train.method, **summary, **texts})
         # A job that the driver starts later has trained once it has left its mark.
         outputs = [run_dir.training_summary, *([run_dir.training_job] if "job" in summary else [])]
         stages.finish("train", [str(path.relative_to(run_dir.path)) for path in outputs])

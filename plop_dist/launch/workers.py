@@ -48,6 +48,7 @@ class Launch:
 
     id: str
     config: dict[str, Any]
+    references: dict[str, str]
     wanted: list[str]
     force: bool
     directory: str
@@ -61,9 +62,10 @@ def run_workers(stages: Stages, wanted: Sequence[str], *, force: bool = False) -
     what is on disk. Raises the workers' UserError as it is, and WorkerError naming rank and cause.
     """
     config = with_absolute_paths(stages.config)
-    launch = Launch(uuid.uuid4().hex, config.model_dump(mode="json"), list(wanted), force, os.getcwd(), _log_of(stages))
+    values, references = config.model_dump(mode="json"), dict(config.references)
+    launch = Launch(uuid.uuid4().hex, values, references, list(wanted), force, os.getcwd(), _log_of(stages))
     events, records = stages.run_dir.events, records_of(stages.run_dir, launch.id).resolve()
-    notify = EventWriter(events)
+    notify = EventWriter(events, config.hide)
     with kept_apart(stages.run_dir.log) as own, shown(events, own):
         notify("phase", text=f"joining Ray at {config.cluster.address}" if config.cluster.address else "starting Ray")
         with connected(config):
@@ -171,12 +173,12 @@ def _work(told: dict[str, Any]) -> None:
     """One attempt of one rank, inside a Ray Train worker."""
     launch = Launch(**told)
     sys.path.append(launch.directory)  # where a user's module:function lies
-    stages = Stages(parse_config(launch.config, "the submitted configuration"))
+    stages = Stages(parse_config(launch.config, "the submitted configuration", launch.references))
     records = records_of(stages.run_dir, launch.id)
     attempt = ranks.agree(lambda: begin_attempt(records))
     if attempt == 0:
         return  # bad input stays bad: the restart that Ray grants is not used
-    notify = EventWriter(stages.run_dir.events)
+    notify = EventWriter(stages.run_dir.events, stages.config.hide)
     if ranks.rank() == 0:
         logging.getLogger("plop_dist").setLevel(logging.INFO)
         logging.getLogger("plop_dist").addHandler(EventHandler(notify))
@@ -188,7 +190,7 @@ def _work(told: dict[str, Any]) -> None:
         return  # asked to stop: the driver, which knows of it, ends the run
     except Exception as error:
         with suppress(PlopError):  # a full disk is likely what is being reported
-            write_record(records, ranks.rank(), error)
+            write_record(records, ranks.rank(), error, stages.config.hide)
         is_user = isinstance(error, UserError)
         if not (is_user and all_found_it(records, ranks.rank(), stages.config.parallel.world_size)):
             raise

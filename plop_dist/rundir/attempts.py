@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from plop_dist.errors import UserError
 from plop_dist.rundir.layout import RunDir
 from plop_dist.values.files import write_json
+from plop_dist.values.secret_texts import without_secrets
 
 _SECONDS_FOR_PEERS = 5.0
 
@@ -52,9 +54,10 @@ def all_found_it(records: Path, rank: int, world_size: int) -> bool:
     return False
 
 
-def write_record(records: Path, rank: int, error: Exception) -> None:
-    """Leave what a rank has failed on. Raises RunDirError."""
-    record = {"rank": rank, "kind": type(error).__name__, "message": str(error), "user": isinstance(error, UserError)}
+def write_record(records: Path, rank: int, error: Exception, hide: Callable[[str], str] = str) -> None:
+    """Leave what a rank has failed on, without what `hide` takes out (Config.hide). Raises RunDirError."""
+    message = without_secrets(hide(str(error)))
+    record = {"rank": rank, "kind": type(error).__name__, "message": message, "user": isinstance(error, UserError)}
     write_json(records / f"error-rank-{rank}.json", record)
 
 

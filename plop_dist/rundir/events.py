@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +15,7 @@ from plop_dist.errors import PlopError
 from plop_dist.rundir.display import EventDisplay
 from plop_dist.rundir.talk import kept_apart
 from plop_dist.values.files import append_line
+from plop_dist.values.secret_texts import without_secrets
 
 logger = logging.getLogger("plop_dist")
 
@@ -22,8 +23,10 @@ logger = logging.getLogger("plop_dist")
 class EventWriter:
     """Appends events to RUN_DIR/events.jsonl; only rank 0 has one, the driver reads it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hide: Callable[[str], str] = str) -> None:
+        """hide: takes out of a text what is not to be written (Config.hide)."""
         self._path = path
+        self._hide = hide
         self._last: dict[str, float] = {}
 
     def __call__(self, kind: str, **fields: Any) -> None:
@@ -36,6 +39,10 @@ class EventWriter:
         if "done" in fields and not is_last and now - self._last.get(kind, -1.0) < 0.1:
             return
         self._last[kind] = now
+        fields = {
+            name: without_secrets(self._hide(value)) if isinstance(value, str) else value
+            for name, value in fields.items()
+        }
         append_line(self._path, json.dumps({"event": kind, "time": round(time.time(), 3), **fields}))
 
 

@@ -58,7 +58,12 @@ class Stages:
 
     def inputs(self, stage: str) -> dict[str, Any]:
         """Return what a stage's result depends on; a change of any of it makes the stage run again."""
-        config, tree = self.config, self.config.model_dump(mode="json")
+        inputs = self._inputs(stage)
+        digests = {key: text for key, text in self._digests.items() if key.partition(".")[0] in inputs}
+        return {**inputs, "references": digests} if digests else inputs
+
+    def _inputs(self, stage: str) -> dict[str, Any]:
+        config, tree = self.config, self.config.stored()
         if stage == "score":
             inputs = {name: tree[name] for name in ("model", "data", "estimator", "parallel")}
             if config.estimator.stop_when_stable:
@@ -80,6 +85,10 @@ class Stages:
         }
 
     @cached_property
+    def _digests(self) -> dict[str, str]:
+        return self.config.reference_digests()
+
+    @cached_property
     def _files(self) -> dict[str, Any]:
         return input_files(self.config)
 
@@ -87,13 +96,16 @@ class Stages:
 def input_files(config: Config) -> dict[str, Any]:
     """Return size and time of local inputs: an edited data file or an overwritten checkpoint counts as a change."""
     found = {}
-    for name in (config.data.path, config.train.data_path, config.train.eval_path, config.model.name_or_path):
+    for key in ("data.path", "train.data_path", "train.eval_path", "model.name_or_path"):
+        name = config.value_of(key)
         path = Path(name) if name else None
         if path is not None and path.exists():
             parts = sorted(path.iterdir()) if path.is_dir() else [path]
-            found[str(name)] = [[part.name, part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
+            label = config.references.get(key, name)
+            found[label] = [[part.name, part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
     if config.model.checkpoint is not None:
-        found[config.model.checkpoint] = digest_of_files(config.model.checkpoint)
+        label = config.references.get("model.checkpoint", config.model.checkpoint)
+        found[label] = digest_of_files(config.model.checkpoint)
     return found
 
 
@@ -110,7 +122,10 @@ def _by_whole_path(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     files = inputs.get("files")
     if not isinstance(files, Mapping):
         return inputs
-    return {**inputs, "files": {os.path.realpath(name): value for name, value in files.items()}}
+    return {
+        **inputs,
+        "files": {name if "${" in name else os.path.realpath(name): value for name, value in files.items()},
+    }
 
 
 def _is_same(before: Any, now: Any) -> bool:
@@ -122,6 +137,8 @@ def _is_same(before: Any, now: Any) -> bool:
 def _change(key: str, before: Any, now: Any) -> str:
     if key.startswith("files."):
         return f"{key.removeprefix('files.')} was edited or replaced"
+    if key.startswith("references."):
+        return f"what {key.removeprefix('references.')} refers to changed"
     if key in ("scores", "placement.json"):
         return f"{'scores.json' if key == 'scores' else key} changed"
     return f"{key} changed from {before!r} to {now!r}"

@@ -66,8 +66,8 @@ def check_names(tree: Any, where: str, remedy: str, error: type[UserError]) -> N
 
     Line breaks and tabs may stand in texts, which are templates, column names and a policy's own options.
     """
-    for field, text in _strings(tree, ""):
-        allowed = _IN_TEXT if _holds_text(field) else ""
+    for field, text in strings(tree):
+        allowed = _IN_TEXT if holds_text(field) else ""
         odd = None if text.isprintable() else next((c for c in text if c not in allowed and _is_hidden(c)), None)
         if odd is not None:
             shown, kind = visible(text, keep="")[:200], unicodedata.name(odd, "a control character")
@@ -80,6 +80,25 @@ def may_hide_something(json_text: str) -> bool:
     return _JSON_ESCAPE.search(json_text) is not None or not json_text.replace("\n", "").isprintable()
 
 
+def strings(tree: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the strings of a JSON tree, keys too, each with the dotted name of the field where it stands."""
+    if isinstance(tree, str):
+        yield field, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield field, str(key)
+            yield from strings(value, f"{field}.{key}" if field else str(key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from strings(value, f"{field}.{index}" if field else str(index))
+
+
+def holds_text(field: str) -> bool:
+    """Tell whether a field of a configuration, under its dotted name, is prose: no name, path or URL."""
+    *sections, last = field.split(".")
+    return last.endswith(("template", "_field")) or "options" in sections
+
+
 class _VisibleRecord(logging.LogRecord):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -88,23 +107,6 @@ class _VisibleRecord(logging.LogRecord):
 
     def getMessage(self) -> str:  # noqa: N802
         return visible(super().getMessage())
-
-
-def _strings(tree: Any, field: str) -> Iterator[tuple[str, str]]:
-    if isinstance(tree, str):
-        yield field, tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield field, str(key)
-            yield from _strings(value, f"{field}.{key}" if field else str(key))
-    elif isinstance(tree, list | tuple):
-        for index, value in enumerate(tree):
-            yield from _strings(value, f"{field}.{index}" if field else str(index))
-
-
-def _holds_text(field: str) -> bool:
-    *sections, last = field.split(".")
-    return last.endswith(("template", "_field")) or "options" in sections
 
 
 def _is_hidden(letter: str) -> bool:

@@ -80,7 +80,10 @@ def test_later_overrides_win_and_the_rest_of_a_section_stays(tmp_path: Path) -> 
         ("run_dir=", r"run_dir: .*at least 1 character"),
         ("data.text_field=", r"data\.text_field: .*at least 1 character"),
         ("cluster.gpus_per_worker=many", r"cluster\.gpus_per_worker: Input should be a number from 0 to .*, or 'auto'"),
-        ("data.path=https://me:hidden@h.example/d", r"data\.path holds a password \(https://\.\.\.@h\.example/d\)"),
+        (
+            "data.path=https://me:hidden@h.example/d",
+            r"data\.path holds a user, password or token before the @ \(https://\[redacted\]@h",
+        ),
         ("data.path=???", r"data\.path"),
         ("tp=2", r"unknown key 'tp'\. Did you mean 'parallel\.tp'\?"),
         ("export.targets=[peft, trll]", r"export\.targets: unknown export target 'trll'\. Did you mean 'trl'\?"),

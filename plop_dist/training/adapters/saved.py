@@ -64,5 +64,5 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_config(directory: Path, peft_config: Any, config: Config) -> None:
     """Write adapter_config.json, for use with the configured model and not for training on."""
     peft_config.inference_mode = True
-    peft_config.base_model_name_or_path = config.model.name_or_path
+    peft_config.base_model_name_or_path = config.stored()["model"]["name_or_path"]
     peft_config.save_pretrained(str(directory))

@@ -94,7 +94,12 @@ def prompts_per_step(config: Config) -> int:
 
 
 def _check(config: Config, name: str) -> None:
-    parallel = config.parallel
+    parallel, reference = config.parallel, config.references.get("model.name_or_path")
+    if reference is not None:
+        raise ConfigError(
+            f"train.engine is '{name}', whose launch.sh names the model, but model.name_or_path is {reference}, whose "
+            "value is not written down; write out what it is."
+        )
     if config.model.checkpoint is not None:
         raise ConfigError(
             f"train.engine is '{name}', which reads Hugging Face weights, but model.checkpoint is "

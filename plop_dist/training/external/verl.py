@@ -39,7 +39,7 @@ class Verl:
         train = config.train
         entries = [
             {
-                "data_source": config.data.path,
+                "data_source": config.references.get("data.path", config.data.path),
                 "prompt": [{"role": "user", "content": prompt}],
                 "reward_model": {"style": "rule", "ground_truth": str(row[train.answer_field])},
                 "extra_info": {
