@@ -58,10 +58,11 @@ def score(stages: Stages, notify: Notify) -> Scores:
 
     config = stages.config
     # Data before weights: a typo in a column name should not cost the minutes that loading takes.
-    notify("phase", text=f"reading {config.stored()['data']['path']}")
+    kept = config.stored()
+    notify("phase", text=f"reading {kept['data']['path']}")
     tokenizer, samples = _tokenized(config)
     notify("status", text=_samples_text(samples, config.data.num_samples))
-    notify("phase", text=f"loading {config.stored()['model']['name_or_path']} with {config.parallel.backend}")
+    notify("phase", text=f"loading {kept['model']['name_or_path']} with {config.parallel.backend}")
     model: ScorableModel = load(BACKENDS, config.parallel.backend).load(config)
     scores = score_model(
         model,
