@@ -21,9 +21,12 @@ def complete_run_dir(incomplete: str) -> list[str]:
 
 
 def with_owner_said(context: typer.Context, run_dir: Path | None) -> Path | None:
-    """Return the run directory; that it belongs to another user is said."""
+    """Return the run directory; that it belongs to another user is said. Raises RunDirError for links inside it."""
     if run_dir is not None and not context.resilient_parsing:
+        from plop_dist.values.files import LINKED, refuse_links
+
         say_owner(run_dir)
+        refuse_links(run_dir, besides=LINKED)
     return run_dir
 
 

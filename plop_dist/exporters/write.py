@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from plop_dist.exporters.exporter import find_exporter
-from plop_dist.values.files import write_json, write_text
+from plop_dist.values.files import make_folder, write_json, write_text
 from plop_dist.values.placement import Export, Placement
 
 
@@ -19,6 +19,7 @@ def write_export(
     Raises ConfigError for an unknown target, ExportError for what the target cannot express, RunDirError.
     """
     export = find_exporter(target).export(placement, engine=engine, widen=widen)
+    make_folder(directory / target, directory.parent)
     for name, content in export.files.items():
         write_text(directory / target / name, content)
     record = {"flags": list(export.flags), "notes": list(export.notes), "widened": list(export.widened)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, LayoutError, WorkerError
 
 _MOST_LOCAL_RANKS_PER_CPU = 16
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -37,6 +40,7 @@ def connected(config: Config, *, takes_jobs: bool = False) -> Iterator[None]:
 
 def _start_or_join(config: Config, takes_jobs: bool) -> None:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    close_token(make=address is None)
     if address is None:
         options = _local_options(config)
         try:
@@ -54,6 +58,34 @@ def _start_or_join(config: Config, takes_jobs: bool) -> None:
             f"cluster.address '{address}' cannot be joined: {last_line(error)}; give host:port of `ray start --head` "
             "(the dashboard's URL is for `plop-dist submit`), or leave it out for a local Ray."
         ) from error
+
+
+def close_token(*, make: bool = False) -> None:
+    """Make Ray's token readable by this user alone before Ray reads or writes it; say so where it was not.
+
+    make: also where there is none yet, which Ray 2.60 would leave readable by everybody. Who has the token runs code as
+    this user on every Ray that was started with it.
+    """
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    is_given = "RAY_AUTH_TOKEN" in os.environ or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
+    try:
+        if make and not is_given and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
+                handle.write(secrets.token_hex(32))
+        mode = path.stat().st_mode & 0o777
+        if mode & 0o077:
+            path.chmod(0o600)
+            logger.warning(
+                "Ray's token %s could be read by other users (mode %04o) and is closed now (0600); whoever has read it "
+                "can run code as you on a Ray that uses it: delete it to get another, and restart such clusters",
+                path,
+                mode,
+            )
+    except (FileExistsError, FileNotFoundError):  # another process has just made it; there is none
+        return
+    except OSError as error:
+        logger.warning("Ray's token %s cannot be closed to other users: %s", path, error.strerror or error)
 
 
 def _local_options(config: Config) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, WorkerError, first_line
-from plop_dist.launch.cluster import connected, with_absolute_paths
+from plop_dist.launch.cluster import close_token, connected, with_absolute_paths
 from plop_dist.values.visible import log_text, say
 
 
@@ -31,6 +31,7 @@ def submit_job(config: Config, address: str) -> int:
     whole = whole.model_copy(update={"cluster": whole.cluster.model_copy(update={"address": "auto"})})
     # References stay: the nodes have their own environment, and a job's description is for all to read.
     references = {key: text for key, text in whole.references.items() if key != "cluster.address"}
+    close_token()
     try:
         client = JobSubmissionClient(address)
         with tempfile.TemporaryDirectory() as directory:

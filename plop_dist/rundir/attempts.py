@@ -10,7 +10,7 @@ from typing import Any
 
 from plop_dist.errors import UserError
 from plop_dist.rundir.layout import RunDir
-from plop_dist.values.files import write_json
+from plop_dist.values.files import make_folder, write_json
 from plop_dist.values.secret_texts import without_secrets
 
 _SECONDS_FOR_PEERS = 5.0
@@ -27,7 +27,7 @@ def begin_attempt(records: Path) -> int:
         return 0
     for path in _paths(records):
         path.unlink()
-    records.mkdir(parents=True, exist_ok=True)
+    make_folder(records, records.parent.parent)
     attempt = 1 + len(list(records.glob("attempt-*")))
     (records / f"attempt-{attempt}").touch()
     return attempt

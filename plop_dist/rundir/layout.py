@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from plop_dist.errors import RunDirError
-from plop_dist.values.files import is_pipe
+from plop_dist.values.files import LINKED, is_pipe, refuse_links
 
 
 class RunDir:
@@ -33,8 +33,10 @@ class RunDir:
     def prepare(self) -> None:
         """Create the directory and prove that it can be written, before anything is computed. Raises RunDirError.
 
-        Pipes and devices inside it are refused: whoever writes or reads there may never end.
+        Links inside it are refused, so that nothing is written, nor by a library, where they lead to; and pipes and
+        devices: whoever writes or reads there may never end.
         """
+        refuse_links(self.path, besides=LINKED)
         odd = next((path for path in self.path.rglob("*") if is_pipe(path) and not path.is_symlink()), None)
         if odd is not None:
             raise RunDirError(f"{odd} is a pipe or a device, which no run leaves there; delete it.")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plop_dist.errors import ScoresError
+from plop_dist.values.files import make_folder
 from plop_dist.values.sample_totals import SampleTotals
 
 DIRECTORY = "progress"
@@ -45,7 +46,9 @@ class ProgressLog:
     def write(self, step: int, totals: SampleTotals) -> None:
         """Keep this rank's sums of one step. Raises RunDirError."""
         if self._directory is not None:
-            totals.write(self._file(step))
+            path = self._file(step)
+            make_folder(path.parent, path.parent.parent.parent)
+            totals.write(path)
 
     def _file(self, step: int) -> Path:
         if self._directory is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, MissingExtraError, first_line
-from plop_dist.values.files import write_text
+from plop_dist.values.files import append_line, make_folder, write_text
 
 
 def _step_of(line: str) -> float:
@@ -35,7 +35,7 @@ class TrainingLog:
 
     def __enter__(self) -> TrainingLog:
         if self._notify is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            make_folder(self._directory, self._directory.parent)
             for name in self._config.train.loggers:
                 self._open(name)
         return self
@@ -52,8 +52,7 @@ class TrainingLog:
         if not self._has_begun:
             self._has_begun = True
             self._take_over_from(step)
-        with (self._directory / "log.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
+        append_line(self._directory / "log.jsonl", json.dumps({**entry, "time": round(time.time(), 3)}))
         numbers = {key: value for key, value in entry.items() if isinstance(value, float | int) and key != "step"}
         numbers |= {f"nfn/{name}": value for name, value in entry.get("nfn", {}).items()}
         for sink in self._sinks:

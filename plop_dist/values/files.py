@@ -1,4 +1,4 @@
-"""How results reach the disk: atomically, readable by anyone, never through pickle."""
+"""How results reach the disk: atomically, as readable as the umask lets them be, through no link, never by pickle."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Mapping
+import secrets
+import stat
+from collections.abc import Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import numpy as np
 
 from plop_dist.errors import RunDirError, ScoresError
 from plop_dist.values.visible import check_names, may_hide_something
+
+LINKED = ("wandb",)  # folders of loggers, which hold links of their own to the newest run
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -26,19 +30,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_together(contents: Mapping[Path, bytes]) -> None:
     """Write files that belong together: temporary files in the same directories, fsync, and only then the renames.
 
-    Raises RunDirError naming path and cause (read-only, full disk); all earlier files then stay as they were.
+    A link in the place of a file is replaced and not followed. Raises RunDirError naming path and cause (read-only,
+    full disk); all earlier files then stay as they were.
     """
     staged: dict[Path, str] = {}
     path = Path()
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, staged[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            descriptor, staged[path] = _open_new(path)
             with os.fdopen(descriptor, "wb") as handle:
                 handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())
-            os.chmod(staged[path], 0o644)
         for path in contents:
             os.replace(staged[path], path)
             del staged[path]
@@ -50,12 +54,52 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line of UTF-8 text. Raises RunDirError naming path and cause."""
+    """Append one line of UTF-8 text to a file of its own. Raises RunDirError naming path and cause, as a link."""
     try:
-        with path.open("a", encoding="utf-8") as handle:
+        # Without O_NONBLOCK a pipe in the file's place would be waited on for ever.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as handle:
+            kind = os.fstat(handle.fileno())
+            if not stat.S_ISREG(kind.st_mode) or kind.st_nlink > 1:
+                raise OSError(errno.ELOOP, "it is no file of its own, but a device, a pipe or a second name")
             handle.write(line + "\n")
     except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise _is_link(path) from error
         raise _cannot_write(path, error) from error
+
+
+def make_folder(path: Path, root: Path) -> None:
+    """Make a folder below a run directory. Raises RunDirError where it, or one on the way from `root`, is a link."""
+    below = path.relative_to(root).parts
+    for depth in range(len(below) + 1):
+        folder = root.joinpath(*below[:depth])
+        if depth and folder.is_symlink():
+            raise _is_link(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def refuse_links(root: Path, *, besides: Container[str] = ()) -> None:
+    """Raise RunDirError if anything below a directory is a symbolic link: through it other files are read or written.
+
+    besides: names of folders that are not looked into, and of links that may be. `root` itself may be one.
+    """
+    folders = [root]
+    while folders:
+        try:
+            entries = sorted(os.scandir(folders.pop()), key=lambda entry: entry.name)
+        except OSError:  # not there, or not to be read: what is read or written there says so
+            continue
+        for entry in entries:
+            if entry.name in besides:
+                continue
+            if entry.is_symlink():
+                raise _is_link(Path(entry.path))
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry.path))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -148,6 +192,21 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return arrays, metadata
     except (SafetensorError, OSError) as error:
         raise ScoresError(f"{path} cannot be read as safetensors: {error}; delete it and score again.") from error
+
+
+def _open_new(path: Path) -> tuple[int, str]:
+    """Return a descriptor of a new file beside `path`, and its name; its mode is what the umask leaves of 0666."""
+    while True:
+        name = str(path.with_name(f".{path.name}.{secrets.token_hex(6)}"))
+        with suppress(FileExistsError):
+            return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), name
+
+
+def _is_link(path: Path) -> RunDirError:
+    return RunDirError(
+        f"{path} is a symbolic link, and nothing inside a run directory is read or written through one: what it leads "
+        "to may be anybody's; put the file or folder itself there, or delete the link."
+    )
 
 
 def _cannot_write(path: Path, error: OSError) -> RunDirError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,14 @@ def test_a_disk_that_is_full_from_the_beginning(model: Path, tmp_path: Path) -> 
     config = write_case(tmp_path, model)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / "events.jsonl").symlink_to("/dev/full")  # every write fails, as on a full disk
-    outcome = plop_dist("score", config)
-    assert_one_message(outcome, "events.jsonl", "No space left on device")
+    (run_dir / "events.jsonl").write_bytes(b"\n" * 2**20)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # nothing more goes into this file, as on a full disk
+    try:
+        outcome = plop_dist("score", config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_one_message(outcome, "cannot write", "events.jsonl", "File too large", "free space")
 
 
 def test_finished_stages_are_kept_and_a_changed_key_reruns_with_the_reason(model: Path, tmp_path: Path) -> None:
