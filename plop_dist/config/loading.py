@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from plop_dist.config.checks import check_consistency, check_section
 from plop_dist.config.messages import explain
+from plop_dist.config.origin import origin_of
 from plop_dist.config.schema import Config
-from plop_dist.errors import ConfigError
+from plop_dist.errors import ConfigError, UserError
 
 _S = TypeVar("_S", bound=BaseModel)
 
@@ -27,7 +28,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not file.is_file():
         state = "is not a file" if file.exists() else "does not exist"
         raise ConfigError(f"Config file '{file}' {state}; pass the path of a YAML file.")
-    return parse_config(_read_tree(file, overrides), source=str(file))
+    tree = _read_tree(file, overrides)
+    try:
+        return parse_config(tree, source=str(file))
+    except UserError as error:
+        raise type(error)(origin_of(file, overrides).located(str(error))) from error
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
@@ -95,7 +100,7 @@ def _read_tree(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, value = split_override(override)
         with _named(f"{file}: the override '{override}' does not fit (a list is given whole: export.targets=[peft])"):
-            OmegaConf.update(tree, key, value, merge=isinstance(value, dict))
+            OmegaConf.update(tree, key, value, merge=isinstance(value, dict) and bool(value))
     with _named(f"{file} cannot be resolved"):
         merged = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     assert isinstance(merged, dict)
