@@ -19,7 +19,7 @@ import typer
 
 from plop_dist.config import arguments as given
 from plop_dist.config.command_help import COMMANDS, LOOK_UP, PREPARE, PROGRAM, STEPS, WHOLE
-from plop_dist.errors import ConfigError, PlopError
+from plop_dist.errors import ConfigError, ExportError, PlopError
 from plop_dist.rundir import talk
 from plop_dist.values.secret_texts import secret_part, without_secrets
 from plop_dist.values.visible import make_messages_visible, say, visible
@@ -32,13 +32,24 @@ _began = time.monotonic()
 app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False, help=PROGRAM)
 
 
+@app.callback(invoke_without_command=True)
+def program(version: given.Version = False) -> None:
+    """Print the version, where only that is asked for; every command comes after."""
+    if version:
+        from plop_dist import __version__
+
+        say(f"plop-dist {__version__}")
+        raise typer.Exit
+
+
 def command(group: str) -> Callable[[_Command], _Command]:
     """Return a decorator that registers a command, whose help begins with the function's docstring."""
 
     def register(function: _Command) -> _Command:
         name = function.__name__
-        spoken = _with_talk(function)
-        app.command(name, help=f"{function.__doc__}\n\n{COMMANDS[name]}", rich_help_panel=group)(spoken)
+        kind = given.ListsTargets if name == "export" else None
+        text = f"{function.__doc__}\n\n{COMMANDS[name]}"
+        app.command(name, cls=kind, help=text, rich_help_panel=group)(_with_talk(function))
         return function
 
     return register
@@ -87,17 +98,31 @@ def init(
 
 
 @command(PREPARE)
-def check(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
+def check(config: given.ConfigFile, overrides: given.Overrides = None, as_json: given.AsJson = False) -> None:
     """Validate a configuration and show what it would do, without loading weights."""
     from plop_dist.rundir.events import working
 
     with working("building the model without weights"):
         from plop_dist.costs.plan import build_plan
+        from plop_dist.report import machine
         from plop_dist.report.cost_tables import print_plan
 
         plan = build_plan(_config(config, overrides))
+    if as_json:
+        machine.tell("check", **machine.checked(plan, config, overrides or []))
+        raise typer.Exit(0 if plan.verdict.is_ok else ConfigError.exit_status)
     print_plan(plan)
+    if not plan.verdict.is_ok:
+        raise ConfigError(f"{config}: {' '.join(plan.verdict.problems)}")
     _way_on("run", config, *(overrides or []))
+
+
+@command(PREPARE)
+def config(key: given.KeyName = None) -> None:
+    """Explain a key of the configuration, or list the keys of a section."""
+    from plop_dist.config.reference import explained
+
+    say(*explained(key))
 
 
 @command(PREPARE)
@@ -139,6 +164,7 @@ def place(
     explain: given.Explain = False,
     sweep: given.Sweep = False,
     dry_run: given.DryRun = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Choose the modules that get adapters, from the scores; writes RUN_DIR/placement.json."""
     from plop_dist.choose.decision import decide
@@ -146,7 +172,7 @@ def place(
     from plop_dist.choose.explain import explain as build_explanation
     from plop_dist.choose.place import placement_of
     from plop_dist.choose.sweep import sweep_of
-    from plop_dist.report import closing, terminal
+    from plop_dist.report import closing, machine, terminal
     from plop_dist.rundir.layout import RunDir
     from plop_dist.rundir.stored_config import placement_config
     from plop_dist.values.scores import Scores
@@ -157,6 +183,9 @@ def place(
     placement = placement_of(decision)
     if not dry_run:
         placement.to_file(paths.placement)
+    if as_json:
+        machine.tell("place", **machine.placed(paths, placement, diagnose(scores, placement, decision), dry_run))
+        return
     terminal.print_types(scores, placement)
     if explain:
         terminal.print_explanation(build_explanation(scores, placement, decision))
@@ -174,19 +203,41 @@ def place(
 
 @command(STEPS)
 def export(
-    run_dir: given.RunDirectory, to: given.Target, engine: given.Engine = None, widen: given.Widen = False
+    run_dir: given.RunDirectory,
+    to: given.Target,
+    engine: given.Engine = None,
+    widen: given.Widen = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Write the placement in your training framework's own format; prints the flags to paste."""
+    from plop_dist.choose.remedies import explained
+    from plop_dist.exporters.fits import fits
     from plop_dist.exporters.text import one_line
     from plop_dist.exporters.write import write_export
+    from plop_dist.report import machine
+    from plop_dist.report.catalogue import print_fits
     from plop_dist.report.closing import path_from_here
     from plop_dist.rundir.layout import RunDir
     from plop_dist.rundir.made_from import placement_mark
+    from plop_dist.rundir.stored_config import placement_config
     from plop_dist.values.placement import Placement
 
     paths = RunDir(run_dir)
     placement, mark = Placement.from_file(paths.placement), placement_mark(paths)
-    written = write_export(placement, to, paths.exports, engine=engine, widen=widen, mark=mark)
+    if to == given.NO_TARGET:
+        found = fits(placement)
+        if as_json:
+            machine.tell("targets", **machine.fitted(run_dir, found))
+        else:
+            print_fits(found, run_dir)
+        return
+    try:
+        written = write_export(placement, to, paths.exports, engine=engine, widen=widen, mark=mark)
+    except ExportError as error:
+        raise explained(error, placement, to, engine, placement_config(paths, []), str(run_dir)) from error
+    if as_json:
+        machine.tell("export", **machine.exported(run_dir, paths.exports / to, written))
+        return
     for note in (*written.notes, *(f"widened: {item}" for item in written.widened)):
         say(f"note: {note}", to_stderr=True)
     for name in written.files:
@@ -249,6 +300,18 @@ def submit(
 
 
 @command(LOOK_UP)
+def doctor() -> None:
+    """Show what is installed here and whether it works: a table to paste into an issue."""
+    from plop_dist.launch.doctor import examine
+
+    failed = 0
+    for finding in examine():
+        say(f"{finding.what:<22} {finding.status:<7} {finding.text}", at_once=True)
+        failed += finding.status == "failed"
+    raise typer.Exit(1 if failed else 0)
+
+
+@command(LOOK_UP)
 def targets(run_dir: given.OptionalRunDirectory = None, to: given.AnyTarget = None) -> None:
     """List the frameworks that `export` writes for: what each can and cannot express."""
     from plop_dist.registry import EXPORTERS, names
@@ -270,19 +333,28 @@ def backends(name: given.BackendName = None) -> None:
 
 
 @command(LOOK_UP)
-def diff(run_dir: given.RunDirectory, adapter_config: given.AdapterConfig) -> None:
+def diff(
+    run_dir: given.RunDirectory,
+    adapter_config: given.AdapterConfig,
+    target: given.ReadAs = None,
+    as_json: given.AsJson = False,
+) -> None:
     """Compare the placement with adapters that you have already."""
-    from plop_dist.exporters.adapter_config import read_adapter_config
-    from plop_dist.exporters.diff import diff as compare
+    from plop_dist.exporters.diff import difference
+    from plop_dist.exporters.read_back import read_export
     from plop_dist.rundir.events import working
     from plop_dist.values.placement import Placement
 
     placement = Placement.from_file(run_dir / "placement.json")
-    with working("asking PEFT what the configuration adapts"):
-        difference = compare(placement, read_adapter_config(adapter_config), str(adapter_config))
-    for line in difference.lines():
-        say(line)
-    _way_on("export", run_dir, "--to", "peft")
+    with working("reading what the file adapts"):
+        found = difference(placement, read_export(adapter_config, placement, target))
+    if as_json:
+        from plop_dist.report import machine
+
+        machine.tell("diff", **machine.differing(found, run_dir))
+    else:
+        say(*found.lines())
+        _way_on("export", run_dir, "--to", "peft")
 
 
 @command(LOOK_UP)
@@ -350,6 +422,10 @@ def main() -> None:
         )  # ends in SystemExit: 0, typer's own 2 for wrong usage, 130 and 143 after SIGINT and SIGTERM
     except PlopError as error:
         if _says_errors(str(error)):
+            if "--json" in sys.argv[1:]:
+                from plop_dist.report import machine
+
+                machine.tell("error", **machine.failed(error, error.exit_status))
             say(f"error: {error}", to_stderr=True)
         _leave(error.exit_status)
     except SystemExit as stop:

@@ -56,8 +56,19 @@ class PlacementError(UserError):
     """No placement satisfies the policy, or a target matches no module."""
 
 
+class RankError(PlacementError):
+    """Every adapter of a placement has a higher rank than any update of its weight can have."""
+
+
 class ExportError(UserError):
-    """The target framework cannot express this placement as it is."""
+    """The target framework cannot express this placement as it is.
+
+    types: the types that stand in the way, where leaving them out of the choice helps.
+    """
+
+    def __init__(self, text: str, types: Iterable[str] = ()) -> None:
+        super().__init__(text)
+        self.types = tuple(types)
 
 
 class NonFiniteWeightsError(UserError):

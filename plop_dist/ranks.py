@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from plop_dist.config.schema import Config
-from plop_dist.errors import LayoutError, PlopError, WorkerError
+from plop_dist.errors import ConfigError, LayoutError, PlopError, WorkerError, first_line
 
 _T = TypeVar("_T")
 
@@ -76,14 +76,34 @@ def joined(config: Config) -> Iterator[int]:
         has_gpu = torch.cuda.is_available()
         if has_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(seconds=config.cluster.timeout_s)
-        )
+        backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=config.cluster.timeout_s))
+        except (RuntimeError, ValueError, OSError) as error:  # a store that does not answer, variables that are missing
+            raise ConfigError(_no_group(error, config)) from error
     try:
         yield rank()
     finally:
         if created and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _no_group(error: Exception, config: Config) -> str:
+    """Return what is wrong with the launcher's address, in one message for all that can be."""
+    address = f"{os.environ.get('MASTER_ADDR', '(unset)')}:{os.environ.get('MASTER_PORT', '(unset)')}"
+    text = str(error)
+    if "EADDRINUSE" in text:
+        return (
+            f"MASTER_PORT: rank {rank()} cannot listen on {address}, because another process does; give the launcher a "
+            "free port (torchrun --master-port, deepspeed --master_port, or the variable MASTER_PORT)."
+        )
+    if "environment variable" in text:
+        return f"rank {rank()} cannot join the others: {first_line(error)}; start the ranks with torchrun or alike."
+    return (
+        f"rank {rank()} of {config.parallel.world_size} cannot join the others at {address} (MASTER_ADDR, MASTER_PORT) "
+        f"within cluster.timeout_s ({config.cluster.timeout_s:g}): {first_line(error)}; start all ranks, and give an "
+        "address that they reach."
+    )
 
 
 def barrier() -> None:

@@ -77,7 +77,7 @@ class BackendRecord:
             value = getattr(parallel, key)
             if key in ("backend", *self.keys) or value == field.default:
                 continue
-            others = backends_with(key)
+            others = [name for name in backends_with(key) if _takes(name, config)]
             remedy = f"use parallel.backend={' or '.join(others)}, or" if others else "set"
             raise ConfigError(
                 f"{source}: parallel.{key} is {json.dumps(value)}, but parallel.backend '{self.name}' has no "
@@ -111,6 +111,16 @@ class BackendRecord:
         Or, from another package, the address of its own engine, "module:attribute".
         """
         return None
+
+
+def _takes(backend: str, config: Config) -> bool:
+    """Tell whether another backend takes this layout: what is offered instead was tried."""
+    other = config.model_copy(update={"parallel": config.parallel.model_copy(update={"backend": backend})})
+    try:
+        load(BACKENDS, backend).check(other, "")
+    except PlopError:
+        return False
+    return True
 
 
 def backends_with(key: str) -> list[str]:

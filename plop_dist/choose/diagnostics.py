@@ -9,6 +9,7 @@ from typing import Literal
 from plop_dist.choose.candidates import find_candidates
 from plop_dist.choose.decision import Decision, resolve_policy
 from plop_dist.choose.policy import policy_of
+from plop_dist.values.adapter_ranks import oversized_ranks
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModuleScore, Scores
 
@@ -37,6 +38,7 @@ def diagnose(scores: Scores, placement: Placement | None = None, decision: Decis
         *_near_one(scores),
         *_cut(scores, placement, decision),
         *_narrow(scores, placement),
+        *_oversized(placement),
         *_tokens(scores),
         *_skipped(scores),
         *_left_out(scores),
@@ -90,6 +92,21 @@ def _narrow(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
     listed = ", ".join(f"{name} ({width})" for name, width in sorted(narrow.items()))
     text = f"in_features below {MIN_IN_FEATURES:,}, outside the regime of the theory (wide layers): {listed}."
     return [Diagnostic("note", text)]
+
+
+def _oversized(placement: Placement | None) -> list[Diagnostic]:
+    if placement is None:
+        return []
+    oversized = oversized_ranks(placement.chosen, placement.rank_of)
+    if not oversized:
+        return []
+    shown = ", ".join(f"{item.type} (rank {item.rank}, {item.most} at most)" for item in oversized)
+    pattern = ", ".join(f"{item.type}: {item.most}" for item in oversized)
+    text = (
+        f"Adapters have a higher rank than any update of their weights can have: {shown}; "
+        f"placement.rank_pattern={{{pattern}}} trains less for the same."
+    )
+    return [Diagnostic("warning", text)]
 
 
 def _tokens(scores: Scores) -> list[Diagnostic]:

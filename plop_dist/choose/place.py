@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from plop_dist.choose.decision import Decision, decide
 from plop_dist.choose.diagnostics import diagnose
 from plop_dist.config.schema import PlacementConfig
-from plop_dist.errors import PlacementError
+from plop_dist.errors import PlacementError, RankError
+from plop_dist.values.adapter_ranks import oversized_ranks, refused_ranks
 from plop_dist.values.names import natural_key
 from plop_dist.values.placement import PLACEMENT_SCHEMA, Placement
 from plop_dist.values.scores import Scores
@@ -27,8 +30,21 @@ def place(scores: Scores, policy: PlacementConfig | str | None = None, **options
 
 
 def placement_of(decision: Decision) -> Placement:
-    """Return the placement that a decision comes to. Raises PlacementError when it chooses nothing."""
-    candidates, config, chosen_U = decision.candidates, decision.config, decision.chosen_U
+    """Return the placement that a decision comes to. Raises PlacementError as placement_with does."""
+    placement = placement_with(decision, decision.chosen_U).model_copy(
+        update={"selection_confidence": decision.confidence}
+    )
+    placement = placement.with_source(decision.scores)
+    texts = tuple(finding.text for finding in diagnose(decision.scores, placement, decision))
+    return placement.model_copy(update={"diagnostics": texts}).with_source(decision.scores)
+
+
+def placement_with(decision: Decision, chosen_U: np.ndarray) -> Placement:
+    """Return the placement of any choice among a decision's candidates, without confidence and diagnostics.
+
+    chosen_U: (U,), bool. Raises PlacementError for none, and where every adapter's rank is higher than its weight's.
+    """
+    candidates, config = decision.candidates, decision.config
     if not chosen_U.any():
         raise PlacementError(decision.policy.nothing_chosen(candidates, candidates.unit_nfn, config))
     rank = decision.policy.rank(candidates, chosen_U, config)
@@ -45,13 +61,14 @@ def placement_of(decision: Decision) -> Placement:
         alpha=config.alpha * rank / config.rank,
         rank_pattern={name: rank for name, rank in config.rank_pattern.items() if name in names},
         num_trainable_parameters=0,
-        selection_confidence=decision.confidence,
+        selection_confidence=None,
     )
+    oversized = oversized_ranks(modules, placement.rank_of)
+    if len(oversized) == len(types):  # where it is only some of them, a diagnostic says so
+        raise RankError(refused_ranks(oversized, rank, config.rank_pattern))
     sizes = candidates.sizes if rank == config.rank else candidates.sizes.with_ranks(placement.rank_of)
     update = {"num_trainable_parameters": sizes.total(candidates.chosen_modules(chosen_U))}
-    placement = placement.model_copy(update=update).with_source(decision.scores)
-    texts = tuple(finding.text for finding in diagnose(decision.scores, placement, decision))
-    return placement.model_copy(update={"diagnostics": texts}).with_source(decision.scores)
+    return placement.model_copy(update=update).with_source(decision.scores)
 
 
 def ordered_types(scores: Scores) -> list[str]:

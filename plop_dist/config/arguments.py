@@ -5,12 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from plop_dist.checkpoints.owner import say_owner
 from plop_dist.registry import BACKENDS, EXPORTERS, names
+
+NO_TARGET = "?"
+
+
+class ListsTargets(TyperCommand):
+    """A command whose --to may stand without a value, which asks for the list."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put NO_TARGET behind a --to that ends the line or is followed by another option."""
+        whole = []
+        for place, word in enumerate(args):
+            whole.append(word)
+            if word == "--to" and (place + 1 == len(args) or args[place + 1].startswith("-")):
+                whole.append(NO_TARGET)
+        return super().parse_args(ctx, whole)
 
 
 def complete_run_dir(incomplete: str) -> list[str]:
@@ -45,6 +61,13 @@ def complete_override(incomplete: str) -> Iterable[tuple[str, str]]:
     from plop_dist.config.reference import completions
 
     return list(completions(incomplete))
+
+
+def complete_key(incomplete: str) -> Iterable[tuple[str, str]]:
+    """Return the keys that begin so, without the sign for a value."""
+    from plop_dist.config.reference import completions
+
+    return [(name.rstrip("="), doc) for name, doc in completions(incomplete.rstrip("="))]
 
 
 def complete_placement(incomplete: str) -> Iterable[tuple[str, str]]:
@@ -94,7 +117,15 @@ OptionalRunDirectory = Annotated[
 BackendName = Annotated[
     str | None, typer.Argument(metavar="NAME", help="Only this one.", autocompletion=complete_backend)
 ]
-AdapterConfig = Annotated[Path, typer.Argument(metavar="ADAPTER_CONFIG", help="An adapter_config.json of PEFT's.")]
+AdapterConfig = Annotated[
+    Path, typer.Argument(metavar="FILE", help="An adapter_config.json of PEFT's, or a file in any target's format.")
+]
+ReadAs = Annotated[
+    str | None,
+    typer.Option(
+        "--as", help="Target whose format FILE is in; default: what it looks like.", autocompletion=complete_target
+    ),
+]
 
 ModelName = Annotated[str | None, typer.Option("--model", help="Hugging Face id or directory of the model.")]
 DataPath = Annotated[
@@ -114,8 +145,18 @@ Sweep = Annotated[bool, typer.Option("--sweep", help="Also show the choice for e
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the choice; placement.json stays as it was.")]
 Target = Annotated[
     str,
-    typer.Option("--to", help="Framework to write for, one of `plop-dist targets`.", autocompletion=complete_target),
+    typer.Option(
+        "--to",
+        help="Framework to write for; without a value: what each can express of this placement.",
+        autocompletion=complete_target,
+    ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs instead.")]
+KeyName = Annotated[
+    str | None,
+    typer.Argument(metavar="KEY", help="A key, `data.num_samples`, or a section.", autocompletion=complete_key),
+]
+Version = Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)]
 AnyTarget = Annotated[str | None, typer.Option("--to", help="Only this one.", autocompletion=complete_target)]
 Engine = Annotated[
     str | None, typer.Option("--engine", help="Engine of the framework, where it has several: `fsdp`, `megatron`, ...")

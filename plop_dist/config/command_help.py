@@ -32,7 +32,8 @@ Examples:
     plop-dist init --model ./my-model --data openai/gsm8k:main --output a.yaml
 """,
     "check": """\
-Shows ranks and layout, the first sample as the model gets it, the kinds of modules with the adapter parameters that
+Ends in OK or not OK, with everything that is to be changed. Shows ranks and layout,
+ the first sample as the model gets it, the kinds of modules with the adapter parameters that
 each would take, and for one rank the bytes of weights, activations and communication. Run it before you queue for
 machines: it needs none, and takes seconds.
 
@@ -40,6 +41,15 @@ Examples:
 
     plop-dist check config.yaml
     plop-dist check config.yaml parallel.backend=megatron parallel.tp=4
+    plop-dist check config.yaml --json
+""",
+    "config": """\
+Says what a key is about, what it takes, its default, and an example; without KEY it lists all of them.
+
+Examples:
+
+    plop-dist config data.num_samples
+    plop-dist config parallel
 """,
     "schema": """\
 Put `# yaml-language-server: $schema=plop-dist.schema.json` into the first line of a configuration, and any editor
@@ -72,10 +82,12 @@ Examples:
 """,
     "export": """\
 Files go to RUN_DIR/exports/TARGET, the flags or overrides to paste to the terminal. A choice that the framework cannot
-express is refused, with the nearest one that it can.
+express is refused, with the nearest one that it can, each tried before it is offered. `--to` without a value lists what
+every framework can express of this placement.
 
 Examples:
 
+    plop-dist export runs/gsm8k --to
     plop-dist export runs/gsm8k --to peft
     plop-dist export runs/gsm8k --to verl --engine megatron
     plop-dist export runs/gsm8k --to torchtune --widen
@@ -106,6 +118,14 @@ Example:
 
     plop-dist submit config.yaml --address http://head-node:8265
 """,
+    "doctor": """\
+Versions, what is missing for which backend, devices, network interfaces, and two tries: two ranks of gloo, and a local
+Ray. Each has a time limit; two minutes in all at most. No value of an environment variable is shown.
+
+Example:
+
+    plop-dist doctor
+""",
     "targets": """\
 With RUN_DIR also what each can express of the placement there: exactly, with `export --widen`, or not, and why.
 
@@ -124,11 +144,13 @@ Examples:
     plop-dist backends megatron
 """,
     "diff": """\
-Says which modules both adapt, and which only one of them.
+Says which modules both adapt, and which only one of them. FILE may be an adapter_config.json of PEFT's, or a file in
+the format of any target that `export` writes, by whomever.
 
-Example:
+Examples:
 
     plop-dist diff runs/gsm8k my-adapter/adapter_config.json
+    plop-dist diff runs/gsm8k my-job.yaml --as verl
 """,
     "bench": """\
 Ratios of time and memory to a plain forward pass, and to the algorithm of the paper's own script. With --scale:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ from plop_dist.registry import Kind, names
 def _refuse_truth(value: Any) -> Any:
     # pydantic would read true as 1.
     if isinstance(value, bool):
-        raise ValueError("Input should be a number")
+        raise ValueError("a number")
     return value
 
 
@@ -46,9 +47,32 @@ def _number_or_auto(value: Any) -> Any:
             return value
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError("Input should be a number from 0 to 1e9, or 'auto'")
+    raise ValueError("a number from 0 to 1e9, or 'auto'")
 
 
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+
+
+@dataclass(frozen=True)
+class _ShortNames:
+    """Annotates a key whose values have shorter names, which mean the same; editors are told both."""
+
+    meaning: Mapping[str, str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self._whole, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        inner = handler(schema)
+        return {**inner, "enum": [*inner["enum"], *self.meaning]}
+
+    def _whole(self, value: Any) -> Any:
+        return self.meaning.get(value, value) if isinstance(value, str) else value
+
+
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], _ShortNames(_SHORT_DTYPES)]
 AmountOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
 
 

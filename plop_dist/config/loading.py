@@ -12,9 +12,10 @@ from pydantic import BaseModel, ValidationError
 
 from plop_dist.config.checks import check_consistency, check_section
 from plop_dist.config.messages import explain
+from plop_dist.config.origin import origin_of
 from plop_dist.config.references import Followed, check_followed, follow, is_kept_by_run, without_calls
 from plop_dist.config.schema import Config
-from plop_dist.errors import ConfigError
+from plop_dist.errors import ConfigError, UserError
 
 _S = TypeVar("_S", bound=BaseModel)
 
@@ -30,7 +31,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"Config file '{file}' {state}; pass the path of a YAML file.")
     found = _read_tree(file, overrides)
     check_followed(found.unfollowed, str(file))
-    return parse_config(found.values, str(file), found.references)
+    try:
+        return parse_config(found.values, str(file), found.references)
+    except UserError as error:
+        raise type(error)(origin_of(file, overrides).located(str(error))) from error
 
 
 def stored_section(file: Path, name: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -118,7 +122,7 @@ def _read_tree(file: Path, overrides: Sequence[str], *, is_stored: bool | None =
     for override in overrides:
         key, value = split_override(override)
         with _named(f"{file}: the override '{override}' does not fit (a list is given whole: export.targets=[peft])"):
-            OmegaConf.update(tree, key, value, merge=isinstance(value, dict))
+            OmegaConf.update(tree, key, value, merge=isinstance(value, dict) and bool(value))
     with _named(f"{file} cannot be resolved"):
         return follow(tree)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from plop_dist.errors import PlopError, suggest
+from plop_dist.values.expected import expected
 
 _MOST_CHARACTERS = 300
 
@@ -29,7 +31,16 @@ def explain(item: Any, root: type[BaseModel]) -> str:
     if item["type"] == "model_type":
         keys = ", ".join(_keys_beside([*location, ""], root))
         return f"{key}: the value is {_shown(item['input'])}, expected a section with the keys {keys}."
-    return f"{key}: {item['msg'].removeprefix('Value error, ')}, but the value is {_shown(item['input'])}{doc}"
+    near = _near(item["input"], field) if item["type"] == "literal_error" else ""
+    return f"{key}: expected {expected(item)}, but the value is {_shown(item['input'])}{near}{doc}"
+
+
+def _near(value: Any, field: Any) -> str:
+    if not isinstance(value, str):
+        return ""
+    choices = [str(choice) for choice in get_args(field.annotation)] if field is not None else []
+    found = difflib.get_close_matches(value, choices, n=1, cutoff=0.6)
+    return f". Did you mean '{found[0]}'?" if found else ""
 
 
 def _shown(value: Any) -> str:

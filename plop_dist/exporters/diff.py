@@ -1,4 +1,4 @@
-"""How an existing PEFT adapter_config.json differs from a placement, in modules and in trainable parameters."""
+"""How an existing configuration of adapters differs from a placement, in modules and in trainable parameters."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from plop_dist.exporters.adapter_config import check_adapter_config
+from plop_dist.exporters.exporter import Adapted
 from plop_dist.exporters.holders import known_projections
-from plop_dist.exporters.peft_match import adapted_ranks
-from plop_dist.exporters.suffixes import suffixes
+from plop_dist.exporters.peft_read import adapted_by_peft
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.names import natural_key
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Projection
-
-# Fields by which PEFT trains more than A and B: whole modules, DoRA's magnitudes, biases, rows of embeddings.
-_TRAIN_MORE = ("modules_to_save", "use_dora", "bias", "lora_bias", "trainable_token_indices", "layer_replication")
 
 
 @dataclass(frozen=True)
@@ -78,36 +74,37 @@ class Difference:
 
 
 def diff(placement: Placement, adapter_config: Mapping[str, Any], where: str = "adapter_config") -> Difference:
-    """Return how a PEFT LoRA configuration differs from the placement.
+    """Return how a PEFT LoRA configuration differs from the placement. where: the file, for messages.
 
-    PEFT itself reads it: names, regex, "all-linear", exclude_modules, layers_to_transform, target_parameters,
-    rank_pattern, and what it renames beside experts. where: the file, for messages. Raises ConfigError if it is not
-    one, one that PEFT refuses for this model, or one whose patterns cannot be matched in a few seconds.
+    Raises ConfigError if it is not one, one that PEFT refuses for this model, or one whose patterns cannot be matched
+    in a few seconds.
     """
-    check_adapter_config(adapter_config, where)
+    return difference(placement, adapted_by_peft(adapter_config, placement, where))
+
+
+def difference(placement: Placement, theirs: Adapted) -> Difference:
+    """Return how what a file adapts (read_back.read_export) differs from the placement."""
     known = known_projections(placement)
     ours = set(placement.modules)
-    model_type = (placement.source.model.model_extra or {}).get("model_type")
-    ranks = adapted_ranks(adapter_config, known, model_type, where)
-    theirs = [item for item in known if item.holder in ranks]
-    their_paths = {item.fqn for item in theirs}
+    their_items = theirs.items(known)
+    their_paths = {item.fqn for item in their_items}
     our_items = [item for item in known if item.fqn in ours]
     return Difference(
         only_placement=_ordered(ours - their_paths),
         only_config=_ordered(their_paths - ours),
         both=_ordered(ours & their_paths),
         num_parameters_placement=placement.num_trainable_parameters,
-        num_parameters_config=_count(theirs, ranks),
+        num_parameters_config=_count(their_items, theirs.ranks),
         num_parameters_only_placement=num_trainable_parameters(
             (i for i in our_items if i.fqn not in their_paths), placement.rank_of
         ),
-        num_parameters_only_config=_count((i for i in theirs if i.fqn not in ours), ranks),
+        num_parameters_only_config=_count((i for i in their_items if i.fqn not in ours), theirs.ranks),
         num_parameters_both=num_trainable_parameters((i for i in our_items if i.fqn in their_paths), placement.rank_of),
         rank_placement=placement.rank,
-        rank_config=int(adapter_config.get("r", 8)),
+        rank_config=theirs.rank,
         types=_rows(known, ours, their_paths),
-        unmatched=_unmatched(adapter_config, known),
-        uncounted=tuple(name for name in _TRAIN_MORE if adapter_config.get(name) not in (None, False, "none", [], {})),
+        unmatched=theirs.unmatched,
+        uncounted=theirs.uncounted,
     )
 
 
@@ -121,21 +118,7 @@ def _rows(known: Collection[Projection], ours: set[str], theirs: set[str]) -> tu
 
 
 def _count(items: Iterable[Projection], ranks: Mapping[str, int]) -> int:
-    return num_trainable_parameters(items, lambda item: ranks[item.holder])
-
-
-def _unmatched(config: Mapping[str, Any], known: Iterable[Projection]) -> tuple[str, ...]:
-    targets = config.get("target_modules") or ()
-    names = [] if isinstance(targets, str) else list(targets)
-    names += config.get("target_parameters") or ()
-    matched = set()
-    for item in known:
-        matched.update(suffixes(item.holder))
-        matched.update(suffixes(f"{item.holder}.weight"))
-        if item.storage == "expert_parameter":
-            # Configurations from transformers 4 name the experts' linears, which were modules then.
-            matched.update(suffixes(item.fqn))
-    return tuple(sorted(set(names) - matched))
+    return num_trainable_parameters(items, lambda item: ranks[item.fqn])
 
 
 def _ordered(paths: Iterable[str]) -> tuple[str, ...]:

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from plop_dist.errors import ConfigError
 from plop_dist.registry import EXPORTERS, load, names
 from plop_dist.values.placement import Export, Placement
+from plop_dist.values.scores import Projection
 
 Language = Literal["shell", "yaml", "python"]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a file adapts in the scored model.
+
+    ranks: by path; held: the projections that the target holds otherwise than the Hugging Face model does (fused),
+    by path; rank: the common one.
+    """
+
+    ranks: Mapping[str, int]
+    rank: int
+    held: Mapping[str, Projection] = field(default_factory=dict)
+    unmatched: tuple[str, ...] = ()
+    uncounted: tuple[str, ...] = ()
+
+    def items(self, known: Iterable[Projection]) -> list[Projection]:
+        """Return the adapted projections as the target holds them."""
+        return [self.held.get(item.fqn, item) for item in known if item.fqn in self.ranks]
 
 
 class Exporter(Protocol):
@@ -19,7 +41,9 @@ class Exporter(Protocol):
     target matches a name with a module; limits: what it cannot express, one sentence each; flags_in: what Export.flags
     are written in, `shell` being words quoted for one.
 
-    Where the target has a configuration object in Python, the exporter also has to_config(placement, **options).
+    Where the target has a configuration object in Python, the exporter also has to_config(placement, **options). With
+    read(fields, placement, where) -> Adapted it reads its own files back, whoever has written them, for `plop-dist
+    diff`: fields are the file's settings by dotted key; errors of missing or odd values are told by the caller.
     """
 
     @property

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from plop_dist.errors import ExportError
+from plop_dist.exporters.leaving_out import excluding
 from plop_dist.exporters.suffixes import shortest_names
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.names import expert_index, natural_key
@@ -22,7 +23,7 @@ from plop_dist.values.scores import Projection
 RENAMED_BESIDE_EXPERTS = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
 
 # PEFT 0.21 raises for an out_proj in these (peft.tuners.tuners_utils).
-_PASSED_BY_OUT_PROJ = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+PASSED_BY_OUT_PROJ = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
             continue
         _refuse_unfit(placement, target, wanted[0])
         if len(wanted) < len(parts):
-            _refuse_part(target, path, wanted, parts, widen)
+            _refuse_part(placement, target, wanted, parts, widen)
             beside = sorted({part.type for part in parts if part.fqn not in paths}, key=natural_key)
             widened.append(f"{path} is adapted whole: {', '.join(beside)} as well as {_types(wanted)}.")
         ranks = {placement.rank_of(part) for part in wanted}
@@ -151,28 +152,32 @@ def _refuse_unfit(placement: Placement, target: str, part: Projection) -> None:
     kind = str((placement.source.model.model_extra or {}).get("model_type"))
     if part.storage == "router":
         reason = "it is a router that does more than W z, or keeps more than its weight, which PEFT's wrappers hide"
-    elif kind in _PASSED_BY_OUT_PROJ and part.holder.rpartition(".")[2] == "out_proj":
+    elif kind in PASSED_BY_OUT_PROJ and part.holder.rpartition(".")[2] == "out_proj":
         reason = f"PEFT refuses it in model type '{kind}', whose kernels read the weight past any adapter"
     else:
         return
     raise ExportError(
         f"{target} cannot adapt {part.fqn}: {reason}. Nearest choice: choose without it "
-        f"(placement.exclude=[{part.type}])."
+        f"({excluding(placement, [part.type])}).",
+        [part.type],
     )
 
 
-def _refuse_part(target: str, path: str, wanted: list[Projection], parts: list[Projection], widen: bool) -> None:
+def _refuse_part(
+    placement: Placement, target: str, wanted: list[Projection], parts: list[Projection], widen: bool
+) -> None:
     if widen:
         return
     if parts[0].storage == "expert_parameter":
         kind, unit = "the 3-D expert parameter", f"all experts' {_types(parts)}"
     else:
         kind, unit = "the fused linear", _types(parts)
-    excluded = ",".join(sorted({part.type for part in wanted}, key=natural_key))
+    path, types = parts[0].holder, sorted({part.type for part in wanted}, key=natural_key)
     raise ExportError(
         f"{target} cannot adapt {wanted[0].fqn} alone: it is a part of {kind} {path}, which holds {unit}. Nearest "
         f"choice: adapt {path.rpartition('.')[2]} whole (--widen), or choose without it "
-        f"(placement.exclude=[{excluded}])."
+        f"({excluding(placement, types)}).",
+        types,
     )
 
 

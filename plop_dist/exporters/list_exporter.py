@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plop_dist.exporters.counts import count_note
-from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.exporter import Adapted, Language
 from plop_dist.exporters.holders import Targets, hugging_face_targets
 from plop_dist.exporters.peft import MATCHING, rank_patterns
+from plop_dist.exporters.peft_read import adapted_by_peft
 from plop_dist.exporters.refusals import (
     PARAMETERS,
     PART,
@@ -24,6 +25,11 @@ from plop_dist.exporters.refusals import (
 from plop_dist.values.placement import Export, Placement
 
 
+def as_list(value: Any) -> list[str]:
+    """Return names as a list, where one alone may stand by itself."""
+    return [value] if isinstance(value, str) else list(value)
+
+
 def _list_of_names(targets: Targets) -> Any:
     return list(targets.modules)
 
@@ -36,7 +42,7 @@ class ListExporter:
     patterns: its keys for rank_pattern and alpha_pattern; without them ranks that differ are refused. first, then:
     fields before rank and before the names. beside_parameters: what must hold where parameters are adapted.
     without_modules: what stands for an empty list of names, where there are parameters alone. names: how the names are
-    written. text, flags: fields -> the content of `file` and the flags.
+    written; read_names: as PEFT is handed what is written. text, flags: fields -> the content of `file` and the flags.
     """
 
     name: str
@@ -56,6 +62,7 @@ class ListExporter:
     beside_parameters: Mapping[str, Any] = field(default_factory=dict)
     without_modules: Mapping[str, Any] = field(default_factory=dict)
     names: Callable[[Targets], Any] = _list_of_names
+    read_names: Callable[[Any], Any] = as_list
     matching: str = MATCHING
     further_limits: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -108,6 +115,20 @@ class ListExporter:
             notes=(*targets.notes, *count_note(placement, targets), *self.notes),
             widened=(*targets.widened, *widened),
         )
+
+    def read(self, fields: Mapping[str, Any], placement: Placement, where: str) -> Adapted:
+        """Return what such a file adapts: what PEFT does when it is handed the names."""
+        given = {key.lstrip("+"): value for key, value in fields.items()}
+        patterns = dict(zip(("rank_pattern", "alpha_pattern"), self.patterns or (), strict=False))
+        config: dict[str, Any] = {
+            "r": int(given[self.rank]),
+            "lora_alpha": float(given[self.alpha]),
+            "target_modules": self.read_names(given.get(self.modules, next(iter(self.without_modules.values()), []))),
+            **{field: given[key] for field, key in patterns.items() if key in given},
+        }
+        if self.parameters is not None and self.parameters.lstrip("+") in given:
+            config["target_parameters"] = as_list(given[self.parameters.lstrip("+")])
+        return adapted_by_peft(config, placement, where)
 
     def _names(self, targets: Targets) -> dict[str, Any]:
         fields = {self.modules: self.names(targets)}

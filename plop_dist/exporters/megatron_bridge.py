@@ -6,9 +6,12 @@ whenever any part of them is chosen, always from plop_dist.canonical_lora: Bridg
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.exporter import Adapted, Language
+from plop_dist.exporters.list_exporter import as_list
+from plop_dist.exporters.megatron_read import read_megatron
 from plop_dist.exporters.megatron_targets import MegatronTargets, megatron_targets
 from plop_dist.exporters.refusals import RANKS, check_engine
 from plop_dist.exporters.text import number, python_arguments, python_list, yaml_text
@@ -76,6 +79,14 @@ class MegatronBridge:
         from megatron.bridge.peft.lora import LoRA
 
         return LoRA(**{**_fields(targets), **given})
+
+    def read(self, fields: Mapping[str, Any], placement: Placement, where: str) -> Adapted:
+        """Return what Bridge adapts: peft.yaml says by `type` which class it is, a Python file by what it calls."""
+        del where
+        is_canonical = "canonical" in str(fields.get("type", fields.get("call"))).lower()
+        return read_megatron(
+            as_list(fields["target_modules"]), int(fields["dim"]), placement, is_canonical=is_canonical
+        )
 
     def _targets(self, placement: Placement, engine: str | None, widen: bool) -> MegatronTargets:
         mode = _MODES[check_engine(engine, self.engines, self.name)]

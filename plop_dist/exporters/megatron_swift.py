@@ -5,8 +5,13 @@ Megatron-SWIFT hands the list to PEFT, which matches the end of a path of the Me
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from plop_dist.errors import ExportError
-from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.exporter import Adapted, Language
+from plop_dist.exporters.list_exporter import as_list
+from plop_dist.exporters.megatron_read import read_megatron
 from plop_dist.exporters.megatron_targets import megatron_targets
 from plop_dist.exporters.refusals import RANKS, WHOLE_ALPHA, check_engine, whole_number
 from plop_dist.exporters.text import shell_flags, yaml_text
@@ -51,6 +56,12 @@ class MegatronSwift:
             notes=(*targets.notes, "ms-swift 3 calls tuner_type train_type."),
             widened=targets.widened,
         )
+
+    def read(self, fields: Mapping[str, Any], placement: Placement, where: str) -> Adapted:
+        """Return what PEFT adapts in Megatron's model: paths that end with a name."""
+        del where
+        names = [f"*.{name}" if "." in name else name for name in as_list(fields["target_modules"])]
+        return read_megatron(names, int(fields["lora_rank"]), placement, is_canonical=False)
 
 
 EXPORTER = MegatronSwift()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from plop_dist.errors import ExportError
 from plop_dist.exporters.counts import fused_count_note
 from plop_dist.exporters.holders import adapted, known_projections
+from plop_dist.exporters.leaving_out import excluding
 from plop_dist.exporters.refusals import one_rank
 from plop_dist.values.names import expert_index, layer_index, natural_key
 from plop_dist.values.placement import Placement
@@ -35,7 +36,7 @@ _LATENT_LINEARS: Mapping[str, str] = {  # multi-head latent attention, where not
     "kv_a_proj_with_mqa": "linear_kv_down_proj",
     "kv_b_proj": "linear_kv_up_proj",
 }
-_PLACES = {"self_attention": "self_attention", "mlp": "mlp", "shared": "mlp.shared_experts", "experts": "mlp.experts"}
+PLACES = {"self_attention": "self_attention", "mlp": "mlp", "shared": "mlp.shared_experts", "experts": "mlp.experts"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def megatron_targets(placement: Placement, target: str, *, engine: str, widen: b
         widened += _widen_to_fused(partial, target, widen)
     elif any(linear.chosen and linear.name == "linear_fc1" and len(linear.parts) == 1 for linear in linears):
         if partial:
-            _refuse_ungated(target)
+            _refuse_ungated(target, placement)
         is_canonical = False
         notes = (*notes, "LoRA on fused linears: CanonicalLoRA cannot adapt an MLP without a gate.")
     ranks = {placement.rank_of(module) for module in placement.chosen}
@@ -107,18 +108,19 @@ def megatron_targets(placement: Placement, target: str, *, engine: str, widen: b
 def _linears(placement: Placement, target: str) -> tuple[list[_Linear], tuple[str, ...]]:
     paths, notes = adapted(placement)
     known = known_projections(placement)
-    is_latent = _is_latent(known)
+    latent = is_latent(known)
     members: dict[tuple[str, str, int | None], dict[str, list[Projection]]] = {}
     for item in known:
-        names = _megatron_name(item, is_latent)
+        names = megatron_name(item, latent)
         if names is None:
             if item.fqn in paths:
                 raise ExportError(
                     f"{target} has no name for {item.fqn} (type {item.type}). Nearest choice: the placement without it "
-                    f"(placement.exclude=[{item.type}]), or export to peft."
+                    f"({excluding(placement, [item.type])}), or export to peft.",
+                    [item.type],
                 )
             continue
-        members.setdefault(_key(item, names[0]), {}).setdefault(names[1], []).append(item)
+        members.setdefault(linear_key(item, names[0]), {}).setdefault(names[1], []).append(item)
     linears = []
     for (name, place, layer), parts in members.items():
         chosen = set()
@@ -139,8 +141,8 @@ def _fused_count(placement: Placement, linears: Iterable[_Linear], rank: int) ->
     """LoRA has one adapter for all rows of a fused linear, where the placement counts one for each part."""
     adapted_linears = {(linear.name, linear.place, linear.layer) for linear in linears if linear.chosen}
     known = known_projections(placement)
-    is_latent = _is_latent(known)
-    key_of = {item.fqn: _key(item, names[0]) for item in known if (names := _megatron_name(item, is_latent))}
+    latent = is_latent(known)
+    key_of = {item.fqn: linear_key(item, names[0]) for item in known if (names := megatron_name(item, latent))}
     items = [item for item in known if key_of.get(item.fqn) in adapted_linears]
     splits = {key[0] for key in adapted_linears} & {"linear_qkv", "linear_fc1"}
     return fused_count_note(
@@ -148,11 +150,13 @@ def _fused_count(placement: Placement, linears: Iterable[_Linear], rank: int) ->
     )
 
 
-def _is_latent(known: Iterable[Projection]) -> bool:
+def is_latent(known: Iterable[Projection]) -> bool:
+    """Tell whether the model has multi-head latent attention, whose linears have names of their own."""
     return any(_leaf(item) in ("kv_b_proj", "kv_a_proj_with_mqa") for item in known)
 
 
-def _key(item: Projection, linear: str) -> tuple[str, str, int | None]:
+def linear_key(item: Projection, linear: str) -> tuple[str, str, int | None]:
+    """Return Megatron's linear of a projection, the place that it has in a layer, and the layer."""
     return linear, _place(item, linear), layer_index(item.fqn)
 
 
@@ -169,7 +173,7 @@ def _target_names(linears: Iterable[_Linear], is_canonical: bool) -> tuple[str, 
         for place in dict.fromkeys(linear.place for linear in alike):
             here = [linear for linear in alike if linear.place == place]
             # `*.experts.` would also hit shared_experts, because Bridge reads a dot as any character.
-            dotted = f"{_PLACES[place]}.{'*' if place == 'experts' else ''}"
+            dotted = f"{PLACES[place]}.{'*' if place == 'experts' else ''}"
             if len({linear.chosen for linear in here}) == 1:
                 names.update(dict.fromkeys(_written(here[0], f"*.{dotted}", is_canonical)))
                 continue
@@ -187,9 +191,10 @@ def _written(linear: _Linear, prefix: str, is_canonical: bool) -> list[str]:
     return [f"{prefix}{part}" for part in sorted(linear.chosen, key=list(_PART_ORDER).index)]
 
 
-def _megatron_name(item: Projection, is_latent: bool) -> tuple[str, str] | None:
+def megatron_name(item: Projection, latent: bool) -> tuple[str, str] | None:
+    """Return Megatron's name for the linear that holds a projection, and CanonicalLoRA's for the part; or None."""
     leaf = _leaf(item)
-    if is_latent and leaf in _LATENT_LINEARS:
+    if latent and leaf in _LATENT_LINEARS:
         return _LATENT_LINEARS[leaf], _LATENT_LINEARS[leaf]
     return _LINEARS.get(leaf)
 
@@ -226,10 +231,12 @@ def _widen_to_fused(partial: list[_Linear], target: str, widen: bool) -> list[st
     ]
 
 
-def _refuse_ungated(target: str) -> None:
+def _refuse_ungated(target: str, placement: Placement) -> None:
     raise ExportError(
         f"{target}: CanonicalLoRA cannot adapt an MLP without a gate (linear_fc1), and LoRA cannot adapt a part of "
-        "linear_qkv. Nearest choice: all of q_proj, k_proj, v_proj beside up_proj, or placement.exclude=[up_proj]."
+        "linear_qkv. Nearest choice: all of q_proj, k_proj, v_proj beside up_proj, or "
+        f"{excluding(placement, ['up_proj'])}.",
+        ["up_proj"],
     )
 
 

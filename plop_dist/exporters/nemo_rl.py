@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from plop_dist.exporters.counts import count_note
-from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.exporter import Adapted, Language
 from plop_dist.exporters.holders import hugging_face_targets
+from plop_dist.exporters.list_exporter import as_list
+from plop_dist.exporters.megatron_read import read_megatron
 from plop_dist.exporters.megatron_targets import megatron_targets
+from plop_dist.exporters.names_read import found_by
 from plop_dist.exporters.patterns import shortest_patterns
 from plop_dist.exporters.refusals import (
     LINEARS,
@@ -56,6 +61,20 @@ class NemoRL:
         """
         engine = check_engine(engine, self.engines, self.name)
         return _export_megatron(placement, widen) if engine == "megatron" else _export_dtensor(placement, engine, widen)
+
+    def read(self, fields: Mapping[str, Any], placement: Placement, where: str) -> Adapted:
+        """Return what NeMo-RL adapts, by the section that the file has."""
+        del where
+        if f"{_MEGATRON}.target_modules" in fields:
+            names, rank = as_list(fields[f"{_MEGATRON}.target_modules"]), int(fields[f"{_MEGATRON}.dim"])
+            return read_megatron(names, rank, placement, is_canonical=False)
+        section = next(
+            name for name in (f"policy.{kind}_cfg.lora_cfg" for kind in ("dtensor", "automodel"))
+            if f"{name}.target_modules" in fields
+        )  # fmt: skip
+        rank, patterns = int(fields[f"{section}.dim"]), as_list(fields[f"{section}.target_modules"])
+        regexes = {pattern: re.compile(pattern.replace("*", ".*")) for pattern in patterns}
+        return found_by(placement, rank, patterns, lambda name, item: bool(regexes[name].fullmatch(item.holder)))
 
 
 EXPORTER = NemoRL()

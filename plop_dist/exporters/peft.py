@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from plop_dist.exporters.counts import count_note
-from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.exporter import Adapted, Language
 from plop_dist.exporters.holders import Targets, hugging_face_targets
+from plop_dist.exporters.peft_read import adapted_by_peft
 from plop_dist.exporters.refusals import PART, UNFIT, check_engine
 from plop_dist.exporters.suffixes import shortest_names_of
 from plop_dist.exporters.text import number, python_arguments
@@ -56,6 +58,10 @@ class Peft:
             notes=(*targets.notes, *count_note(placement, targets)),
             widened=targets.widened,
         )
+
+    def read(self, fields: Mapping[str, Any], placement: Placement, where: str) -> Adapted:
+        """Return what an adapter_config.json adapts, as PEFT reads it."""
+        return adapted_by_peft(fields, placement, where)
 
     def to_config(self, placement: Placement, *, widen: bool = False, **options: Any) -> Any:
         """Return a peft.LoraConfig adapting exactly the placement; `options` override its fields (r, lora_alpha, ...).

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from plop_dist.errors import ConfigError
-from plop_dist.exporters.holders import RENAMED_BESIDE_EXPERTS
+from plop_dist.exporters.holders import PASSED_BY_OUT_PROJ, RENAMED_BESIDE_EXPERTS
 from plop_dist.exporters.rank_pattern import RankPattern, as_peft_matches
 from plop_dist.exporters.stand_in import stand_in
 from plop_dist.exporters.suffixes import matcher
@@ -45,7 +45,10 @@ def adapted_ranks(
     ranks = adapter_config.get("rank_pattern") or {}
     texts = _texts(by_holder)
     check_time(_patterns(fields, ranks), texts, where)
-    if isinstance(fields.get("target_modules"), str) or fields.get("layers_to_transform") is not None:
+    plain = _plainly(fields, by_holder, model_type)
+    if plain is not None:
+        paths, added = plain, dict[str, int]()
+    elif isinstance(fields.get("target_modules"), str) or fields.get("layers_to_transform") is not None:
         _refuse_too_many(fields, len(texts), where)
         paths, added = _ask(fields, by_holder, model_type, where)
     else:
@@ -54,6 +57,27 @@ def adapted_ranks(
     pattern = RankPattern({**ranks, **added})
     default = fields.get("r", 8)
     return {holder: pattern.rank_of(path, default) for holder, path in paths.items()}
+
+
+def _plainly(fields: Mapping[str, Any], by_holder: Holders, model_type: str | None) -> dict[str, str] | None:
+    """Return what PEFT adapts where it does no more than match names, without importing it, which takes seconds.
+
+    None: it may do more. It renames beside experts, counts layers, adapts parameters, refuses modules that it has no
+    adapter for, and means something by "all-linear".
+    """
+    targets = fields.get("target_modules") or ()
+    if "layers_to_transform" in fields or fields.get("target_parameters") or targets == "all-linear":
+        return None
+    odd = {"expert_parameter", "router"}
+    if model_type in PASSED_BY_OUT_PROJ or any(part.storage in odd for parts in by_holder.values() for part in parts):
+        return None
+    is_target = re.compile(targets).fullmatch if isinstance(targets, str) else matcher(targets)
+    is_left_out = _left_out(fields)
+    above = {module for path in by_holder for module in _modules_above(path)}
+    if any(is_target(module) for module in above):
+        return None
+    found = {path: path for path in by_holder if is_target(path) and not is_left_out(path)}
+    return found or None  # why PEFT finds nothing is for PEFT to say
 
 
 def _patterns(fields: Mapping[str, Any], ranks: Mapping[str, int]) -> list[Pattern]:

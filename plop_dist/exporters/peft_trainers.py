@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from plop_dist.errors import ExportError
 from plop_dist.exporters.holders import Targets
-from plop_dist.exporters.list_exporter import ListExporter
+from plop_dist.exporters.list_exporter import ListExporter, as_list
 from plop_dist.exporters.text import dot_list, shell_flags, shell_text, yaml_lines, yaml_text
 
 
@@ -24,6 +25,11 @@ def _trl_names(targets: Targets) -> list[str]:
         )
     is_path = any(holder.path == name for holder in targets.holders)
     return [re.escape(name) if is_path else rf".*\.{re.escape(name)}"]
+
+
+def _one_name_is_a_regex(value: Any) -> Any:
+    found = as_list(value)
+    return found[0] if len(found) == 1 else found
 
 
 def _comma_list(targets: Targets) -> str:
@@ -48,6 +54,7 @@ TRL = ListExporter(
     # Without target_modules PEFT would add its defaults for the model; a regex that nothing matches adds none.
     without_modules={"lora_target_modules": ["(?!)"]},
     names=_trl_names,
+    read_names=_one_name_is_a_regex,
     matching="as in PEFT; one name alone is a regex on the whole path",
     further_limits=("one single module of an MoE model with 3-D experts",),
     file="trl.yaml",
@@ -77,6 +84,7 @@ MS_SWIFT = ListExporter(
     beside_parameters={"lora_dropout": 0.0},  # its default is 0.05, which PEFT refuses on parameters
     # An empty list cannot be typed, and without one ms-swift adapts all linears: a regex that nothing matches.
     without_modules={"target_regex": "(?!)"},
+    read_names=lambda value: value if value == "(?!)" else as_list(value),
     notes=("ms-swift 3 calls tuner_type train_type.",),
     file="ms_swift.yaml",
     text=yaml_text,
@@ -91,6 +99,7 @@ LLAMAFACTORY = ListExporter(
     alpha="lora_alpha",
     modules="lora_target",
     names=_comma_list,
+    read_names=lambda text: text.split(","),
     further_limits=("a name with a comma, or with a space at its end",),
     file="llamafactory.yaml",
     text=yaml_text,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plop_dist.errors import ExportError
 from plop_dist.exporters.holders import Targets, known_projections
+from plop_dist.exporters.leaving_out import excluding
 from plop_dist.values.names import natural_key
 from plop_dist.values.placement import Placement
 
@@ -58,10 +59,12 @@ def whole_number(alpha: float, target: str) -> int:
 def refuse_parameters(targets: Targets, target: str) -> None:
     """Raise ExportError if 3-D parameters are among the targets, for a framework without target_parameters."""
     if targets.parameters:
+        types = {part.type for holder in targets.holders if holder.is_parameter for part in holder.projections}
         raise ExportError(
             f"{target} cannot name parameters, and {', '.join(targets.parameters)} can only be adapted as such "
             "(target_parameters) beside experts kept as 3-D parameters. Nearest choice: leave these types out "
-            "(placement.exclude), or export to peft, trl, axolotl, ms-swift or verl."
+            "(placement.exclude), or export to peft, trl, axolotl, ms-swift or verl.",
+            sorted(types, key=natural_key),
         )
 
 
@@ -74,8 +77,9 @@ def refuse_other_than_linears(targets: Targets, placement: Placement, adapter: s
         first = holder.projections[0]
         if first.storage in unfit:
             kind = "conv1d" if first.storage == "fused" else first.storage
-            types = ",".join(sorted({part.type for part in holder.projections}, key=natural_key))
+            types = sorted({part.type for part in holder.projections}, key=natural_key)
             raise ExportError(
                 f"{adapter} nn.Linear only, and {holder.path} is none ({kind}). Nearest choice: leave it out "
-                f"(placement.exclude=[{types}]), or export to peft."
+                f"({excluding(placement, types)}), or export to peft.",
+                types,
             )

@@ -8,11 +8,16 @@ k and v. A name that is not in the tree is only warned of, and adapts nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from plop_dist.errors import ExportError
 from plop_dist.exporters.counts import fused_count_note
-from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.exporter import Adapted, Language
 from plop_dist.exporters.holders import adapted, known_projections
+from plop_dist.exporters.leaving_out import excluding
+from plop_dist.exporters.list_exporter import as_list
+from plop_dist.exporters.names_read import found_by, in_fused
 from plop_dist.exporters.refusals import EVERY_LAYER, RANKS, check_engine, one_rank
 from plop_dist.exporters.text import python_list
 from plop_dist.values.names import natural_key
@@ -67,12 +72,12 @@ class Torchtitan:
         known = known_projections(placement)
         names = _names_of(known, engine)
         modules = placement.chosen
-        _refuse_unnamed(modules, names)
+        _refuse_unnamed(placement, names)
         types = {module.type for module in modules}
         targets = sorted({names[type_] for type_ in types}, key=list(names.values()).index)
         whole = [item for item in known if names.get(item.type) in targets]
         absent = [item for item in whole if item.fqn not in chosen]
-        widened = _widen(absent, types, names, engine, widen)
+        widened = _widen(placement, absent, names, engine, widen)
         ranks = {placement.rank_of(module) for module in modules}
         rank, alpha, same_rank = one_rank(ranks, placement, self.name, widen)
         count = fused_count_note(placement, whole, lambda m: "wqkv" if names[m.type] == "wqkv" else None, rank)
@@ -90,6 +95,20 @@ class Torchtitan:
             widened=(*widened, *same_rank),
         )
 
+    def read(self, fields: Mapping[str, Any], placement: Placement, where: str) -> Adapted:
+        """Return what the converter adapts: with wqkv among its names that of torchtitan's own flavors."""
+        del where
+        targets = as_list(fields["target_modules"])
+        engine = "separate" if {"wq", "wkv"} & set(targets) else "fused"
+        names = _names_of(known_projections(placement), engine)
+        found = found_by(placement, int(fields["rank"]), targets, lambda name, item: names.get(item.type) == name)
+        if "wqkv" not in targets:
+            return found
+        held = {
+            item.fqn: in_fused(item, "wqkv") for item in known_projections(placement) if names.get(item.type) == "wqkv"
+        }
+        return replace(found, held=held)
+
 
 EXPORTER = Torchtitan()
 
@@ -99,19 +118,21 @@ def _names_of(known: Sequence[Projection], engine: str) -> Mapping[str, str]:
     return {**(_LATENT if is_latent else _ATTENTION[engine]), **_NAMES}
 
 
-def _refuse_unnamed(modules: Sequence[Projection], names: Mapping[str, str]) -> None:
-    for module in modules:
+def _refuse_unnamed(placement: Placement, names: Mapping[str, str]) -> None:
+    for module in placement.chosen:
         if module.type not in names:
             raise ExportError(
                 f"torchtitan's LoRAConverter has no name for {module.fqn} (type {module.type}): it adapts "
-                f"{', '.join(names)}. Nearest choice: placement.exclude=[{module.type}]."
+                f"{', '.join(names)}. Nearest choice: {excluding(placement, [module.type])}.",
+                [module.type],
             )
 
 
 def _widen(
-    absent: Sequence[Projection], chosen_types: set[str], names: Mapping[str, str], engine: str, widen: bool
+    placement: Placement, absent: Sequence[Projection], names: Mapping[str, str], engine: str, widen: bool
 ) -> list[str]:
     sentences = []
+    chosen_types = {module.type for module in placement.chosen}
     for name in dict.fromkeys(names[item.type] for item in absent if item.type not in chosen_types):
         missing, present = [
             ", ".join(type_ for type_, own in names.items() if own == name and (type_ in chosen_types) == is_chosen)
@@ -123,7 +144,8 @@ def _widen(
                 other = " or --engine separate for a model built with fuse_qkv=False (there k_proj and v_proj are one),"
             raise ExportError(
                 f"torchtitan adapts {name} whole, and the placement has only a part of it: {present}. Nearest choice: "
-                f"{missing} as well (--widen),{other} or placement.exclude=[{present.replace(' ', '')}]."
+                f"{missing} as well (--widen),{other} or {excluding(placement, present.split(', '))}.",
+                present.split(", "),
             )
         sentences.append(f"{name} is adapted whole: {missing} as well as {present}.")
     layers = [item for item in absent if item.type in chosen_types]

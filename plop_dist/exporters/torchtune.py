@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from plop_dist.errors import ExportError
-from plop_dist.exporters.exporter import Language
+from plop_dist.exporters.exporter import Adapted, Language
 from plop_dist.exporters.holders import adapted, known_projections
+from plop_dist.exporters.leaving_out import excluding
+from plop_dist.exporters.list_exporter import as_list
+from plop_dist.exporters.names_read import found_by
 from plop_dist.exporters.refusals import EVERY_LAYER, RANKS, check_engine, one_rank
 from plop_dist.exporters.text import hydra_overrides, hydra_yaml, number
 from plop_dist.values.placement import Export, Placement
@@ -47,9 +50,9 @@ class Torchtune:
         chosen, notes = adapted(placement)
         modules = placement.chosen
         types = list(dict.fromkeys(module.type for module in modules))
-        _refuse_unknown(types)
+        _refuse_unknown(placement, types)
         widened = _missing_layers(placement, chosen, types, widen)
-        has_mlp = _whole_mlp(types, widened, widen)
+        has_mlp = _whole_mlp(placement, types, widened, widen)
         attention = _attention(placement, types, widened, widen)
         ranks = {placement.rank_of(module) for module in modules}
         rank, alpha, same_rank = one_rank(ranks, placement, self.name, widen)
@@ -68,20 +71,30 @@ class Torchtune:
             widened=(*widened, *same_rank),
         )
 
+    def read(self, fields: Mapping[str, Any], placement: Placement, where: str) -> Adapted:
+        """Return what torchtune adapts: its attention names, and the MLP and the head by their switches."""
+        del where
+        own = {name: type_ for type_, name in _ATTENTION.items()}
+        types = [own.get(name, name) for name in as_list(fields["model.lora_attn_modules"])]
+        types += _MLP if fields.get("model.apply_lora_to_mlp") else ()
+        types += ["lm_head"] if fields.get("model.apply_lora_to_output") else []
+        return found_by(placement, int(fields["model.lora_rank"]), types, lambda name, item: item.type == name)
+
 
 EXPORTER = Torchtune()
 
 
-def _refuse_unknown(types: list[str]) -> None:
+def _refuse_unknown(placement: Placement, types: list[str]) -> None:
     unknown = [name for name in types if name not in (*_ATTENTION, *_MLP, "lm_head")]
     if unknown:
         raise ExportError(
             f"torchtune cannot adapt {', '.join(unknown)}: it knows {', '.join((*_ATTENTION, *_MLP))}. Nearest choice: "
-            f"the placement without (placement.exclude=[{','.join(unknown)}]), or export to peft."
+            f"the placement without ({excluding(placement, unknown)}), or export to peft.",
+            unknown,
         )
 
 
-def _whole_mlp(types: list[str], widened: list[str], widen: bool) -> bool:
+def _whole_mlp(placement: Placement, types: list[str], widened: list[str], widen: bool) -> bool:
     """Return whether the MLP is adapted; a part of it becomes the whole and is noted in `widened`."""
     mlp = [name for name in _MLP if name in types]
     if mlp and len(mlp) < len(_MLP):
@@ -89,8 +102,9 @@ def _whole_mlp(types: list[str], widened: list[str], widen: bool) -> bool:
         if not widen:
             raise ExportError(
                 f"torchtune cannot adapt {', '.join(mlp)} alone: apply_lora_to_mlp takes gate_proj, up_proj and "
-                f"down_proj together. Nearest choice: {beside} as well (--widen), or "
-                f"placement.exclude=[{','.join(mlp)}]."
+                f"down_proj together. Nearest choice: {beside} as well (--widen), or none of them "
+                f"({excluding(placement, _MLP)}).",
+                _MLP,
             )
         widened.append(f"apply_lora_to_mlp adapts {beside} as well as {', '.join(mlp)}.")
     return bool(mlp)

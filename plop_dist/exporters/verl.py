@@ -6,10 +6,12 @@ plop_dist.canonical_lora first (external_lib).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from plop_dist.exporters.exporter import Language
-from plop_dist.exporters.list_exporter import ListExporter
+from plop_dist.exporters.exporter import Adapted, Language
+from plop_dist.exporters.list_exporter import ListExporter, as_list
+from plop_dist.exporters.megatron_read import read_megatron
 from plop_dist.exporters.megatron_targets import megatron_targets
 from plop_dist.exporters.refusals import check_engine
 from plop_dist.exporters.text import hydra_overrides, hydra_yaml, number
@@ -53,6 +55,15 @@ class Verl:
         if check_engine(engine, self.engines, self.name) == "megatron":
             return _export_megatron(placement, widen)
         return _FSDP.export(placement, widen=widen)
+
+    def read(self, fields: Mapping[str, Any], placement: Placement, where: str) -> Adapted:
+        """Return what verl adapts: under Megatron where the keys are of that engine."""
+        given = {key.lstrip("+"): value for key, value in fields.items()}
+        if f"{_MODEL}.lora.target_modules" not in given:
+            return _FSDP.read(fields, placement, where)
+        is_canonical = given.get(f"{_MODEL}.lora.type") == "canonical_lora"
+        names, rank = as_list(given[f"{_MODEL}.lora.target_modules"]), int(given[f"{_MODEL}.lora.rank"])
+        return read_megatron(names, rank, placement, is_canonical=is_canonical)
 
 
 EXPORTER = Verl()

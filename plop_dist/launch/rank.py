@@ -10,7 +10,7 @@ from plop_dist import ranks
 from plop_dist.config.schema import Config
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, tokenize
-from plop_dist.errors import PlopError, ScoresError, WorkerError, as_cause
+from plop_dist.errors import ExportError, PlopError, ScoresError, WorkerError, as_cause
 from plop_dist.measure.aggregate import check_weights
 from plop_dist.measure.protocols import ScorableModel
 from plop_dist.registry import BACKENDS, load
@@ -140,6 +140,7 @@ def place(stages: Stages, notify: Notify) -> None:
 
 def export(stages: Stages, notify: Notify) -> None:
     """Write the placement for every target of export.targets; rank 0 does it. Collective over all ranks."""
+    from plop_dist.choose.remedies import explained
     from plop_dist.exporters.write import write_export
 
     def write_all() -> None:
@@ -147,9 +148,12 @@ def export(stages: Stages, notify: Notify) -> None:
         placement, mark = Placement.from_file(run_dir.placement), placement_mark(run_dir)
         written = []
         for target in wanted.targets:
-            export = write_export(
-                placement, target, run_dir.exports, engine=wanted.engine, widen=wanted.widen, mark=mark
-            )
+            try:
+                export = write_export(
+                    placement, target, run_dir.exports, engine=wanted.engine, widen=wanted.widen, mark=mark
+                )
+            except ExportError as error:
+                raise explained(error, placement, target, wanted.engine, stages.config.placement) from error
             written += [f"exports/{target}/{name}" for name in export.files]
         stages.finish("export", written)
         notify("status", text=f"exported to {', '.join(written)}")

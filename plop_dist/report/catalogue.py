@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from plop_dist.errors import PlopError
 from plop_dist.exporters.exporter import Exporter, find_exporter
-from plop_dist.exporters.fits import fit
+from plop_dist.exporters.fits import Fit, fit
 from plop_dist.registry import BACKENDS, load
 from plop_dist.report.grid import show_line
 from plop_dist.values.console import VisibleConsole
 from plop_dist.values.placement import Placement
 
 _LABEL_WIDTH = 10
+_WORDS = {"exact": "exactly", "with --widen": "with --widen: ", "refused": "no: ", "failed": "failed: "}
 
 
 def print_targets(names: Sequence[str], placement: Placement | None = None, console: Console | None = None) -> None:
@@ -39,6 +42,21 @@ def print_targets(names: Sequence[str], placement: Placement | None = None, cons
         if placement is not None:
             lines.insert(0, ("this one", _verdicts(target, placement)))
         _print_entry(name, lines, console)
+
+
+def print_fits(found: Sequence[Fit], run_dir: Path, console: Console | None = None) -> None:
+    """Print what each target makes of a placement, engines that say the same in one entry, and what to type next."""
+    entries: dict[tuple[str, str], list[str]] = {}
+    several = Counter(item.target for item in found)
+    for item in found:
+        text = _WORDS[item.verdict] + " ".join(item.reasons)
+        entries.setdefault((item.target, text), []).append(item.engine)
+    for (target, text), engines in entries.items():
+        engine = f" --engine {'|'.join(engines)}" if several[target] > len(engines) else ""
+        _print_entry(f"--to {target}{engine}", [("this one", [text])], console)
+    exact = next((item.target for item in found if item.verdict == "exact"), None)
+    if exact is not None:
+        show_line(f"Next: plop-dist export {run_dir} --to {exact}", console)
 
 
 def print_backends(names: Sequence[str], console: Console | None = None) -> None:
@@ -81,8 +99,7 @@ def _verdicts(target: Exporter, placement: Placement) -> list[str]:
 
 def _verdict(target: Exporter, placement: Placement, engine: str) -> str:
     found = fit(target, engine, placement)
-    words = {"exact": "exactly", "with --widen": "with --widen: ", "refused": "no: ", "failed": "failed: "}
-    return words[found.verdict] + " ".join(found.reasons)
+    return _WORDS[found.verdict] + " ".join(found.reasons)
 
 
 def _print_entry(name: str, lines: Iterable[tuple[str, Sequence[str]]], console: Console | None) -> None:

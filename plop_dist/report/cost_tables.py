@@ -51,8 +51,30 @@ def print_plan(plan: Plan) -> None:
             row += [f"{stage.gathers.num_collectives}", bytes_text(stage.gathers.num_bytes)]
         grid.rows.append(row)
     show(grid)
+    _print_verdict(plan)
+
+
+def _print_verdict(plan: Plan) -> None:
+    """Print what would be chosen, trained and run, and last of all whether the configuration is OK."""
+    verdict = plan.verdict
+    if verdict.choice is not None and verdict.parameters is not None:
+        shares = [f"{count:,} ({count / plan.num_parameters:.2%})" for count in dict.fromkeys(verdict.parameters)]
+        show_line(f"Placement: {verdict.choice} · {' to '.join(shares)} trainable parameters")
+    if plan.training is not None:
+        memory = plan.training
+        show_line(
+            f"Training: about {bytes_text(memory.total)} on the fullest rank: weights {bytes_text(memory.weights)}, "
+            f"adapters with their optimizer {bytes_text(memory.adapters)}, activations of {memory.num_tokens:,} tokens "
+            f"{bytes_text(memory.activations)}"
+        )
+    if verdict.exports:
+        show_line(f"Export: {' · '.join(verdict.exports)}")
+    show_line(f"run would do: {' · '.join(verdict.stages)}")
     for note in plan.notes:
         show_line(f"note: {note}")
+    for warning in verdict.warnings:
+        show_line(f"warning: {warning}")
+    show_line(f"Verdict: {verdict.line}")
 
 
 def print_bench(bench: Bench) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from plop_dist.errors import ScoresError
+from plop_dist.values.expected import expected
 from plop_dist.values.files import json_bytes, no_pipe, read_json, write_together
 from plop_dist.values.sample_totals import SAMPLES_FILE, SampleTotals
 from plop_dist.values.visible import may_hide_something
@@ -194,7 +195,9 @@ def _parse_value(cls: type[_T], schema: str, tree: Any, path: Path) -> _T:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise ScoresError(f"{path}: {where}: {first['msg']}, found {str(first['input'])[:80]!r}{more}.") from error
+        raise ScoresError(
+            f"{path}: {where}: expected {expected(first)}, found {str(first['input'])[:80]!r}{more}."
+        ) from error
 
 
 def _check_scores(scores: Scores, path: Path) -> None:

@@ -57,8 +57,8 @@ def test_lm_head_is_out_by_default_and_experts_on_request() -> None:
         fqn="model.layers.0.mlp.experts.3.up_proj",
         type="experts.up_proj",
         layer=0,
-        in_features=8,
-        out_features=8,
+        in_features=32,
+        out_features=16,
         num_tokens=9,
         gain=0.2,
         baseline=1.0,
@@ -187,6 +187,21 @@ def test_fitted_rank_is_the_highest_that_fits(limit: int, k: int) -> None:
     assert placement.num_trainable_parameters <= limit
     assert per_rank * (placement.rank + 1) > limit or placement.rank == 1024
     assert placement.alpha / placement.rank == pytest.approx(2.0)
+
+
+def test_ranks_beyond_a_weight_s_own_are_refused_or_said() -> None:
+    """No update of a matrix has a higher rank than its smaller side."""
+    scores = make_scores(num_layers=1, widths=GQA, with_samples=False)
+    with pytest.raises(PlacementError, match=r"placement\.rank is 4096 for v_proj, whose weight of 256 x 1024 takes an "
+                       r"update of rank 256 at most; so do .*; set placement\.rank=256 or less"):  # fmt: skip
+        plop_dist.place(scores, rank=4096)
+    placement = plop_dist.place(scores, rank=300)
+    said = "v_proj (rank 300, 256 at most); placement.rank_pattern={v_proj: 256}"
+    assert any(said in text for text in placement.diagnostics)
+    mended = plop_dist.place(scores, rank=300, rank_pattern={"v_proj": 256})
+    assert not any("at most" in text for text in mended.diagnostics)
+    with pytest.raises(PlacementError, match=r"placement\.rank_pattern is 999 for v_proj.*=\{v_proj: 256\}\.$"):
+        plop_dist.place(scores, k=1, include=["v_proj"], rank_pattern={"v_proj": 999})
 
 
 def test_greedy_budget_over_modules_stays_within_it() -> None:

@@ -142,7 +142,7 @@ def shrunk(config: Path, here: Path) -> list[str]:
         overrides += [f"model.name_or_path={save_tiny('llama', here / 'model')}"]
     if not loaded.data.path.startswith("builtin:"):
         row = {"question": "a", "answer": "b", "messages": [{"role": "user", "content": "c"}]}
-        (here / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        (here / "rows.jsonl").write_text((json.dumps(row) + "\n") * 240)
         overrides += [f"data.path={here / 'rows.jsonl'}"]
     return overrides
 

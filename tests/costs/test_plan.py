@@ -133,7 +133,8 @@ def test_data(tmp_path: Path) -> None:
     plan = build_plan(configured(tmp_path, "llama-70b"))
     assert plan.data.num_samples == 20
     assert plan.data.first == "What is 0 + 0?"
-    assert any("tokenizer" in note for note in plan.notes)
+    assert any("No tokenizer" in text for text in plan.verdict.problems)
+    assert any("No weights" in text for text in plan.verdict.problems)
     with pytest.raises(DataError, match="has no column 'answer'"):
         build_plan(configured(tmp_path, "llama-70b", {"path": str(tmp_path / "rows.jsonl"), "text_field": "answer"}))
     plan = build_plan(configured(tmp_path, "llama-70b", {"path": "openai/gsm8k:main", "text_field": "question"}))

@@ -29,7 +29,15 @@ from plop_dist.exporters.peft_match import adapted_ranks
 from plop_dist.exporters.stand_in import stand_in
 from plop_dist.values.scores import Projection
 from tests import payloads
-from tests.exporters.cases import adapted_paths, llama_projections, model_of, place, projections_of, scores_of
+from tests.exporters.cases import (
+    adapted_paths,
+    llama_projections,
+    model_of,
+    place,
+    projection,
+    projections_of,
+    scores_of,
+)
 
 LLAMA = scores_of(llama_projections(12))
 EVIL = "(([a-z_.0-9]+)+)+!"
@@ -282,8 +290,9 @@ def test_what_peft_is_asked_does_not_grow_with_the_model(monkeypatch):
 
     monkeypatch.setattr(peft_match, "stand_in", counted)
     for num_layers in (10, 80):
-        scores = scores_of(llama_projections(num_layers))
-        placement = place(scores, where=lambda item: (item.layer or 0) % 3 == 0)
+        router = projection("model.layers.0.mlp.gate", 32, 4, storage="router")  # beside one PEFT does more than match
+        scores = scores_of([*llama_projections(num_layers), router])
+        placement = place(scores, where=lambda item: (item.layer or 0) % 3 == 0 and item.type != "gate")
         ranks = {f"^{re.escape(path)}": 1 + number % 7 for number, path in enumerate(placement.modules)}
         found = diff(placement, {"r": 4, "target_modules": list(placement.modules), "rank_pattern": ranks})
         assert set(found.both) == set(placement.modules)

@@ -40,8 +40,14 @@ HOMES: dict[str, dict[str, str]] = {
         "backends/megatron/transformer_engine.py": "of the stub that stands for the package",
         "training/rewards.py": "the user's own rewards, when training begins",
     },
-    "yaml.safe_load": {"config/loading.py": "values of overrides"},
-    "yaml.compose": {"config/loading.py": "SafeLoader, and only looked at"},
+    "yaml.safe_load": {
+        "config/loading.py": "values of overrides",
+        "exporters/read_back.py": "files of other frameworks that diff compares",
+    },
+    "yaml.compose": {
+        "config/loading.py": "SafeLoader, and only looked at",
+        "config/origin.py": "SafeLoader, for the lines of keys",
+    },
     "OmegaConf.create": {"*": "OmegaConf's YAML is a SafeLoader's"},
 }
 # Never called: each of them runs what a file says.

@@ -1,0 +1,219 @@
+"""Whether a configuration leads to a run: what stands in its way, what is doubtful, and what would be done next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plop_dist.choose.policy import policy_of
+from plop_dist.config.schema import Config
+from plop_dist.costs.possible import Possible, possible_placements
+from plop_dist.errors import ConfigError, DataError, ExportError, PlacementError, PlopError, RankError
+from plop_dist.exporters.exporter import find_exporter
+from plop_dist.registry import BACKENDS, load
+from plop_dist.rundir.stages import Stages
+from plop_dist.training.data import encode, split_rows
+from plop_dist.values.adapter_ranks import oversized_ranks
+from plop_dist.values.placement import Placement
+from plop_dist.values.scores import ModelInfo, Projection
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The rows to be scored, as far as they are known.
+
+    num_rows: all that there are; lengths: their tokens before anything is cut off (None: not tokenised).
+    """
+
+    num_rows: int
+    lengths: tuple[int, ...] | None
+
+    def cut(self, most: int) -> tuple[int, float]:
+        """Return how many samples are longer than so many tokens, and the share of all tokens that they lose."""
+        lengths = self.lengths or ()
+        lost = sum(max(0, length - most) for length in lengths)
+        return sum(length > most for length in lengths), lost / max(1, sum(lengths))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` says in the end.
+
+    problems: what `run` would fail at, each with its remedy, none where the configuration is OK; warnings: what it
+    would do otherwise than may be meant; choice, exports, stages: what is decided before anything is scored.
+    """
+
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    choice: str | None = None
+    parameters: tuple[int, int] | None = None
+    exports: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether nothing that can be known now stands in the way of a run."""
+        return not self.problems
+
+    @property
+    def line(self) -> str:
+        """The verdict in one line."""
+        if self.is_ok:
+            return "OK" if not self.warnings else f"OK, with {_counted(len(self.warnings), 'warning')}"
+        return f"not OK: {_counted(len(self.problems), 'thing')} to change"
+
+
+def judge(
+    config: Config,
+    projections: Sequence[Projection],
+    model: ModelInfo,
+    data: DataFacts | None,
+    tokenizer: object,
+    absent: Sequence[str],
+) -> Verdict:
+    """Return the verdict on a configuration whose model and data could be read.
+
+    data: None on a hub, where nothing was looked at; tokenizer: None where there is none; absent: what else the model's
+    folder lacks, as sentences.
+    """
+    problems = list(absent)
+    warnings: list[str] = []
+    if data is not None:
+        if tokenizer is None:
+            problems.append("No tokenizer beside config.json: samples were not tokenised; scoring needs one.")
+        _judge_rows(config, data, problems, warnings)
+        _judge_training_rows(config, tokenizer, problems)
+    try:
+        possible = possible_placements(projections, config.placement, model)
+    except (PlacementError, ConfigError) as error:
+        problems += _refusals(config, projections, model, error)
+        return Verdict(tuple(problems), tuple(warnings), stages=_stages(config))
+    _judge_ranks(possible, warnings)
+    exports = tuple(_judge_export(name, config, possible, problems, warnings) for name in _targets(config))
+    return Verdict(
+        problems=tuple(problems),
+        warnings=tuple(warnings),
+        choice=_choice(config, possible),
+        parameters=possible.parameters,
+        exports=exports,
+        stages=_stages(config),
+    )
+
+
+def _refusals(config: Config, projections: Sequence[Projection], model: ModelInfo, first: PlopError) -> list[str]:
+    """Return the first refusal, and what else would be refused if all candidates were chosen."""
+    every = config.placement.model_copy(update={"policy": "all", "granularity": "type"})
+    try:
+        possible_placements(projections, every, model)
+    except RankError as error:
+        return [str(error)] if isinstance(first, RankError) else [str(first), str(error)]
+    except (PlacementError, ConfigError):
+        pass
+    return [str(first)]
+
+
+def _judge_rows(config: Config, data: DataFacts, problems: list[str], warnings: list[str]) -> None:
+    wanted, there = config.data.num_samples, data.num_rows
+    if there < wanted:
+        text = f"data.num_samples is {wanted}, but {config.data.path} has {_counted(there, 'row')}; "
+        if "num_samples" in config.data.model_fields_set:
+            problems.append(f"{text}set data.num_samples={there}, or give more rows.")
+        else:
+            warnings.append(f"{text}all of them are scored.")
+    num_cut, share = data.cut(config.data.max_length)
+    if num_cut:
+        warnings.append(
+            f"{num_cut} of {len(data.lengths or ())} samples are longer than data.max_length "
+            f"({config.data.max_length}) and lose {share:.0%} of all tokens; the longest has "
+            f"{max(data.lengths or (0,)):,}."
+        )
+
+
+def _judge_training_rows(config: Config, tokenizer: object, problems: list[str]) -> None:
+    if config.train.method == "none":
+        return
+    try:
+        rows, held_out = split_rows(config)
+        if tokenizer is not None and config.train.method == "sft":
+            encode(rows, config.train, tokenizer)
+            encode(held_out, config.train, tokenizer)
+    except DataError as error:
+        problems.append(str(error))
+
+
+def _judge_ranks(possible: Possible, warnings: list[str]) -> None:
+    most: dict[str, str] = {}
+    for placement in possible.placements:
+        for item in oversized_ranks(placement.chosen, placement.rank_of):
+            most[item.type] = f"{item.type} (rank {item.rank}, {item.most} at most)"
+    if most:
+        warnings.append(
+            f"If they are chosen, adapters have a higher rank than any update of their weights can have: "
+            f"{', '.join(most.values())}; lower placement.rank, or give these types less in placement.rank_pattern."
+        )
+
+
+def _targets(config: Config) -> list[str]:
+    # TRL's trainers adapt with PEFT, whatever is exported.
+    trains = config.train.method != "none" and load(BACKENDS, config.parallel.backend).training_engine(config) == "trl"
+    return list(dict.fromkeys([*config.export.targets, *(["peft"] if trains else [])]))
+
+
+def _judge_export(target: str, config: Config, possible: Possible, problems: list[str], warnings: list[str]) -> str:
+    """Return in a line what a target can express of the possible choices; none of them is a problem."""
+    refused: list[str] = []
+    only_widened = 0
+    for placement in possible.placements:
+        try:
+            only_widened += bool(_export(target, placement, config))
+        except ExportError as error:
+            refused.append(str(error))
+    num_possible = len(possible.placements)
+    if not refused:
+        how = f", {only_widened} of {num_possible} by adapting more (export.widen)" if only_widened else ""
+        return f"{target}: every choice{how}"
+    (text, count), *_ = Counter(refused).most_common(1)
+    if len(refused) == num_possible:
+        problems.append(f"export target {target} can express none of the possible choices, e.g.: {text}")
+        return f"{target}: no choice"
+    more = "" if config.export.widen else " without export.widen=true"
+    warnings.append(
+        f"export target {target} cannot express {len(refused)} of {num_possible} possible choices{more}, e.g. "
+        f"({count} of them): {text}"
+    )
+    return f"{target}: {num_possible - len(refused)} of {num_possible} possible choices"
+
+
+def _export(target: str, placement: Placement, config: Config) -> tuple[str, ...]:
+    wanted = config.export
+    engine = wanted.engine if target in wanted.targets else None
+    return find_exporter(target).export(placement, engine=engine, widen=wanted.widen).widened
+
+
+def _choice(config: Config, possible: Possible) -> str:
+    placement = config.placement
+    names = ", ".join(possible.placements[0].module_types)
+    if len(possible.placements) == 1 and possible.is_every:
+        return f"{placement.policy}: {names}"
+    number = f"{placement.k} of " if "k" in policy_of(placement).parameters else "some of "
+    unit = f"{placement.granularity}s"
+    return f"{placement.policy}: {number}{possible.num_units} {unit}, known once they are scored"
+
+
+def _stages(config: Config) -> tuple[str, ...]:
+    """Return what `run` would do now, each stage with the reason, and what it would keep."""
+    stages = Stages(config)
+    wanted = ["score", "place", "export", *(["train"] if config.train.method != "none" else [])]
+    lines, runs = [], False
+    for stage in wanted:
+        reason = stages.reason_to_run(stage)
+        if reason is None and runs:
+            reason = "what it depends on is made anew"
+        runs = runs or reason is not None
+        lines.append(f"{stage}: {'kept' if reason is None else reason}")
+    return tuple(lines)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
