@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plop_dist.values.secret_texts import without_secrets
+
 _MOST_CHARACTERS = 60
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
 
@@ -57,9 +59,9 @@ def origin_of(file: Path, overrides: Sequence[str]) -> Origin:
 
 
 def _shown(override: str) -> str:
-    """Return an override as it was typed, without a value that is long or may hold a secret (a URL)."""
+    """Return an override as it was typed, without a value that is long and without secrets."""
     key, _, value = override.partition("=")
-    return override if len(value) <= _MOST_CHARACTERS and "://" not in value else f"{key}=..."
+    return without_secrets(override) if len(value) <= _MOST_CHARACTERS else f"{key}=..."
 
 
 def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:

@@ -33,6 +33,8 @@ def run(config: Config, command: str) -> RunDir:
     """
     stages = Stages(config)
     wanted = ["score", "place", "export", *(["train"] if config.train.method != "none" else [])]
+    if ranks.rank() == 0:
+        stages.run_dir.check()
     if any(map(stages.reason_to_run, wanted)):
         before = _state(stages.run_dir.training_summary)
         launch(stages, wanted, command)

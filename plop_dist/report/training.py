@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from plop_dist.report.axes import is_number
 from plop_dist.report.panels import Panel, tracked_nfn_panel, training_panel
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.trained import read_trained
+from plop_dist.rundir.training_log import read_log
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Training:
 def training_of(run_dir: RunDir) -> Training:
     """Return what the page says of the training; nothing of one that belongs to an earlier placement."""
     trained = read_trained(run_dir)
-    log, num_unreadable = _read_log(run_dir.training_log)
+    log, num_unreadable = read_log(run_dir.training_log)
     if trained is not None and not trained.is_of_placement:
         return Training(None, (), "", 0)
     summary = None if trained is None else {k: v for k, v in trained.summary.items() if k != "placement"}
@@ -71,24 +70,3 @@ def _held_out(summary: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
         return []
     at = {0: "held_out_before", summary.get("num_steps"): "held_out_after"}
     return [{"step": step, "held_out_loss": summary.get(name)} for step, name in at.items()]
-
-
-def _read_log(path: Path) -> tuple[list[Mapping[str, Any]], int]:
-    """Return the log's entries and how many lines are unreadable, as the last one is after a crash.
-
-    A resumed run repeats the steps since its last checkpoint: what it logs last of a step counts.
-    """
-    entries: list[Mapping[str, Any]] = []
-    num_unreadable = 0
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if isinstance(entry, dict) and is_number(entry.get("step")):
-            entries.append(entry)
-        else:
-            num_unreadable += 1
-    last = {(entry["step"], frozenset(entry)): entry for entry in entries}
-    return list(last.values()), num_unreadable

@@ -129,9 +129,18 @@ def _follow(events: Path, position: int, ended: threading.Event, display: EventD
             position = handle.tell()
         *lines, rest = rest.split(b"\n")
         for line in lines:
-            with suppress(ValueError):
-                event = json.loads(line)
-                kind = event.pop("event")
+            event = _parsed(line)
+            if event is not None and event["event"] != "worker":  # process ids are for operators, who read the file
+                display(event.pop("event"), **event)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return the event of a line without its time, or None where it is none of ours."""
+    with suppress(ValueError, RecursionError):
+        event = json.loads(line)
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            counts = [event[name] for name in ("done", "total") if name in event]
+            if all(isinstance(count, int) for count in counts) and len(counts) in (0, 2):
                 event.pop("time", None)
-                if kind != "worker":  # process ids are for operators, who read the file
-                    display(kind, **event)
+                return event
+    return None

@@ -30,16 +30,22 @@ class RunDir:
         self.log = self.path / "log.txt"  # what libraries say
         self.stages = self.path / "stages.json"
 
-    def prepare(self) -> None:
-        """Create the directory and prove that it can be written, before anything is computed. Raises RunDirError.
+    def check(self) -> None:
+        """Raise RunDirError for a link in it, through which other files are read or written, a pipe or a device.
 
-        Links inside it are refused, so that nothing is written, nor by a library, where they lead to; and pipes and
-        devices: whoever writes or reads there may never end.
+        Whoever reads or writes one of the latter may never end.
         """
         refuse_links(self.path, besides=LINKED)
         odd = next((path for path in self.path.rglob("*") if is_pipe(path) and not path.is_symlink()), None)
         if odd is not None:
             raise RunDirError(f"{odd} is a pipe or a device, which no run leaves there; delete it.")
+
+    def prepare(self) -> None:
+        """Create the directory and prove that it can be written, before anything is computed. Raises RunDirError.
+
+        What is in it is checked first, so that nothing is written where a link leads to, nor by a library.
+        """
+        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path) as probe:

@@ -11,8 +11,10 @@ from typing import Any
 
 from plop_dist.checkpoints.folder import digest_of_files
 from plop_dist.config.schema import Config
+from plop_dist.errors import RunDirError
 from plop_dist.rundir.layout import RunDir
 from plop_dist.values.files import content_hash, no_pipe, write_json
+from plop_dist.values.visible import check_names
 
 
 class Stages:
@@ -47,13 +49,17 @@ class Stages:
         write_json(self.run_dir.stages, {**self.done(), stage: record})
 
     def done(self) -> dict[str, Any]:
-        """Return what is noted of the stages that are done, by name; nothing where the notes cannot be trusted."""
+        """Return what is noted of the stages that are done, by name; nothing where they are no notes of ours.
+
+        Raises RunDirError for names with characters that are not seen.
+        """
         try:
             stages = json.loads(no_pipe(self.run_dir.stages).read_text())
         except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(stages, dict):
             return {}
+        check_names(stages, str(self.run_dir.stages), "delete it, and the stages run again", RunDirError)
         return {name: stage for name, stage in stages.items() if _is_record(stage)}
 
     def inputs(self, stage: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,14 +11,8 @@ from typing import Any
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, MissingExtraError, first_line
+from plop_dist.rundir.training_log import parse_entry
 from plop_dist.values.files import append_line, make_folder, write_text
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # cut off by a kill
-        return math.inf
 
 
 class TrainingLog:
@@ -66,7 +59,7 @@ class TrainingLog:
         (self._directory / "summary.json").unlink(missing_ok=True)
         path = self._directory / "log.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if _step_of(line) < step]
+        kept = [line for line in lines if (entry := parse_entry(line)) is not None and entry["step"] < step]
         if len(kept) < len(lines):
             write_text(path, "".join(f"{line}\n" for line in kept))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from plop_dist.config.loading import parse_config
+from plop_dist.errors import RunDirError
 from plop_dist.rundir.stages import Stages
 from plop_dist.rundir.trained import read_trained, write_trained
 
@@ -55,6 +57,13 @@ def test_an_edited_file_is_the_reason_as_it_was_when_the_run_began(finished: Pat
     assert stages(finished).reason_to_run("score") == f"{finished / 'rows.jsonl'} was edited or replaced"
     begun.finish("score", ["scores.json"])  # it has read the file before
     assert stages(finished).reason_to_run("score") == f"{finished / 'rows.jsonl'} was edited or replaced"
+
+
+def test_notes_that_hide_something_are_refused(finished: Path) -> None:
+    notes = stages(finished).run_dir.stages
+    notes.write_text(json.dumps({"score": {"inputs": {}, "outputs": ["a\x1b]0;x\x07"]}}))
+    with pytest.raises(RunDirError, match=r"stages\.json: score\.outputs\.0: 'a.x1b\]0;x.x07' holds .x1b"):
+        stages(finished).reason_to_run("score")
 
 
 def test_a_training_belongs_to_the_placement_that_it_marked(tmp_path: Path) -> None:

@@ -179,6 +179,21 @@ def test_events_and_logs_of_ranks_are_shown_visible(tmp_path: Path, capsys: pyte
     assert is_seen(printed.err + printed.out, also="\t\n")
 
 
+def test_lines_that_are_no_events_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = tmp_path / "events.jsonl"
+    with shown(events):
+        odd = (
+            "x",
+            "[]",
+            "{}",
+            '{"event": 3}',
+            '{"event": "scoring", "done": "1", "total": 2}',
+            '{"event": "scoring", "done": 1}',
+        )
+        events.write_text("\n".join([*odd, "[" * 100_000, '{"event": "status", "text": "the last"}', ""]))
+    assert capsys.readouterr().err.splitlines() == ["the last"]
+
+
 def test_an_argument_is_refused_before_anything_reads_it() -> None:
     for arguments in (["report", "x\x1b]0;t\x07"], ["--\x9b2J"], ["place", "x", "k=\u202e3"]):
         outcome = command(*arguments)
