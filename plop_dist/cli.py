@@ -26,7 +26,7 @@ from plop_dist.values.visible import make_messages_visible, say, visible
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
-_TAKE_TIME = {"check", "score", "place", "export", "report", "run", "submit", "diff", "bench"}
+_TAKE_TIME = {"check", "score", "place", "export", "report", "run", "submit", "diff", "bench", "doctor"}
 _began = time.monotonic()
 
 app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False, help=PROGRAM)
@@ -305,7 +305,7 @@ def doctor() -> None:
     from plop_dist.launch.doctor import examine
 
     failed = 0
-    for finding in examine():
+    for finding in talk.each_apart(examine()):
         say(f"{finding.what:<22} {finding.status:<7} {finding.text}", at_once=True)
         failed += finding.status == "failed"
     raise typer.Exit(1 if failed else 0)
@@ -367,17 +367,22 @@ def bench(
 ) -> None:
     """Measure on this machine what scoring costs."""
     from plop_dist.report import cost_tables
+    from plop_dist.rundir.events import working
 
     if scale:
         from plop_dist.costs.scale import measure_scale
 
-        cost_tables.print_scale(measure_scale([sys.executable, "-m", "plop_dist.cli"]))
+        with working("measuring what a module costs in models of three sizes"):
+            measured = measure_scale([sys.executable, "-m", "plop_dist.cli"])
+        cost_tables.print_scale(measured)
         return
     from plop_dist.costs.bench import run_bench
 
     if config is None:
         raise typer.BadParameter("Missing argument 'CONFIG'; only --scale needs none.")
-    cost_tables.print_bench(run_bench(_config(config, overrides), ranks=ranks, repeats=repeats))
+    with working("measuring what scoring costs"):
+        measured = run_bench(_config(config, overrides), ranks=ranks, repeats=repeats)
+    cost_tables.print_bench(measured)
     _way_on("score", config, *(overrides or []))
 
 

@@ -142,26 +142,29 @@ def _fit(trainer: TorchTrainer, stop_request: Path) -> None:
     Workers that train are asked to stop with a checkpoint first; a second signal, or a long step, does not wait.
     """
     raised: list[Exception] = []
+    # Not join(): in CPython 3.12 a thread counts as ended once an interrupt has come through that.
+    has_ended = threading.Event()
 
     def fit() -> None:
         try:
             trainer.fit()
         except Exception as error:
             raised.append(error)
+        finally:
+            has_ended.set()
 
     def terminate(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        thread = threading.Thread(target=fit, daemon=True)
-        thread.start()
+        threading.Thread(target=fit, daemon=True).start()
         try:
-            thread.join()
+            has_ended.wait()
         except (KeyboardInterrupt, SystemExit):
             if stop_request.is_file():
                 stop_request.write_text("stop")
-                thread.join(_STOP_SECONDS)
+                has_ended.wait(_STOP_SECONDS)
             raise
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -8,14 +8,16 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from plop_dist.errors import RunDirError, UserError
+from plop_dist.values.visible import visible
 
+_Item = TypeVar("_Item")
 _FIRST_FREE = 10  # descriptors that nobody closes or hands on as standard streams
 
 
@@ -53,7 +55,7 @@ def kept_apart(log: Path | None) -> Iterator[TextIO]:
     except Exception as error:
         if not isinstance(error, UserError):
             with suppress(OSError):
-                sys.stderr.write("".join(traceback.format_exception(error)))
+                _library_stream(2).write(visible("".join(traceback.format_exception(error))))
         raise
     finally:
         _flush(sys.stdout, sys.stderr)
@@ -64,6 +66,17 @@ def kept_apart(log: Path | None) -> Iterator[TextIO]:
                 os.dup2(copy, number)
                 os.close(copy)
         os.close(target)
+
+
+def each_apart(items: Iterable[_Item]) -> Iterator[_Item]:
+    """Yield items, in whose making libraries may talk, so that what is done with them speaks as usual."""
+    iterator = iter(items)
+    while True:
+        with kept_apart(None):
+            item = next(iterator, None)
+        if item is None:
+            return
+        yield item
 
 
 def rank_log(log: Path, rank: int) -> Path:
