@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from plop_dist.errors import RunDirError, UserError
+from plop_dist.values.visible import say
 
 _FIRST_FREE = 10  # descriptors that nobody closes or hands on as standard streams
 
@@ -53,7 +54,7 @@ def kept_apart(log: Path | None) -> Iterator[TextIO]:
     except Exception as error:
         if not isinstance(error, UserError):
             with suppress(OSError):
-                sys.stderr.write("".join(traceback.format_exception(error)))
+                say("".join(traceback.format_exception(error)), end="", to_stderr=True)
         raise
     finally:
         _flush(sys.stdout, sys.stderr)
