@@ -74,23 +74,33 @@ def _with_talk(function: Callable[..., None]) -> Callable[..., None]:
 
 @command(PREPARE)
 def init(
-    model: given.ModelName = None, data: given.DataPath = None, demo: given.Demo = False, output: given.Output = None
+    model: given.ModelName = None,
+    data: given.DataPath = None,
+    demo: given.Demo = False,
+    sample: given.Sample = None,
+    output: given.Output = None,
 ) -> None:
     """Write a configuration to start from, with every key explained."""
-    from plop_dist.config.starter import quickstart, starter, write_new
+    from plop_dist.config import starter
     from plop_dist.data.columns import guess_text
 
-    path, note = output or Path("quickstart.yaml" if demo else "config.yaml"), None
-    if demo and (model or data):
-        raise ConfigError("--demo brings its own model and data; leave out --model and --data.")
-    if demo:
-        write_new(path, quickstart())
+    own = "quickstart.yaml" if demo else f"{sample}.yaml" if sample else "config.yaml"
+    path, note = output or Path(own), None
+    if (demo or sample) and (model or data):
+        asked = "--demo" if demo else "--sample"
+        raise ConfigError(f"{asked} brings its own model and data; leave out --model and --data.")
+    if demo or sample:
+        starter.write_new(path, starter.sample(sample) if sample else starter.quickstart())
     elif model and data:
         keys, note = guess_text(data)
         run_dir = str(Path("runs", path.stem))
-        write_new(path, starter({"run_dir": run_dir, "model.name_or_path": model, "data.path": data, **keys}))
+        values = {"run_dir": run_dir, "model.name_or_path": model, "data.path": data, **keys}
+        starter.write_new(path, starter.starter(values))
     else:
-        raise ConfigError("init needs --model and --data, e.g. --model Qwen/Qwen2.5-0.5B --data rows.jsonl, or --demo.")
+        raise ConfigError(
+            "init needs --model and --data, e.g. --model Qwen/Qwen2.5-0.5B --data rows.jsonl, or --demo, or --sample "
+            f"with one of {', '.join(starter.samples())}."
+        )
     say(path)
     if note:
         say(f"note: {note}", to_stderr=True)

@@ -51,6 +51,13 @@ def complete_target(incomplete: str) -> list[str]:
     return [name for name in names(EXPORTERS) if name.startswith(incomplete)]
 
 
+def complete_sample(incomplete: str) -> list[tuple[str, str]]:
+    """Return the sample configurations that begin so, each with what it is for."""
+    from plop_dist.config.starter import samples
+
+    return [(name, text) for name, text in samples().items() if name.startswith(incomplete)]
+
+
 def complete_backend(incomplete: str) -> list[str]:
     """Return the backends that begin so."""
     return [name for name in names(BACKENDS) if name.startswith(incomplete)]
@@ -133,9 +140,15 @@ DataPath = Annotated[
     typer.Option("--data", help="File of rows (jsonl, json, csv, parquet, txt), or id of a dataset on the hub."),
 ]
 Demo = Annotated[bool, typer.Option("--demo", help="Write the quickstart, which brings model and data.")]
+Sample = Annotated[
+    str | None,
+    typer.Option(
+        "--sample", help="Write a sample for a usual case instead; see below.", autocompletion=complete_sample
+    ),
+]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", help="File to write.", show_default="config.yaml, with --demo quickstart.yaml"),
+    typer.Option("--output", help="File to write.", show_default="config.yaml; quickstart.yaml, SAMPLE.yaml"),
 ]
 AsMarkdown = Annotated[
     bool, typer.Option("--markdown", help="Print tables for people instead: key, default, values, meaning.")

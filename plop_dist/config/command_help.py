@@ -23,11 +23,20 @@ command goes on from there.
 
 COMMANDS = {
     "init": """\
-Looks at the columns of a local file to find the text in it. Never overwrites a file.
+Looks at the columns of a local file to find the text in it. Never overwrites a file. Samples for usual cases, to put
+your own model and data into:
+
+- `zero3-one-node`: SFT at ZeRO-3 on eight GPUs
+- `megatron-tp-pp`: Megatron, tensor times pipeline parallelism, then SFT
+- `gsm8k`: Megatron with tensor parallelism, data from the hub
+- `moe`: a mixture of experts
+- `grpo`: GRPO with a reward on the final number
+- `hand-off`: the weights of a training job's checkpoint
 
 Examples:
 
     plop-dist init --demo
+    plop-dist init --sample moe
     plop-dist init --model Qwen/Qwen2.5-0.5B-Instruct --data rows.jsonl
     plop-dist init --model ./my-model --data openai/gsm8k:main --output a.yaml
 """,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plop_dist.values.secret_texts import without_secrets
+from plop_dist.values.secret_texts import secret_part, without_secrets
 
 _MOST_CHARACTERS = 60
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
@@ -59,9 +59,10 @@ def origin_of(file: Path, overrides: Sequence[str]) -> Origin:
 
 
 def _shown(override: str) -> str:
-    """Return an override as it was typed, without a value that is long and without secrets."""
+    """Return an override as it was typed, without a value that is long or holds a secret."""
     key, _, value = override.partition("=")
-    return without_secrets(override) if len(value) <= _MOST_CHARACTERS else f"{key}=..."
+    is_short = len(value) <= _MOST_CHARACTERS and secret_part(value) is None
+    return without_secrets(override) if is_short else f"{key}=..."
 
 
 def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:

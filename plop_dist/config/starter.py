@@ -5,11 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from plop_dist.config.reference import Section, sections, yaml_value
-from plop_dist.errors import ConfigError
+from plop_dist.errors import ConfigError, suggest
 from plop_dist.values.files import write_text
 
 _WIDTH = 100
@@ -27,6 +28,24 @@ def starter(given: Mapping[str, Any]) -> str:
 def quickstart() -> str:
     """Return the configuration of the demo: a small model, data and a training that need no download from a hub."""
     return files("plop_dist.config").joinpath("quickstart.yaml").read_text(encoding="utf-8")
+
+
+def samples() -> dict[str, str]:
+    """Return what each sample configuration is for, by name: the first line of its file."""
+    found = sorted(_samples().iterdir(), key=lambda file: file.name)
+    first = {file.name: file.read_text(encoding="utf-8").partition("\n")[0] for file in found}
+    return {name.removesuffix(".yaml"): line.lstrip("# ") for name, line in first.items() if name.endswith(".yaml")}
+
+
+def sample(name: str) -> str:
+    """Return a sample configuration. Raises ConfigError, with what there is, for an unknown name."""
+    if name not in samples():
+        raise ConfigError(f"--sample is '{name}', which is no sample. {suggest(name, samples())}")
+    return _samples().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _samples() -> Traversable:
+    return files("plop_dist.config").joinpath("samples")
 
 
 def write_new(path: Path, text: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from plop_dist.config.schema import Config, DataConfig
+from plop_dist.config.schema import Config
 from plop_dist.costs.footprint import Shape, Stage, build_stages, on_one_rank
 from plop_dist.costs.training_memory import TrainingMemory, training_memory
-from plop_dist.costs.verdict import DataFacts, Verdict, judge
+from plop_dist.costs.verdict import DataFacts, Verdict, is_on_hub, judge
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import select_rows, tokenize
 from plop_dist.data.texts import render
@@ -155,7 +154,7 @@ def _types(projections: list[Projection], config: Config, shape: Shape) -> tuple
 def _look_at_data(config: Config, notes: list[str]) -> tuple[DataPlan, DataFacts | None, Any]:
     """Return what is known of the data, and the tokenizer, None where there is none or nothing to tokenise."""
     data = config.data
-    if _is_on_hub(data):
+    if is_on_hub(data.path):
         return DataPlan(data.path, None, None, None, None), None, None
     from plop_dist.backends.hf.load import load_tokenizer
 
@@ -178,13 +177,6 @@ def _look_at_data(config: Config, notes: list[str]) -> tuple[DataPlan, DataFacts
     first = render(rows[0], 1, data, tokenizer)
     plan = DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
     return plan, DataFacts(len(every), tuple(whole)), tokenizer
-
-
-def _is_on_hub(data: DataConfig) -> bool:
-    """Tell whether data.path can only be a datasets id: nothing local has its name, and it is not spelt as a file."""
-    path = data.path
-    is_spelt_as_file = path.startswith((".", "/", "~")) or Path(path).suffix[1:].isalpha()
-    return not (path.startswith("builtin:") or is_spelt_as_file or Path(path).exists())
 
 
 def _short(text: str, most: int = 100) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from plop_dist.checkpoints.folder import find_weights_folder
 from plop_dist.choose.policy import policy_of
 from plop_dist.config.schema import Config
 from plop_dist.costs.possible import Possible, possible_placements
-from plop_dist.errors import ConfigError, DataError, ExportError, PlacementError, PlopError, RankError
+from plop_dist.errors import ConfigError, DataError, ExportError, ModelError, PlacementError, PlopError, RankError
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.registry import BACKENDS, load
 from plop_dist.rundir.stages import Stages
@@ -77,7 +79,7 @@ def judge(
     data: None on a hub, where nothing was looked at; tokenizer: None where there is none; absent: what else the model's
     folder lacks, as sentences.
     """
-    problems = list(absent)
+    problems = [*absent, *checkpoint_problem(config)]
     warnings: list[str] = []
     if data is not None:
         if tokenizer is None:
@@ -113,6 +115,30 @@ def _refusals(config: Config, projections: Sequence[Projection], model: ModelInf
     return [str(first)]
 
 
+def is_on_hub(path: str) -> bool:
+    """Tell whether rows can only be a datasets id: nothing local has the name, and it is not spelt as a file."""
+    is_spelt_as_file = path.startswith((".", "/", "~")) or Path(path).suffix[1:].isalpha()
+    return not (path.startswith("builtin:") or is_spelt_as_file or Path(path).exists())
+
+
+def checkpoint_problem(config: Config) -> list[str]:
+    """Return what is wrong with the folder of model.checkpoint, as far as its files' names say it."""
+    if config.model.checkpoint is None:
+        return []
+    try:
+        _, kind = find_weights_folder(config.model.checkpoint)
+    except ModelError as error:
+        return [str(error)]
+    backend = config.parallel.backend
+    if (kind == "megatron") != (backend == "megatron"):
+        writer, reader = ("Megatron", "megatron") if kind == "megatron" else ("DeepSpeed", "deepspeed")
+        return [
+            f"model.checkpoint '{config.model.checkpoint}' is {writer}'s, but parallel.backend is {backend}; set "
+            f"parallel.backend={reader}."
+        ]
+    return []
+
+
 def _judge_rows(config: Config, data: DataFacts, problems: list[str], warnings: list[str]) -> None:
     wanted, there = config.data.num_samples, data.num_rows
     if there < wanted:
@@ -131,7 +157,8 @@ def _judge_rows(config: Config, data: DataFacts, problems: list[str], warnings: 
 
 
 def _judge_training_rows(config: Config, tokenizer: object, problems: list[str]) -> None:
-    if config.train.method == "none":
+    others = [path for path in (config.train.data_path, config.train.eval_path) if path is not None]
+    if config.train.method == "none" or any(map(is_on_hub, others)):
         return
     try:
         rows, held_out = split_rows(config)

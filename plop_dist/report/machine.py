@@ -13,6 +13,7 @@ from plop_dist.choose.diagnostics import Diagnostic
 from plop_dist.exporters.diff import Difference
 from plop_dist.exporters.fits import Fit
 from plop_dist.rundir.layout import RunDir
+from plop_dist.rundir.made_from import outdated
 from plop_dist.values.placement import Export, Placement
 from plop_dist.values.visible import say
 
@@ -70,7 +71,10 @@ def placed(paths: RunDir, placement: Placement, findings: Iterable[Diagnostic], 
         **placement.model_dump(mode="json", by_alias=True, exclude={"modules", "schema_", "diagnostics"}),
         "num_modules": len(placement.modules),
         "types": [entry.model_dump(mode="json") for entry in placement.source.types],
-        "warnings": [finding.text for finding in findings if finding.severity == "warning"],
+        "warnings": [
+            *(finding.text for finding in findings if finding.severity == "warning"),
+            *(f"{item.name} was made from an older placement" for item in ([] if dry_run else outdated(paths))),
+        ],
         "notes": [finding.text for finding in findings if finding.severity == "note"],
         "next": _command("export", paths.path, "--to", "peft"),
     }

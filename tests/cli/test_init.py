@@ -12,8 +12,10 @@ import jsonschema
 import pytest
 import yaml
 
+from plop_dist.config.command_help import COMMANDS
 from plop_dist.config.loading import load_config, parse_config
 from plop_dist.config.schema import Config
+from plop_dist.config.starter import samples
 from plop_dist.registry import BACKENDS, EXPORTERS, names
 from tests.cli.cases import assert_one_message, plop_dist
 from tests.models import save_tiny
@@ -139,7 +141,14 @@ def shrunk(config: Path, here: Path) -> list[str]:
     loaded = load_config(config)
     overrides = []
     if not loaded.model.name_or_path.startswith("builtin:"):
-        overrides += [f"model.name_or_path={save_tiny('llama', here / 'model')}"]
+        family = "qwen3_moe" if config.stem == "moe" else "llama"
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+        overrides += [f"model.name_or_path={save_tiny(family, here / 'model', **sizes)}"]
+    if loaded.model.checkpoint is not None:
+        left = here / loaded.model.checkpoint / "global_step1000" / "mp_rank_00_model_states.pt"
+        left.parent.mkdir(parents=True)
+        left.touch()
+        (left.parents[1] / "latest").write_text(left.parent.name)
     if not loaded.data.path.startswith("builtin:"):
         row = {"question": "a", "answer": "b", "messages": [{"role": "user", "content": "c"}]}
         (here / "rows.jsonl").write_text((json.dumps(row) + "\n") * 240)
@@ -150,7 +159,7 @@ def shrunk(config: Path, here: Path) -> list[str]:
 def each_config() -> list[Any]:
     """Return a case per configuration; the model of the quickstart is converted when it is first asked for."""
     return [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == "quickstart" else [])
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in ("quickstart", "grpo") else [])
         for path in sorted(CONFIGS.glob("*.yaml"))
     ]
 
@@ -160,3 +169,23 @@ def test_the_configurations_of_the_checkout_pass_check(here: Path, config: Path)
     outcome = plop_dist("check", config, *shrunk(config, here))
     assert outcome.status == 0, outcome.err
     assert f"Ranks: {load_config(config).parallel.world_size}" in outcome.out
+
+
+def test_samples_are_listed_and_are_the_checkout_s(here: Path) -> None:
+    nothing = plop_dist("init")
+    for name, text in samples().items():
+        assert f" {name}" in nothing.err
+        assert f"`{name}`" in COMMANDS["init"]
+        assert text
+        assert (CONFIGS / f"{name}.yaml").is_symlink(), "two copies"
+        assert plop_dist("init", "--sample", name).status == 0
+        assert Path(f"{name}.yaml").read_text() == (CONFIGS / f"{name}.yaml").read_text()
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*samples(), "quickstart"}
+    assert_one_message(plop_dist("init", "--sample", "mo"), "Did you mean 'moe'?", "hand-off")
+
+
+def test_a_checkpoint_that_is_not_there_is_not_ok(here: Path) -> None:
+    config = CONFIGS / "hand-off.yaml"
+    overrides = shrunk(config, here)
+    (here / "checkpoints" / "latest").write_text("global_step9")
+    assert_one_message(plop_dist("check", config, *overrides), "model.checkpoint 'checkpoints' names 'global_step9'")

@@ -69,6 +69,7 @@ MADE = (
     "config.yaml", "quickstart.yaml", "a.yaml", "runs/", "train/adapter/", "adapter/", "megatron_adapter/",
     "checkpoints/step-", "checkpoints/checkpoint-", "depends_on.txt", "held_out_before.txt", "verl/", "nemo-rl/",
     "launch.sh", "tensorboard/", "wandb/", "strips_plop/", "nfn_share.py", "quilt_plop.py", "tests/parsers/TARGET",
+    "RUN_DIR/log.txt",
 )  # fmt: skip
 
 
