@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from plop_dist.errors import RunDirError, UserError
-<<<<<<< HEAD
-from plop_dist.values.visible import visible
-=======
 from plop_dist.values.visible import say
->>>>>>> w/commands
 
 _Item = TypeVar("_Item")
 _FIRST_FREE = 10  # descriptors that nobody closes or hands on as standard streams
@@ -59,11 +55,7 @@ def kept_apart(log: Path | None) -> Iterator[TextIO]:
     except Exception as error:
         if not isinstance(error, UserError):
             with suppress(OSError):
-<<<<<<< HEAD
-                _library_stream(2).write(visible("".join(traceback.format_exception(error))))
-=======
                 say("".join(traceback.format_exception(error)), end="", to_stderr=True)
->>>>>>> w/commands
         raise
     finally:
         _flush(sys.stdout, sys.stderr)
