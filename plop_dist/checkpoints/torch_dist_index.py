@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import filesystem
 
 from plop_dist.errors import ModelError, without_advice
 
@@ -55,6 +59,19 @@ def check_index(directory: Path) -> None:
             f"model.checkpoint '{directory}': its index (.metadata) cannot be read "
             f"({type(error).__name__}: {without_advice(str(error))}); copy the whole directory, hidden files included."
         ) from error
+
+
+@contextmanager
+def indexes_checked() -> Iterator[None]:
+    """Have torch read every index of the block in the same way: it may be another one than was checked."""
+    home: Any = filesystem
+    own, reader = home.pickle, ModuleType("pickle")
+    vars(reader).update(vars(own), load=lambda file: _IndexUnpickler(file).load())
+    home.pickle = reader
+    try:
+        yield
+    finally:
+        home.pickle = own
 
 
 class _ForeignError(Exception):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from plop_dist.checkpoints.safe_pickle import tensors_only
-from plop_dist.checkpoints.torch_dist_index import check_index
+from plop_dist.checkpoints.torch_dist_index import check_index, indexes_checked
 from plop_dist.errors import ModelError, first_line
 from tests import payloads
 
@@ -73,3 +73,18 @@ def test_the_users_own_switch_is_put_back_and_does_not_count(monkeypatch: pytest
     assert not marker.exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_an_index_that_is_exchanged_after_it_was_checked_is_not_run(saved: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    with indexes_checked():
+        dcp.load({"weight": torch.zeros(2, 3)}, checkpoint_id=saved, no_dist=True)
+    (saved / ".metadata").write_bytes(payloads.call("torch", "os.mkdir", str(marker)))
+
+    def load() -> None:
+        dcp.load({"weight": torch.zeros(2, 3)}, checkpoint_id=saved, no_dist=True)
+
+    with indexes_checked(), pytest.raises(BaseException, match=r"torch\.os\.mkdir"):
+        load()
+    assert not marker.exists()
+    assert payloads.fires(marker, load)  # torch reads as before again

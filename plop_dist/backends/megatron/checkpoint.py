@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from plop_dist.checkpoints.safe_pickle import tensors_only
-from plop_dist.checkpoints.torch_dist_index import check_index
+from plop_dist.checkpoints.torch_dist_index import check_index, indexes_checked
 from plop_dist.errors import ModelError, as_cause, first_line
 
 # Objects beside the weights: FP8 scales, pickled, which no score needs. Transformer Engine would unpickle them.
@@ -35,9 +35,10 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
     check_index(directory)
     keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     wanted = {key: _tensors(cast(Any, chunk).sharded_state_dict()) for key, chunk in zip(keys, chunks, strict=True)}
-    _check_keys(wanted, directory)
+    with indexes_checked():
+        _check_keys(wanted, directory)
     try:
-        with _weights_alone(), tensors_only():
+        with _weights_alone(), tensors_only(), indexes_checked():
             loaded: Any = dist_checkpointing.load(wanted, str(directory))
         for key, chunk in zip(keys, chunks, strict=True):
             _put(chunk, loaded[key])
