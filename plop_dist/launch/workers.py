@@ -26,6 +26,7 @@ from plop_dist.config.schema import Config
 from plop_dist.errors import PlopError, UserError, WorkerError
 from plop_dist.launch.cluster import (
     check_resources,
+    close_token,
     connected,
     last_line,
     resources_per_worker,
@@ -66,6 +67,7 @@ def run_workers(stages: Stages, wanted: Sequence[str], *, force: bool = False) -
     launch = Launch(uuid.uuid4().hex, values, references, list(wanted), force, os.getcwd(), _log_of(stages))
     events, records = stages.run_dir.events, records_of(stages.run_dir, launch.id).resolve()
     notify = EventWriter(events, config.hide)
+    close_token()  # here, so that what it says does not go where libraries talk
     with kept_apart(stages.run_dir.log) as own, shown(events, own):
         notify("phase", text=f"joining Ray at {config.cluster.address}" if config.cluster.address else "starting Ray")
         with connected(config):
