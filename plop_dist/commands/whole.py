@@ -1,0 +1,46 @@
+"""Commands that do the whole of it: here, or as a job of a cluster."""
+
+from __future__ import annotations
+
+import typer
+
+from plop_dist.commands.program import checked_config, command, speaks, way_on
+from plop_dist.config import arguments as given
+from plop_dist.config.command_help import WHOLE
+
+
+@command(WHOLE)
+def run(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
+    """Score, place, export, train (where `train.method` says so) and report."""
+    from plop_dist.choose.diagnostics import diagnose
+    from plop_dist.launch import pipeline
+    from plop_dist.report import closing, terminal
+    from plop_dist.values.placement import Placement
+
+    loaded = checked_config(config, overrides)
+    run_dir = pipeline.run(loaded, pipeline.command_line())
+    if speaks():
+        placement = Placement.from_file(run_dir.placement)
+        terminal.print_types(placement.source, placement)
+        terminal.print_diagnostics(diagnose(placement.source, placement))
+        terminal.print_training(run_dir)
+        closing.print_outdated(run_dir)
+        exports = [run_dir.exports / target for target in loaded.export.targets]
+        adapter = [run_dir.train / "adapter"] if loaded.train.method != "none" else []
+        closing.print_files(run_dir.scores, run_dir.placement, *exports, *adapter, run_dir.report)
+        way_on("targets", run_dir.path)
+
+
+@command(WHOLE)
+def submit(
+    config: given.ConfigFile, overrides: given.Overrides = None, address: given.Address = "http://127.0.0.1:8265"
+) -> None:
+    """Do what `run` does as a job on a Ray cluster, and follow its log."""
+    from plop_dist.registry import missing_extra
+
+    loaded = checked_config(config, overrides)
+    try:
+        from plop_dist.launch.jobs import submit_job
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "plop-dist submit") from error
+    raise typer.Exit(submit_job(loaded, address))
