@@ -87,7 +87,7 @@ def bench(
         from plop_dist.costs.scale import measure_scale
 
         with working("measuring what a module costs in models of three sizes"):
-            measured = measure_scale([sys.executable, "-m", "plop_dist.cli"])
+            measured = measure_scale([sys.executable, sys.argv[0]])
         cost_tables.print_scale(measured)
         return
     from plop_dist.costs.bench import run_bench
