@@ -34,7 +34,7 @@ from plop_dist.report.terminal import (
 from plop_dist.report.training import training_of
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.made_from import outdated, placement_mark
-from plop_dist.values.files import write_text
+from plop_dist.values.files import LINKED, refuse_links, write_text
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Scores
 from plop_dist.values.visible import visible
@@ -48,8 +48,9 @@ def write_report(run_dir: RunDir) -> Path:
     Reads scores.json (required) and samples.safetensors, placement.json, train/log.jsonl, train/summary.json,
     config.yaml and command.txt where they exist. Secrets are left out of it.
     Raises ScoresError for a file that is missing or malformed, ConfigError for the policy of a placement that cannot be
-    read.
+    read, RunDirError for a link: what it leads to is not the run's, and the page is passed on.
     """
+    refuse_links(run_dir.path, besides=LINKED)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("plop_dist.report", "templates"),
         autoescape=True,

@@ -30,7 +30,9 @@ from plop_dist.values.files import write_text
 from plop_dist.values.placement import Placement
 
 _MARK = "depends_on.txt"
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+_UNWRITABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,9 @@ def saving_to(directory: Path) -> Iterator[None]:
         is_other_system_error = isinstance(error, OSError) and error.errno not in _UNWRITABLE
         if is_other_system_error or (isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text):
             raise
-        raise RunDirError(f"{directory} cannot be written: {text}; free space there, and run again.") from error
+        raise RunDirError(
+            f"{directory} cannot be written: {text}; free space there or delete what is in the way, and run again."
+        ) from error
 
 
 def finish(trainer: Any, config: Config, resume: str | None) -> Path:
