@@ -12,7 +12,7 @@ from typing import Any
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, MissingExtraError, first_line
 from plop_dist.rundir.training_log import parse_entry
-from plop_dist.values.files import append_line, make_folder, write_text
+from plop_dist.values.files import append_line, make_folder, remove, write_text
 
 
 class TrainingLog:
@@ -56,7 +56,7 @@ class TrainingLog:
 
     def _take_over_from(self, step: int) -> None:
         """Take out what an earlier run wrote of this step, now trained (again), of later ones, and of its end."""
-        (self._directory / "summary.json").unlink(missing_ok=True)
+        remove(self._directory / "summary.json")
         path = self._directory / "log.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [line for line in lines if (entry := parse_entry(line)) is not None and entry["step"] < step]

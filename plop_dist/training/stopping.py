@@ -16,6 +16,7 @@ import torch.distributed as dist
 from plop_dist import ranks
 from plop_dist.rundir.layout import RunDir
 from plop_dist.training.sums import sum_over
+from plop_dist.values.files import remove
 
 _SECOND_SECONDS = 1.0  # a launcher hands its own signal on: what comes together is one request
 
@@ -66,4 +67,4 @@ def stoppable(run_dir: RunDir) -> Iterator[Stopping]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         if ranks.rank() == 0:
-            run_dir.stop_request.unlink(missing_ok=True)
+            remove(run_dir.stop_request)

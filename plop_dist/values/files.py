@@ -102,6 +102,16 @@ def refuse_links(root: Path, *, besides: Container[str] = ()) -> None:
                 folders.append(Path(entry.path))
 
 
+def remove(path: Path) -> None:
+    """Remove a file, if it is there. Raises RunDirError naming path and cause, a folder in its place too."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunDirError(
+            f"cannot delete {path}: {error.strerror or error}; delete it yourself, or choose another run_dir."
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically. Raises RunDirError."""
     write_bytes(path, text.encode())

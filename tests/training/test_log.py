@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from plop_dist.errors import ConfigError
+from plop_dist.errors import ConfigError, RunDirError
 from plop_dist.training.log import TrainingLog
 from tests.training.cases import make_config
 
@@ -79,3 +79,9 @@ def test_a_logger_that_cannot_begin_is_one_message(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))  # stands in for wandb without an account
     with pytest.raises(ConfigError, match=r"'wandb' cannot begin a run \(PermissionError: No API key configured\)"):
         write(tmp_path, "wandb")
+
+
+def test_a_folder_in_the_place_of_the_summary_is_named(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").mkdir()
+    with pytest.raises(RunDirError, match=r"cannot delete .*summary\.json: .*; delete it yourself"):
+        write(tmp_path)
