@@ -62,6 +62,7 @@ def placement_with(decision: Decision, chosen_U: np.ndarray) -> Placement:
         rank_pattern={name: rank for name, rank in config.rank_pattern.items() if name in names},
         num_trainable_parameters=0,
         selection_confidence=None,
+        scores_digest=decision.scores.digest,
     )
     oversized = oversized_ranks(modules, placement.rank_of)
     if len(oversized) == len(types):  # where it is only some of them, a diagnostic says so

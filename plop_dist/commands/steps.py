@@ -94,7 +94,7 @@ def export(
     from plop_dist.exporters.write import write_export
     from plop_dist.report import machine
     from plop_dist.report.catalogue import print_fits
-    from plop_dist.report.closing import path_from_here
+    from plop_dist.report.closing import path_from_here, print_of_older_scores
     from plop_dist.rundir.layout import RunDir
     from plop_dist.rundir.made_from import placement_mark
     from plop_dist.rundir.stored_config import placement_config
@@ -114,8 +114,9 @@ def export(
     except ExportError as error:
         raise explained(error, placement, to, engine, placement_config(paths, []), str(run_dir)) from error
     if as_json:
-        machine.tell("export", **machine.exported(run_dir, paths.exports / to, written))
+        machine.tell("export", **machine.exported(run_dir, paths.exports / to, written, placement))
         return
+    print_of_older_scores(placement, paths)
     for note in (*written.notes, *(f"widened: {item}" for item in written.widened)):
         say(f"note: {note}", to_stderr=True)
     for name in written.files:
@@ -131,10 +132,13 @@ def report(run_dir: given.RunDirectory) -> None:
     from plop_dist.report import closing, write_report
     from plop_dist.rundir.events import working
     from plop_dist.rundir.layout import RunDir
+    from plop_dist.values.placement import Placement
 
     paths = RunDir(run_dir)
     with working("writing the report"):
         write_report(paths)
+    if paths.placement.is_file():
+        closing.print_of_older_scores(Placement.from_file(paths.placement), paths)
     closing.print_outdated(paths)
     closing.print_files(paths.report)
     way_on("targets", run_dir)

@@ -11,6 +11,7 @@ from pathlib import Path
 from plop_dist.report.grid import show_line
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.made_from import made_from_scores, outdated
+from plop_dist.values.placement import Placement
 from plop_dist.values.visible import say
 
 
@@ -31,6 +32,13 @@ def print_older_than_scores(run_dir: RunDir) -> None:
     names = made_from_scores(run_dir)
     if names:
         show_line(f"warning: made from the scores that were here before: {', '.join(names)}. Place again first.")
+
+
+def print_of_older_scores(placement: Placement, run_dir: RunDir) -> None:
+    """Print that a placement was drawn from other scores than those that are there, where it was."""
+    if placement.is_of_older_scores:
+        show_line("warning: placement.json was made from older scores than those that are there. To place anew:")
+        show_line(f"  {command_text('place', run_dir.path)}", is_whole=True)
 
 
 def print_files(*paths: Path) -> None:

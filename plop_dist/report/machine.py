@@ -80,13 +80,16 @@ def placed(paths: RunDir, placement: Placement, findings: Iterable[Diagnostic], 
     }
 
 
-def exported(run_dir: Path, directory: Path, export: Export) -> dict[str, Any]:
+def exported(run_dir: Path, directory: Path, export: Export, placement: Placement) -> dict[str, Any]:
     """Return what `export --json` says: files, what to paste, and what is adapted beyond the placement."""
     return {
         "target": export.target,
         "files": [str(directory / name) for name in export.files],
         "flags": list(export.flags),
-        "warnings": list(export.widened),
+        "warnings": [
+            *export.widened,
+            *(["placement.json was made from older scores"] if placement.is_of_older_scores else []),
+        ],
         "notes": list(export.notes),
         "next": _command("report", run_dir),
     }

@@ -94,6 +94,7 @@ def build_context(run_dir: RunDir) -> dict[str, Any]:
         "pastes": pasted,
         "other_targets": paste.other_targets(),
         "next_step": paste.next_step(run_dir, placement, pasted, training.summary),
+        "is_of_older_scores": placement is not None and placement.is_of_older_scores,
         "outdated": [entry for entry in outdated(run_dir) if entry.name != run_dir.report.name],
         "training": redact(training.summary),
         "held_out_label": training.held_out_label,

@@ -25,7 +25,7 @@ class Placement(Value):
 
     `modules` are logical paths, in natural order; `module_types` the types they belong to, lowest NFN first;
     `rank_pattern` maps a type or path to a rank other than `rank`. The scores it was drawn from ride along for the
-    exporters (what else exists in the model, what is fused into what).
+    exporters (what else exists in the model, what is fused into what); `scores_digest` tells them from later ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
@@ -39,6 +39,7 @@ class Placement(Value):
     num_trainable_parameters: int = Field(ge=0)
     selection_confidence: float | None = Field(None, ge=0, le=1)
     scores: str = "scores.json"
+    scores_digest: str | None = None
     diagnostics: tuple[str, ...] = ()
     _source: Scores | None = PrivateAttr(default=None)
 
@@ -48,6 +49,11 @@ class Placement(Value):
         if self._source is None:
             raise ScoresError(f"The placement was read without its scores; keep {self.scores} beside placement.json.")
         return self._source
+
+    @property
+    def is_of_older_scores(self) -> bool:
+        """Whether the scores beside it have become others since; not known of placements that keep no digest."""
+        return self.scores_digest not in (None, self.source.digest)
 
     def with_source(self, scores: Scores) -> Placement:
         """Return the same placement carrying the scores it was drawn from."""

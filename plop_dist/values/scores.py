@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -134,6 +135,14 @@ class Scores(Value):
     versions: dict[str, Any] = {}
     timing: dict[str, Any] = {}
     _samples: SampleTotals | None = PrivateAttr(default=None)
+
+    @property
+    def digest(self) -> str:
+        """What tells these scores from others: a short hash of every module's path and NFN, not of times or places."""
+        found = hashlib.sha256()
+        for module in self.modules:
+            found.update(f"{module.fqn} {module.nfn!r}\n".encode())
+        return found.hexdigest()[:16]
 
     @property
     def samples(self) -> SampleTotals | None:

@@ -96,6 +96,14 @@ def test_scores_that_have_become_others_name_what_was_made_from_those_before(fin
     scored = plop_dist(*arguments, "data.num_samples=6")
     expected = "made from the scores that were here before: placement.json, exports/peft, train, report.html"
     assert expected in scored.out
+    older = "placement.json was made from older scores"
+    for command in (("export", "run", "--to", "peft"), ("report", "run"), ("export", "run", "--to", "peft", "--json")):
+        assert older in plop_dist(*command).out, command
+    assert older in Path("run/report.html").read_text()
+    plop_dist("place", "run")
+    for command in (("export", "run", "--to", "peft"), ("report", "run")):
+        assert older not in plop_dist(*command).out, command
+    assert older not in Path("run/report.html").read_text()
 
 
 def test_a_dry_run_shows_the_choice_and_changes_nothing(case: Path) -> None:
