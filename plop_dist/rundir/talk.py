@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from plop_dist.errors import RunDirError, UserError
+from plop_dist.values.secret_texts import without_secrets
 from plop_dist.values.visible import say
 
 _Item = TypeVar("_Item")
@@ -42,7 +43,10 @@ def kept_apart(log: Path | None) -> Iterator[TextIO]:
     the block and is no user's mistake leaves its traceback there. Raises RunDirError for a log that cannot be written.
     """
     own = _own_stderr()
-    target = os.dup(own.fileno()) if options.is_verbose and _has_descriptor(own) else _open(options.log_file or log)
+    is_shown = options.is_verbose and _has_descriptor(own)
+    path = None if is_shown else options.log_file or log
+    target = os.dup(own.fileno()) if is_shown else _open(path)
+    start = os.fstat(target).st_size
     streams = sys.stdout, sys.stderr
     _flush(*streams)
     saved = {number: _duplicate(number) for number in (1, 2)}
@@ -66,6 +70,8 @@ def kept_apart(log: Path | None) -> Iterator[TextIO]:
                 os.dup2(copy, number)
                 os.close(copy)
         os.close(target)
+        if path is not None:
+            _take_out_secrets(path, start)
 
 
 def each_apart(items: Iterable[_Item]) -> Iterator[_Item]:
@@ -127,6 +133,18 @@ def _open(log: Path | None) -> int:
     copy = fcntl.fcntl(first, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
     os.close(first)
     return copy
+
+
+def _take_out_secrets(log: Path, start: int) -> None:
+    """Rewrite what a log has got since it had `start` bytes, if there is a secret in it: a library may print one."""
+    with suppress(OSError), log.open("r+b") as handle:
+        handle.seek(start)
+        said = handle.read().decode("utf-8", errors="replace")
+        cleaned = without_secrets(said)
+        if cleaned != said:
+            handle.seek(start)
+            handle.truncate()
+            handle.write(cleaned.encode())
 
 
 def _duplicate(number: int) -> int | None:
