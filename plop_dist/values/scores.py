@@ -20,6 +20,8 @@ SCORES_SCHEMA = "plop-dist/scores/1"
 Storage = Literal["linear", "conv1d", "fused", "expert_parameter", "router"]
 # No linear is wider; parameters of 2^15 modules at the highest rank, 2^20, then still are whole numbers of 64 bits.
 Features = Annotated[int, Field(gt=0, le=1 << 26)]
+# No module's path comes near it; some exporters look at every part of a name.
+Name = Annotated[str, Field(max_length=512)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 _T = TypeVar("_T", bound=BaseModel)
@@ -40,13 +42,13 @@ class Projection(Value):
     `router` (the weight of a module at `fqn` that does or keeps more than W z, so that no adapter fits it).
     """
 
-    fqn: str
-    type: str
+    fqn: Name
+    type: Name
     layer: int | None = None
     in_features: Features
     out_features: Features
     storage: Storage = "linear"
-    stored_in: str | None = None
+    stored_in: Name | None = None
 
     @property
     def holder(self) -> str:

@@ -205,3 +205,12 @@ def test_a_value_with_an_equals_sign_or_not_yaml() -> None:
     assert split_override("a.b={unclosed") == ("a.b", "{unclosed")
     assert split_override("a.b=1.5e3") == ("a.b", 1500.0)
     assert split_override("a.b=Llama-3e") == ("a.b", "Llama-3e")
+
+
+@pytest.mark.parametrize(
+    "key", ["run_dir", "model.name_or_path", "model.checkpoint", "data.path", "train.data_path", "train.eval_path"]
+)
+@pytest.mark.parametrize("value", ["a" * 256, "/x" * 2048, "b" * 300 + "/c"])
+def test_a_path_that_no_filesystem_takes_is_refused_by_its_key(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: expected a path of at most 4,095 bytes"):
+        load(tmp_path, f"{key}={value}")

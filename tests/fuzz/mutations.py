@@ -86,7 +86,8 @@ def _twist(parent: Any, key: Any, rng: Random, places: Any) -> None:
     if isinstance(value, bool) or value is None:
         parent[key] = rng.choice((not value, str(value), int(bool(value))))
     elif isinstance(value, int | float):
-        choices = (-value, value + 1, value - 1, value * 2, str(value), [value], float(value), rng.choice(NUMBERS))
+        real = float(value) if abs(value) < 1e300 else -value  # JSON's whole numbers may have any size
+        choices = (-value, value + 1, value - 1, value * 2, str(value), [value], real, rng.choice(NUMBERS))
         parent[key] = rng.choice(choices)
     elif isinstance(value, str):
         at = rng.randrange(len(value) + 1)
