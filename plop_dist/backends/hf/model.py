@@ -128,10 +128,16 @@ class HFModel:
         return options
 
     def _needs_positions(self, micro_batch: MicroBatch) -> bool:
-        """Tell whether position_ids, in right-padded rows, are others than 0, 1, 2, ..."""
+        """Tell whether position_ids, in right-padded rows, are others than 0, 1, 2, ...
+
+        Beside further inputs, and with padding on any side, only those of packed rows are: the rest are the host's to
+        give.
+        """
         positions = micro_batch.position_ids
-        if positions is None or micro_batch.extra or not self._takes_positions:
+        if positions is None or "position_ids" in micro_batch.extra or not self._takes_positions:
             return False
+        if micro_batch.extra:
+            return is_packed(positions, micro_batch.attention_mask)
         places = torch.arange(positions.shape[1], device=positions.device)
         return bool(((positions != places) & (micro_batch.attention_mask != 0)).any())
 
