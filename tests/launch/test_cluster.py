@@ -191,8 +191,9 @@ def test_submit_without_the_token_is_one_message(case: Case, head: Head) -> None
     config = case.write("unknown")
     done = run(BIN / "plop-dist", "submit", config, "--address", head.dashboard, RAY_AUTH_TOKEN="0" * 32)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: --address {head.dashboard} does not take this job")
+    begun, said = done.stderr.splitlines()
+    assert begun == "plop-dist submit: starting"
+    assert said.startswith(f"error: --address {head.dashboard} does not take this job")
 
 
 def test_workers_get_threads_by_cores_and_this_process_caches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_an_installed_engine_is_started_and_its_exit_status_is_that_of_the_run(t
     marker = tmp_path / "marker"
     (tmp_path / "theirs.sh").write_text(f"mkdir {marker}\n")
     summary = json.loads((train / "summary.json").read_text())
-    job["script"] = str(tmp_path / "theirs.sh")
+    job = {"script": str(tmp_path / "theirs.sh"), "directory": job["directory"]}
     (train / "summary.json").write_text(json.dumps({**summary, "job": job}))
     shutil.rmtree(tmp_path / "run" / "exports")
     exported = run_with(packages, config)
