@@ -56,7 +56,7 @@ APART := $(patsubst tests/%.txt,.cache/%/.installed,$(wildcard tests/parsers/*.t
 test: setup $(APART) ## every test but the rare ones
 	$(PYTEST)
 
-test-fast: setup ## what takes no more than a few seconds each: less than a minute on two cores
+test-fast: setup ## what takes less than half a second each: about a minute on two cores
 	$(PYTEST) -m "not slow and not rare and not gpu"
 
 test-rare: setup ## more of what other tests show, minutes long

@@ -6,6 +6,7 @@ import itertools
 from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,6 +91,7 @@ def plain_choice(candidates: Candidates, values_U: np.ndarray, limit: int) -> np
     num_spare=st.sampled_from([0, 64]),
     silent=st.sampled_from([0.0, 0.2]),
 )
+@pytest.mark.slow
 def test_the_rule_is_the_plain_rule(
     seed: int, num_layers: int, granularity: str, limit: int, ranks: dict[str, int], num_spare: int, silent: float
 ) -> None:

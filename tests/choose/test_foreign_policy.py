@@ -55,6 +55,7 @@ def run(package: Path | None, *arguments: str) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_the_page_runs(package: Path, run_dir: Path) -> None:
     command = re.search(r"^    plop-dist (place .*)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert command is not None
@@ -95,6 +96,7 @@ def test_its_mistakes_are_named(package: Path, run_dir: Path, options: list[str]
         assert part in done.stderr
 
 
+@pytest.mark.slow
 def test_without_the_package_its_placement_is_still_read_and_the_policy_named(package: Path, run_dir: Path) -> None:
     done = run(package, "place", str(run_dir), "placement.policy=lowest_share")
     assert done.returncode == 0, done.stderr

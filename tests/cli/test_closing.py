@@ -73,6 +73,7 @@ def test_the_next_command_of_each_step_can_be_pasted(finished: Path, case: Path)
     assert outcome.status == 0, outcome.err
 
 
+@pytest.mark.slow
 def test_what_was_made_from_an_older_placement_is_named_until_it_is_made_anew(case: Path) -> None:
     assert plop_dist("export", "run", "--to", "verl").status == 0
     same = plop_dist("place", "run")

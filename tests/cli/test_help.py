@@ -61,6 +61,7 @@ def test_the_first_page_speaks_to_users_and_names_groups_and_exit_statuses() -> 
     assert re.search(r"Exit status: 0 done; 1 failed while running; 2 bad input", page)
 
 
+@pytest.mark.slow
 def test_help_comes_at_once() -> None:
     """Typer alone: neither torch nor pydantic, which take longer than anyone's patience with --help."""
     code = """
@@ -84,6 +85,7 @@ assert not heavy, heavy
     assert min(seconds) < 0.5
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_as_a_module_and_as_a_file() -> None:
     """As a file its folder comes first on the path, where no module may hide one of the standard library."""
     for way in (["-m", "plop_dist.cli"], [str(ROOT / "plop_dist" / "cli.py")]):

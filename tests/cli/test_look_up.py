@@ -35,6 +35,7 @@ def test_the_version() -> None:
     assert command("--version").out == f"plop-dist {plop_dist.__version__}\n"
 
 
+@pytest.mark.slow
 def test_a_key_is_explained() -> None:
     assert command("config", "data.num_samples").out.splitlines() == [
         "data.num_samples",
@@ -116,6 +117,7 @@ def test_export_without_a_target_lists_what_each_can_express(done: Path, words: 
         assert "this one  exactly" in outcome.out
 
 
+@pytest.mark.slow
 def test_a_probe_that_hangs_or_fails_is_a_finding() -> None:
     begun = time.monotonic()
     hung = doctor.probe("gloo", "import time; time.sleep(60)", limit_s=1)

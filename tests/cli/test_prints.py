@@ -95,6 +95,7 @@ def test_what_a_command_prints(
         assert not [line for line in long if " " in line.strip() and "/" not in line and "=" not in line]
 
 
+@pytest.mark.slow
 def test_the_first_line_comes_within_a_second() -> None:
     """Of processor time: machines that are busy with other things take longer for everything."""
     code = """
@@ -124,6 +125,7 @@ print(*sys.stderr.first, file=stderr)
         assert float(seconds) < 1.0
 
 
+@pytest.mark.slow
 def test_libraries_talk_to_the_log_whatever_they_print_with(finished: Path, tmp_path: Path) -> None:
     """In a process of its own: Python's streams, logging, descriptors, C's buffers, a thread, a child, the very end."""
     code = """

@@ -49,6 +49,7 @@ def holds(call: Any) -> None:
 
 @quick
 @given(key=st.sampled_from(KEYS), value=values)
+@pytest.mark.slow
 def test_any_value_of_any_key(key: str, value: Any) -> None:
     section, _, inner = key.partition(".")
     tree = {**BASE, section: {**BASE.get(section, {}), inner: value} if inner else value}
@@ -66,6 +67,7 @@ def test_any_file(tmp_path: Path, text: str) -> None:
 
 @quick
 @given(key=st.sampled_from(KEYS), below=st.sampled_from(["", ".0", ".0.x", ".x", ".-1", "[0]", "[", ".."]), text=texts)
+@pytest.mark.slow
 def test_any_override(tmp_path: Path, key: str, below: str, text: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({**BASE, "export": {"targets": ["peft"]}}))
@@ -84,6 +86,7 @@ def test_no_key_takes_a_number_that_no_machine_holds(key: str) -> None:
 
 @quick
 @given(options=st.dictionaries(st.sampled_from([*PlacementConfig.model_fields, "kk"]), values))
+@pytest.mark.slow
 def test_any_options_of_one_section(options: dict[str, Any]) -> None:
     holds(lambda: parse_section(PlacementConfig, options, "place options"))
 

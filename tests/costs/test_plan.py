@@ -66,6 +66,7 @@ def test_llama_70b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "What is 0 + 0?" in text
 
 
+@pytest.mark.slow
 def test_sequence_parallel_sends_the_inputs_and_outputs_it_gathers(tmp_path: Path) -> None:
     plan = build_plan(configured(tmp_path, "llama-70b", tp=8, sequence_parallel=True))
     assert plan.stages[0].scoring.num_bytes == 80 * (7 + 2 + 2) * 2048 * 4
@@ -83,6 +84,7 @@ def test_llama_405b_under_zero_3(tmp_path: Path) -> None:
     assert (stage.gathers.num_collectives, stage.gathers.num_bytes) == (126 * 9 + 3, 2 * 405_853_388_800)
 
 
+@pytest.mark.slow
 def test_qwen3_235b(tmp_path: Path) -> None:
     plan = build_plan(configured(tmp_path, "qwen3-235b", tp=4, pp=2, dp=2, ep=8))
     assert plan.num_parameters == 235_093_634_560
@@ -129,6 +131,7 @@ def test_what_autotp_shares_out_unevenly_is_counted_at_the_largest_rank(tmp_path
     assert plan.stages[0].num_parameters > plan.num_parameters / 3
 
 
+@pytest.mark.slow
 def test_data(tmp_path: Path) -> None:
     plan = build_plan(configured(tmp_path, "llama-70b"))
     assert plan.data.num_samples == 20

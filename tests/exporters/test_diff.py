@@ -200,6 +200,7 @@ def test_a_malformed_file_is_named(tmp_path, text, error, message):
         ("rank_pattern", {"v_proj": 4, EVIL: 4}),
     ],
 )
+@pytest.mark.slow
 def test_a_pattern_that_takes_for_ever_is_named_in_time(field, value, monkeypatch):
     monkeypatch.setattr(peft_match, "check_time", partial(time_limit.check_time, limit_s=1.0))
     begun = time.monotonic()
@@ -260,6 +261,7 @@ def made_up_config(draw: random.Random, paths: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "qwen3_moe", "qwen3_next"])
+@pytest.mark.slow
 def test_asked_about_one_module_of_each_kind_peft_says_what_it_says_of_all(family):
     projections, model_type = projections_of(model_of(family)), model_of(family).config.model_type
     paths = sorted({item.holder for item in projections} | {item.fqn for item in projections})
@@ -304,6 +306,7 @@ def test_what_peft_is_asked_does_not_grow_with_the_model(monkeypatch):
     assert sizes[0] == sizes[1] < 20
 
 
+@pytest.mark.slow
 def test_more_names_than_a_model_has_modules_take_no_time():
     names = [f"embed_{number}" for number in range(600_000)]
     begun = time.monotonic()

@@ -43,6 +43,7 @@ def apply(family: str, export: Export, tmp_path: Path) -> PeftModel:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_every_expressible_type_is_adapted_exactly_and_counted_exactly(family, tmp_path):
     scores = scores_of(projections_of(model_of(family)))
     storage = {module.type: module.storage for module in scores.modules}

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.cases import write_case
 from tests.models import save_tiny
 
 
+@pytest.mark.slow
 def test_a_port_in_use_under_a_launcher_is_one_message(tmp_path: Path) -> None:
     config = write_case(tmp_path, save_tiny("llama", tmp_path / "model"), parallel={"dp": 2})
     with socket.socket() as taken:

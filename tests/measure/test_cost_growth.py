@@ -62,12 +62,14 @@ def grows_linearly(counts: list[int]) -> None:
     assert 0 < second <= 2.1 * first, counts
 
 
+@pytest.mark.slow
 def test_calls_grow_with_modules(tmp_path: Path) -> None:
     models = {number: model_of(number) for number in (2, 4, 8)}
     score(models[2], 2, ProgressLog(None, "warm", 0))
     grows_linearly([num_calls(lambda n=n: score(models[n], 4, ProgressLog(tmp_path, f"{n}", 0))) for n in models])
 
 
+@pytest.mark.slow
 def test_calls_grow_with_samples(tmp_path: Path) -> None:
     model = model_of(1)
     score(model, 2, ProgressLog(None, "warm", 0))

@@ -233,6 +233,7 @@ def test_the_page_of_a_very_large_model_can_be_sent_by_mail(tmp_path: Path) -> N
     assert len(write_report(RunDir(tmp_path)).read_bytes()) < 1_000_000
 
 
+@pytest.mark.slow
 def test_of_very_many_rows_the_ends_are_shown(tmp_path: Path) -> None:
     make_scores(num_layers=600, num_samples=2).to_file(tmp_path / "scores.json")
     text = write_report(RunDir(tmp_path)).read_text()

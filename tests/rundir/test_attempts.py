@@ -50,11 +50,13 @@ def test_all_end_in_peace_where_all_found_bad_input(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("alone", [0, 3])
+@pytest.mark.slow
 def test_one_that_found_it_alone_raises(tmp_path: Path, alone: int) -> None:
     attempts.write_record(tmp_path, alone, DataError("no rows"))
     assert ask_all(tmp_path, range(alone, alone + 1)) == {alone: False}
 
 
+@pytest.mark.slow
 def test_a_rank_that_failed_otherwise_spoils_the_peace(tmp_path: Path) -> None:
     for rank in range(NUM_RANKS):
         attempts.write_record(tmp_path, rank, RuntimeError("lost") if rank == 2 else DataError("no rows"))

@@ -85,6 +85,7 @@ def test_a_run_keeps_references_and_never_values(finished: tuple[Path, Path]) ->
     assert json.loads(found["placement.json"])["policy"]["k"] == 2
 
 
+@pytest.mark.slow
 def test_what_is_done_is_known_again_and_another_value_is_a_change(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

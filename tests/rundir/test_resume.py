@@ -126,6 +126,7 @@ def test_a_disk_that_is_full_from_the_beginning(model: Path, tmp_path: Path) -> 
     assert_one_message(outcome, "cannot write", "events.jsonl", "File too large", "free space")
 
 
+@pytest.mark.slow
 def test_finished_stages_are_kept_and_a_changed_key_reruns_with_the_reason(model: Path, tmp_path: Path) -> None:
     config = write_case(tmp_path, model)
     run_dir = tmp_path / "run"
@@ -154,6 +155,7 @@ def test_finished_stages_are_kept_and_a_changed_key_reruns_with_the_reason(model
     assert Scores.from_file(run_dir / "scores.json").data.num_samples == 6
 
 
+@pytest.mark.slow
 def test_a_placement_chosen_by_hand_is_kept_and_the_run_says_how_it_differs(model: Path, tmp_path: Path) -> None:
     config, run_dir = write_case(tmp_path, model), tmp_path / "run"
     assert plop_dist("run", config).status == 0

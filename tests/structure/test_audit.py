@@ -63,6 +63,7 @@ def audit(tmp_path: Path, pins: str, url: str) -> subprocess.CompletedProcess[st
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, env=environment)
 
 
+@pytest.mark.slow
 def test_a_finding_is_named_and_fails_and_none_passes(tmp_path: Path, service: str) -> None:
     found = audit(tmp_path, "leaky==1.5  # a comment\nfine==1.0\n", service)
     assert found.returncode == 1, found.stderr
@@ -73,6 +74,7 @@ def test_a_finding_is_named_and_fails_and_none_passes(tmp_path: Path, service: s
     assert (mended.returncode, mended.stdout) == (0, "audit: 2 of 2 pinned releases asked about, 0 advisories\n")
 
 
+@pytest.mark.slow
 def test_a_service_that_cannot_be_asked_is_said_and_fails_nothing(tmp_path: Path) -> None:
     done = audit(tmp_path, "fine==1.0\n", "http://127.0.0.1:9/query")
     assert done.returncode == 0, done.stderr

@@ -201,6 +201,7 @@ def _zero2(rank: int, directory: str) -> dict[str, Any]:
     return {"log": log, "result": result, "parameters": parameters}
 
 
+@pytest.mark.slow
 def test_completions_that_no_reward_rates_are_no_error(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     config = make_config(tmp_path, train={"rewards": ["tests.training.test_grpo:unrated"], "max_steps": 2})

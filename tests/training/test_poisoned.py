@@ -94,6 +94,7 @@ def test_a_trainers_checkpoint_with_code_in_it_is_not_loaded(trained: Path, tmp_
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.slow
 def test_the_trainers_pickled_arguments_are_neither_read_nor_passed_on(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "job")
     config, placement = make_config(tmp_path / "job", "run", rows=4, train=STEPS), make_placement(tiny("llama"))

@@ -88,6 +88,7 @@ def install_engine(packages: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["whole", "whole_engine:ENGINE"])
+@pytest.mark.slow
 def test_the_engine_of_the_readme_trains_like_plain_peft(
     tmp_path: Path, packages: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:

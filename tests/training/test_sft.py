@@ -326,6 +326,7 @@ def test_one_rank_at_zero_3_needs_no_launcher(tmp_path: Path) -> None:
     assert sorted(found["nfn"]) == [0, 1]
 
 
+@pytest.mark.slow
 def test_only_the_chosen_modules_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path / "model")
     placement = make_placement(tiny("llama"), types=("v_proj",))

@@ -54,6 +54,7 @@ def twin_of(folder: Path) -> tuple[ModelConfig, Any]:
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("write", [as_saved, as_in_memory, without_prefix])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_nothing_is_missing_from_a_whole_folder(
     family: str, write: Callable[..., None], tie: bool, tmp_path: Path
 ) -> None:
