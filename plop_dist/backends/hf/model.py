@@ -52,6 +52,7 @@ class HFModel:
         self._whole = call or module
         self._with_head = with_head
         self._takes_positions = "position_ids" in _parameters_of(self._call)
+        self._taken: dict[str, bool | None] = {}  # asked of every batch, and the answer looks at every module
         self._num_parameters = num_parameters or sum(parameter.numel() for parameter in module.parameters())
 
     def check(self, micro_batch: MicroBatch) -> None:
@@ -80,6 +81,11 @@ class HFModel:
 
     def takes(self, key: str) -> bool | None:
         """Tell whether the model's forward names the key, or takes any and a module inside it names this one."""
+        if key not in self._taken:
+            self._taken[key] = self._look_for(key)
+        return self._taken[key]
+
+    def _look_for(self, key: str) -> bool | None:
         parameters = _parameters_of(self._whole)
         if key in parameters and parameters[key].kind is not inspect.Parameter.VAR_KEYWORD:
             return True
