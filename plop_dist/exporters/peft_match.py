@@ -18,8 +18,8 @@ from plop_dist.exporters.holders import PASSED_BY_OUT_PROJ, RENAMED_BESIDE_EXPER
 from plop_dist.exporters.rank_pattern import RankPattern, as_peft_matches
 from plop_dist.exporters.stand_in import stand_in
 from plop_dist.exporters.suffixes import matcher
-from plop_dist.exporters.time_limit import Pattern, check_time
 from plop_dist.values.scores import Projection
+from plop_dist.values.time_limit import Pattern, check_time
 
 _FIELDS = (
     "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters",

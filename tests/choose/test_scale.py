@@ -12,8 +12,8 @@ import pytest
 
 from plop_dist.choose.bootstrap import draw_counts, resampled_nfn
 from plop_dist.choose.decision import decide
-from plop_dist.costs.made_scores import made_scores
 from plop_dist.values.scores import Scores
+from tests.made_scores import made_scores
 
 OPTIONS = [
     "placement.policy=budget",

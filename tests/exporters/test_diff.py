@@ -20,13 +20,14 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from plop_dist.errors import ConfigError, ScoresError
-from plop_dist.exporters import peft_match, time_limit
+from plop_dist.exporters import peft_match
 from plop_dist.exporters.adapter_config import read_adapter_config
 from plop_dist.exporters.diff import diff
 from plop_dist.exporters.holders import hugging_face_targets
 from plop_dist.exporters.peft import lora_config_fields
 from plop_dist.exporters.peft_match import adapted_ranks
 from plop_dist.exporters.stand_in import stand_in
+from plop_dist.values import time_limit
 from plop_dist.values.scores import Projection
 from tests import payloads
 from tests.exporters.cases import (

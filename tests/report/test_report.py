@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import plop_dist
-from plop_dist.costs.made_scores import made_scores
 from plop_dist.errors import ScoresError
 from plop_dist.exporters.write import write_export
 from plop_dist.report import write_report
@@ -26,6 +25,7 @@ from plop_dist.values.files import content_hash
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Scores
 from tests.choose.cases import make_scores, scores_of
+from tests.made_scores import made_scores
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from plop_dist.exporters.time_limit import Pattern, check_time
+from plop_dist.values.time_limit import Pattern, check_time
 
 _NAME = re.compile(r"[\w.\-/]*", re.ASCII)  # matched in one pass, whatever its dots stand for
 
