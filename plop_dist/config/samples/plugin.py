@@ -11,7 +11,6 @@ import sys
 
 import torch
 from peft import get_peft_model
-from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 import plop_dist
@@ -25,7 +24,7 @@ tokenizer = ByT5Tokenizer()
 model = LlamaForCausalLM(
     LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1,
     )
 )  # fmt: skip
 
@@ -40,8 +39,11 @@ def collate(texts: list[str]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
+# Your own instead: a DataLoader of any kind, whose batches are dictionaries of the model's inputs.
+batches = [collate(texts[start : start + 8]) for start in range(0, len(texts), 8)]
+
 # 64 samples are enough to choose by; each token counts once, padding does not.
-scores = plop_dist.score(model, DataLoader(texts[:64], batch_size=8, collate_fn=collate))
+scores = plop_dist.score(model, batches[:8])
 placement = plop_dist.place(scores, k=3)
 for entry in scores.types:
     print(f"{entry.type:10} NFN {entry.nfn:.3f}{'  <- adapted' if entry.type in placement.module_types else ''}")
@@ -51,7 +53,7 @@ model.print_trainable_parameters()
 
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 model.train()
-for step, batch in enumerate(DataLoader(texts, batch_size=8, shuffle=True, collate_fn=collate), start=1):
+for step, batch in enumerate(batches, start=1):
     loss = model(**batch).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
