@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from plop_dist.errors import ScoresError
-from plop_dist.registry import EXPORTERS, load, missing_extra
+from plop_dist.registry import EXPORTERS, import_attribute, load, missing_extra
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.files import write_json
 from plop_dist.values.scores import ModuleScore, Projection, Scores, Value, read_value
@@ -146,6 +146,19 @@ class Placement(Value):
         Raises ExportError when its substring match would adapt others.
         """
         return _config("deepspeed", self, options)
+
+    def apply(self, model: Any, **options: Any) -> Any:
+        """Put the adapters on a host's model and return what is trained from here on. Collective over the world.
+
+        model: as plop_dist.score takes it: plain or in DDP (a PEFT model, in a new DDP), under fully_shard (the same
+        module), a DeepSpeed engine of ZeRO 0 to 3 (a new engine). Only adapters need gradients in what comes back;
+        give its optimizer those. All ranks begin with rank 0's adapters. options go to LoraConfig (r, lora_alpha,
+        lora_dropout, use_rslora, use_dora, ...), without them the placement's rank and alpha.
+
+        Raises LayoutError where the layout takes adapters only before the model is wrapped, saying how, or where the
+        ranks' placements differ; ModelError for a model that has adapters; ExportError, PlacementError as to_peft.
+        """
+        return import_attribute("plop_dist.plugin.apply:apply", "placement.apply")(self, model, **options)
 
 
 @dataclass(frozen=True)
