@@ -113,6 +113,15 @@ EXTERNAL_ENGINES = Kind(
     },
 )
 
+# Methods of the values that floors above theirs carry out, by what they are called.
+METHODS = Kind(
+    "method",
+    None,
+    {
+        "Placement.apply": "plop_dist.plugin.apply:apply",
+    },
+)
+
 # Packages that need more than `import` to be imported here, and what does it.
 _IMPORTERS = {"megatron.bridge": "plop_dist.backends.megatron.bridge:import_bridge"}
 

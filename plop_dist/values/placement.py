@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from plop_dist.errors import ScoresError
-from plop_dist.registry import EXPORTERS, import_attribute, load, missing_extra
+from plop_dist.registry import EXPORTERS, METHODS, load, missing_extra
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.files import write_json
 from plop_dist.values.scores import ModuleScore, Projection, Scores, Value, read_value
@@ -158,7 +158,7 @@ class Placement(Value):
         Raises LayoutError where the layout takes adapters only before the model is wrapped, saying how, or where the
         ranks' placements differ; ModelError for a model that has adapters; ExportError, PlacementError as to_peft.
         """
-        return import_attribute("plop_dist.plugin.apply:apply", "placement.apply")(self, model, **options)
+        return load(METHODS, "Placement.apply")(self, model, **options)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 
 import torch
-from peft import get_peft_model
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 import plop_dist
@@ -48,7 +47,7 @@ placement = plop_dist.place(scores, k=3)
 for entry in scores.types:
     print(f"{entry.type:10} NFN {entry.nfn:.3f}{'  <- adapted' if entry.type in placement.module_types else ''}")
 
-model = get_peft_model(model, placement.to_peft(r=8, lora_alpha=16))
+model = placement.apply(model, r=8, lora_alpha=16)
 model.print_trainable_parameters()
 
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -62,5 +61,5 @@ for step, batch in enumerate(batches, start=1):
     print(f"step {step}: loss {loss:.3f}")
 
 directory = sys.argv[1] if len(sys.argv) > 1 else "runs/examples/plugin"
-model.save_pretrained(directory)
+plop_dist.save_adapter(model, directory)
 print(f"The adapter lies in {directory}; PeftModel.from_pretrained(base, {directory!r}) loads it.")
