@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 
 from plop_dist.backends.hosts import bare, is_a
 from plop_dist.errors import LayoutError, ModelError, PlacementError
 from plop_dist.plugin.detect import find
-from plop_dist.plugin.sharded_adapters import adapt_engine, adapt_fsdp2
+from plop_dist.training.adapters.on_hosts import adapt_ddp, adapt_engine, adapt_fsdp2, adapt_plain
 from plop_dist.training.adapters.shards import lora_layers
 from plop_dist.values.placement import Placement
 
@@ -72,44 +71,6 @@ def check_same(placement: Placement) -> None:
             )
 
 
-def adapt_plain(model: Any, peft_config: Any) -> nn.Module:
-    """Return PEFT's model around a module that every rank holds whole; adapters as on rank 0."""
-    from peft import get_peft_model
-
-    inner, _ = bare(model)
-    adapted = get_peft_model(inner, peft_config)
-    _broadcast(adapted)
-    return adapted
-
-
-def _adapt_ddp(model: Any, peft_config: Any) -> nn.Module:
-    """Return a new DistributedDataParallel with the old one's options: DDP knows only what was there when it was made.
-
-    What had been compiled has to be compiled again.
-    """
-    from torch.nn.parallel import DistributedDataParallel
-
-    wrapper = model if is_a(model, "DistributedDataParallel") else model._orig_mod
-    adapted = adapt_plain(model, peft_config)
-    return DistributedDataParallel(
-        adapted,
-        device_ids=wrapper.device_ids,
-        output_device=wrapper.output_device,
-        process_group=wrapper.process_group,
-        broadcast_buffers=wrapper.broadcast_buffers,
-        find_unused_parameters=wrapper.find_unused_parameters,
-        gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
-        static_graph=wrapper.static_graph,
-    )
-
-
-def _broadcast(model: nn.Module) -> None:
-    if dist.is_available() and dist.is_initialized():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                dist.broadcast(parameter.data, src=0)
-
-
 def _check_modules(adapted: Any, placement: Placement) -> None:
     """Raise PlacementError unless PEFT has wrapped exactly the placement's modules (3-D parameters aside)."""
     wrapped = {path for path, _ in lora_layers(unwrapped(adapted))}
@@ -123,7 +84,7 @@ def _check_modules(adapted: Any, placement: Placement) -> None:
 
 _ADAPT: dict[str, Adapt] = {
     "plain": adapt_plain,
-    "ddp": _adapt_ddp,
+    "ddp": adapt_ddp,
     "fsdp2": adapt_fsdp2,
     "zero_init": adapt_plain,
     "zero": adapt_engine,

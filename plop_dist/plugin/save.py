@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from plop_dist.errors import ModelError
+from plop_dist.errors import ModelError, RunDirError
 from plop_dist.plugin.apply import unwrapped
-from plop_dist.training.adapters.saved import write_weights
-
-_PREFIX = "base_model.model."
+from plop_dist.training.adapters.peft_files import peft_tensors, write_peft
 
 
 def save_adapter(model: Any, folder: str | Path) -> Path:
@@ -29,43 +26,18 @@ def save_adapter(model: Any, folder: str | Path) -> Path:
             f"save_adapter() got a {type(inner).__name__} without adapters of PEFT; pass what placement.apply() "
             "returned."
         )
-    from peft import get_peft_model_state_dict
-
-    name, peft_config = next(iter(inner.peft_config.items()))
-    trained = {path: parameter for path, parameter in inner.named_parameters() if f".{name}" in path}
-    with _gathered(list(trained.values())):
-        whole = {path: parameter.detach().cpu().clone() for path, parameter in trained.items()}
     directory = Path(folder)
-    if _rank() == 0:
-        state = get_peft_model_state_dict(inner, state_dict=whole, adapter_name=name, save_embedding_layers=False)
-        write_weights(directory, {_as_peft(path): tensor.contiguous() for path, tensor in state.items()})
-        _write_config(directory, peft_config, inner)
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    tensors = peft_tensors(inner)
+    if not (dist.is_available() and dist.is_initialized()):
+        write_peft(directory, tensors, inner)
+        return directory
+    said: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            write_peft(directory, tensors, inner)
+        except RunDirError as error:
+            said = [str(error)]
+    dist.broadcast_object_list(said, src=0)  # the others wait for the files, and hear of an error
+    if said[0] is not None:
+        raise RunDirError(said[0])
     return directory
-
-
-def _gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
-
-
-def _as_peft(path: str) -> str:
-    return path if path.startswith(_PREFIX) else _PREFIX + path
-
-
-def _write_config(directory: Path, peft_config: Any, inner: Any) -> None:
-    base = peft_config.base_model_name_or_path or getattr(getattr(inner, "config", None), "_name_or_path", None)
-    kept = peft_config.inference_mode, peft_config.base_model_name_or_path
-    peft_config.inference_mode, peft_config.base_model_name_or_path = True, base
-    try:
-        peft_config.save_pretrained(str(directory))
-    finally:
-        peft_config.inference_mode, peft_config.base_model_name_or_path = kept
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

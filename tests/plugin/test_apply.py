@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import plop_dist
-from plop_dist.errors import LayoutError, ModelError, PlacementError
+from plop_dist.errors import LayoutError, ModelError, PlacementError, RunDirError
 from plop_dist.values.placement import Placement
 from tests.models import random_tokens, save_tiny, tiny
 from tests.plugin.hosts import load
@@ -126,6 +126,9 @@ def _job(rank: int, directory: Path, folder: Path) -> dict[str, list[float]]:
             placed(tiny("llama")).apply(model)
         if hasattr(model, "destroy"):
             model.destroy()
+    (folder / "file").write_text("no folder")
+    with pytest.raises(RunDirError, match="file"):
+        plop_dist.save_adapter(placed(tiny("llama")).apply(tiny("llama")), folder / "file")
     scores = plop_dist.score(tiny("llama"), [{"input_ids": random_tokens(1, 9)}])
     with pytest.raises(LayoutError, match=r"placements differ among ranks: module_types .* on rank 1"):
         plop_dist.place(scores, k=1 + rank).apply(tiny("llama"))
