@@ -119,6 +119,12 @@ METHODS = Kind(
     None,
     {
         "Placement.apply": "plop_dist.plugin.apply:apply",
+        "Placement.explain": "plop_dist.report.notebook:placement_explained",
+        "Placement.html": "plop_dist.report.notebook:placement_html",
+        "Placement.text": "plop_dist.report.notebook:placement_text",
+        "Scores.html": "plop_dist.report.notebook:scores_html",
+        "Scores.plot": "plop_dist.report.notebook:scores_plot",
+        "Scores.text": "plop_dist.report.notebook:scores_text",
     },
 )
 
@@ -134,6 +140,7 @@ _EXTRA_OF = {
     "peft": "train",
     "accelerate": "train",
     "datasets": "train",
+    "pandas": "train",
     "tensorboard": "loggers",
     "wandb": "loggers",
     "mlflow": "loggers",

@@ -51,6 +51,11 @@ class Placement(Value):
         return self._source
 
     @property
+    def has_source(self) -> bool:
+        """Whether the scores it was drawn from are at hand."""
+        return self._source is not None
+
+    @property
     def is_of_older_scores(self) -> bool:
         """Whether the scores beside it have become others since; not known of placements that keep no digest."""
         return self.scores_digest not in (None, self.source.digest)
@@ -76,6 +81,23 @@ class Placement(Value):
     def rank_of(self, module: Projection) -> int:
         """Return the LoRA rank of one module: its own path's entry in rank_pattern, its type's, or the common rank."""
         return self.rank_pattern.get(module.fqn, self.rank_pattern.get(module.type, self.rank))
+
+    def __str__(self) -> str:
+        return load(METHODS, "Placement.text")(self)
+
+    def __repr__(self) -> str:
+        types = ", ".join(self.module_types)
+        return f"Placement({types}: {len(self.modules):,} modules, rank {self.rank})"
+
+    def _repr_html_(self) -> str:
+        return load(METHODS, "Placement.html")(self)
+
+    def explain(self) -> Any:
+        """Return why each type is in or out, to look at: printed in a shell, shown in a notebook.
+
+        Raises ScoresError where the scores that it was drawn from are not at hand.
+        """
+        return load(METHODS, "Placement.explain")(self)
 
     def to_file(self, path: str | Path) -> None:
         """Write placement.json atomically."""
