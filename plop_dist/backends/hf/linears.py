@@ -20,9 +20,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from plop_dist.backends.hf.fused import parts_of
+from plop_dist.backends.hf.quantized.readers import add_readers
 from plop_dist.errors import ModelError
 from plop_dist.measure.blocks import Block, Rows
-from plop_dist.measure.weight import PlainReader, Stored, Weight, add_reader, is_packed, is_readable
+from plop_dist.measure.weight import PlainReader, Stored, Weight, add_reader, is_packed, is_readable, readable_methods
 from plop_dist.values.names import layer_index, module_type, unwrapped
 from plop_dist.values.scores import Projection, Storage
 
@@ -147,7 +148,7 @@ def _refuse(path: str, module: nn.Module) -> None:
         kind = f"{type(module).__name__}, weight {getattr(getattr(module, 'weight', None), 'dtype', None)}"
         raise ModelError(
             f"Module '{path}' holds quantised weights ({kind}), whose norms cannot be read; load the model in float32, "
-            "bfloat16 or float16, without a quantization_config."
+            f"bfloat16 or float16, or quantised by {', '.join(readable_methods())}."
         )
 
 
@@ -162,3 +163,4 @@ class _Conv1DReader(PlainReader):
 
 
 add_reader(_Conv1DReader())
+add_readers()
