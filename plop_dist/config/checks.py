@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from plop_dist.config.schema import Config, DataConfig, ParallelConfig, PlacementConfig, TrainConfig
+from plop_dist.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, PlacementConfig, TrainConfig
 from plop_dist.errors import ConfigError, LayoutError, suggest
 from plop_dist.registry import BACKENDS, POLICIES, REWARDS, load, names
 from plop_dist.values.secret_texts import REDACTED, names_secret, secret_part, without_secrets
@@ -26,6 +26,8 @@ def check_consistency(config: Config, source: str) -> None:
     parallel, workers = config.parallel, config.cluster.num_workers
     record = load(BACKENDS, parallel.backend)
     record.check(config, source)
+    if config.model.quantization is not None:
+        record.check_quantized(config, f"{source}: model.quantization", config.model.quantization["quant_method"])
     if config.train.method == "sft" and record.training_engine(config) is None:
         raise ConfigError(
             f"{source}: train.method is sft, but parallel.backend '{parallel.backend}' trains nothing in this layout; "
@@ -47,6 +49,14 @@ def check_section(section: Any, source: str) -> None:
     check = _CHECKS.get(type(section))
     if check is not None:
         check(section, source)
+
+
+def _check_model(model: ModelConfig, source: str) -> None:
+    if model.quantization is not None and model.checkpoint is not None:
+        raise ConfigError(
+            f"{source}: model.quantization and model.checkpoint are given together, but a checkpoint's weights are "
+            "read as they are; leave one of them out."
+        )
 
 
 def _check_parallel(parallel: ParallelConfig, source: str) -> None:
@@ -104,6 +114,7 @@ def _check_train(train: TrainConfig, source: str) -> None:
 
 
 _CHECKS: dict[type[BaseModel], Callable[[Any, str], None]] = {
+    ModelConfig: _check_model,
     DataConfig: _check_data,
     ParallelConfig: _check_parallel,
     PlacementConfig: _check_placement,

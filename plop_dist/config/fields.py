@@ -50,6 +50,18 @@ def _refuse_long_paths(value: str) -> str:
 Location = Annotated[str, AfterValidator(_refuse_long_paths)]
 
 
+def _named_method(value: dict[str, Any]) -> dict[str, Any]:
+    method = value.get("quant_method")
+    if not isinstance(method, str) or not method:
+        raise ConfigError(
+            "quant_method is missing; say which kind it is, e.g. {quant_method: bitsandbytes, load_in_4bit: true}."
+        )
+    return value
+
+
+Quantization = Annotated[dict[str, Any], AfterValidator(_named_method)]
+
+
 def _number_or_auto(value: Any) -> Any:
     # pydantic has an error of its own for each of the two, under names that are no keys.
     try:

@@ -31,6 +31,7 @@ from plop_dist.config.fields import (
     Parameters,
     Positive,
     PositiveOrZero,
+    Quantization,
     Rank,
     Real,
     Seconds,
@@ -42,6 +43,7 @@ from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES, 
 from plop_dist.values.mesh import Layout
 
 _SHORTEST_HIDDEN = 4  # characters; a shorter value stands in other words too
+_LATER_KEYS = frozenset({"quantization", "device_map", "max_memory", "offload_folder"})
 
 
 class _Section(BaseModel):
@@ -70,6 +72,17 @@ class ModelConfig(_Section):
         description="Checkpoint directory of a training job, of any layout, whose weights are taken: DeepSpeed's (ZeRO "
         "or universal; backends transformers and deepspeed) or Megatron's torch_dist (backend megatron).",
     )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="Quantise on load: transformers' quantization_config, e.g. {quant_method: bitsandbytes, "
+        "load_in_4bit: true}; null: as the checkpoint is.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Finished stages of run directories from before there were these keys stay as they are.
+        tree = handler(self)
+        return {key: value for key, value in tree.items() if value is not None or key not in _LATER_KEYS}
 
 
 class DataConfig(_Section):

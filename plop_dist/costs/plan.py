@@ -69,12 +69,14 @@ def build_plan(config: Config) -> Plan:
     """
     from plop_dist.backends.hf.layout import num_experts
     from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+    from plop_dist.backends.hf.quantized.loadable import check_quantized
     from plop_dist.backends.hf.stored_weights import check_stored_weights
     from plop_dist.backends.hf.whole import whole_sites
 
     hf_config = load_hf_config(config.model)
     text = hf_config.get_text_config()
     load(BACKENDS, config.parallel.backend).check_model(hf_config, config)
+    check_quantized(config, hf_config)
     notes: list[str] = []
     data, facts, tokenizer = _look_at_data(config, notes)
     model = meta_model(config.model, hf_config)

@@ -54,6 +54,8 @@ def _run_stage(stage: str, stages: Stages, notify: Notify, force: bool) -> None:
 
 def score(stages: Stages, notify: Notify) -> Scores:
     """Score the configured model on the configured data; rank 0 writes scores.json. Collective over all ranks."""
+    from plop_dist.backends.hf.load import load_hf_config
+    from plop_dist.backends.hf.quantized.loadable import check_quantized
     from plop_dist.measure.run import score_model
 
     config = stages.config
@@ -63,6 +65,7 @@ def score(stages: Stages, notify: Notify) -> Scores:
     tokenizer, samples = _tokenized(config)
     notify("status", text=_samples_text(samples, config.data.num_samples))
     notify("phase", text=f"loading {kept['model']['name_or_path']} with {config.parallel.backend}")
+    check_quantized(config, load_hf_config(config.model))
     model: ScorableModel = load(BACKENDS, config.parallel.backend).load(config)
     scores = score_model(
         model,

@@ -13,6 +13,7 @@ import torch
 from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
 from plop_dist.backends.hf.quantization_patterns import check_quantization_patterns
+from plop_dist.backends.hf.quantized.loadable import check_loadable, quantization_config
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.checkpoints.special_tokens import check_special_tokens
@@ -89,6 +90,9 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
             lambda: [name for name, _ in meta_model(model, hf_config).named_modules()],
             f"model.name_or_path '{model.name_or_path}'",
         )
+        check_loadable(model, hf_config)
+        if model.quantization is not None:
+            options["quantization_config"] = quantization_config(model.quantization)
         if model.checkpoint is None and drop is None:
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code

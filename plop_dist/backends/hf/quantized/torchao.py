@@ -22,6 +22,4 @@ class TorchAoReader:
         values = stored.values.detach()
         num_rows, num_columns = values.shape
 
-        return Weight.unpacked(
-            (num_rows, num_columns), values.dtype, values.device, values.dequantize, _ROUNDED_INPUTS
-        )
+        return Weight.unpacked((num_rows, num_columns), values.dtype, values.device, values.dequantize, _ROUNDED_INPUTS)

@@ -1,0 +1,137 @@
+"""Whether a quantised model can be loaded here and its weights read, found out before anything is loaded.
+
+transformers' own quantisers say what they need; what quantises plain weights is tried on a model of one small layer,
+because a missing kernel shows in no other way.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+
+from plop_dist.backends.hf.silence import unheard
+from plop_dist.config.schema import Config, ModelConfig
+from plop_dist.errors import ModelError, first_line, suggest
+from plop_dist.measure.weight import readable_methods
+from plop_dist.registry import BACKENDS, load
+
+_SMALL = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+_EXTRA = frozenset({"bitsandbytes", "torchao", "compressed-tensors", "quanto"})
+
+
+def wanted_config(model: ModelConfig, hf_config: Any) -> dict[str, Any] | None:
+    """Return the quantisation in which the model comes or is to be loaded, as a mapping; None: none. Raises ModelError.
+
+    A checkpoint that is quantised is what it is: model.quantization may only say how it is loaded (dequantize: true).
+    """
+    own = getattr(hf_config, "quantization_config", None)
+    own = own if own is None or isinstance(own, dict) else own.to_dict()
+    asked = model.quantization
+    if own is None or asked is None:
+        return asked if own is None else own
+    kind = own.get("quant_method")
+    if asked["quant_method"] != kind or not set(asked) <= {"quant_method", "dequantize"}:
+        raise ModelError(
+            f"model.quantization is {asked['quant_method']}, but model.name_or_path '{model.name_or_path}' is quantised "
+            f"already, by {kind}; leave model.quantization out, or point model.name_or_path at the unquantised model."
+        )
+    return {**own, **asked}
+
+
+def check_quantized(config: Config, hf_config: Any) -> None:
+    """Raise LayoutError or ModelError for quantised weights that this layout, or this machine, does not take. Local."""
+    wanted = wanted_config(config.model, hf_config)
+    if wanted is not None:
+        where = f"The quantisation of model.name_or_path '{config.model.name_or_path}'"
+        load(BACKENDS, config.parallel.backend).check_quantized(config, where, str(wanted.get("quant_method")))
+    check_loadable(config.model, hf_config)
+
+
+def quantization_config(asked: dict[str, Any]) -> Any:
+    """Return model.quantization as transformers' object. Raises ModelError for a key that it would pass over."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    found: Any = AutoQuantizationConfig.from_dict(copy.deepcopy(asked))
+    known = {"quant_method", *inspect.signature(type(found).__init__).parameters, *found.to_dict()}
+    for key in asked:
+        if key not in known:
+            raise ModelError(f"model.quantization: '{key}' is no key of {type(found).__name__}. {suggest(key, known)}")
+    return found
+
+
+def check_loadable(model: ModelConfig, hf_config: Any) -> None:
+    """Raise ModelError, naming the kind, for a quantisation that cannot be loaded here or whose weights are not read.
+
+    Local; reads no weights.
+    """
+    wanted = wanted_config(model, hf_config)
+    if wanted is None:
+        return
+    kind = str(wanted.get("quant_method"))
+    is_own = getattr(hf_config, "quantization_config", None) is not None
+    where = (
+        f"model.name_or_path '{model.name_or_path}' is quantised by {kind}" if is_own else f"model.quantization: {kind}"
+    )
+    if kind not in readable_methods() and not wanted.get("dequantize"):
+        raise ModelError(
+            f"{where}, whose weights nothing here can read; use a checkpoint in float32, bfloat16 or float16, or "
+            f"quantised by {', '.join(readable_methods())}."
+        )
+    try:
+        _try(wanted, model, hf_config, is_own=is_own)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers' quantisers and their packages raise a dozen unrelated kinds
+        remedy = f": pip install 'plop-dist[quantization]', or {_OTHER}" if kind in _EXTRA else f"; {_OTHER}"
+        raise ModelError(
+            f"{where}, which cannot be loaded here ({type(error).__name__}: {first_line(error)}){remedy}."
+        ) from None
+
+
+_OTHER = "use an unquantised checkpoint, or one of a kind that this machine can run"
+
+
+def _try(wanted: dict[str, Any], model: ModelConfig, hf_config: Any, *, is_own: bool) -> None:
+    """Let transformers check what it needs; then quantise, load and run a model of one layer, where that is possible."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if not is_own:
+        quantization_config(wanted)
+    quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(wanted), pre_quantized=is_own)
+    dtype = _dtype(model, hf_config)
+    quantizer.validate_environment(dtype=dtype, device_map=None, weights_only=True)
+    if is_own and (quantizer.requires_calibration or not _quantises_on_load(quantizer)):
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with unheard(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        weights = LlamaForCausalLM(LlamaConfig(**_SMALL)).to(dtype).state_dict()
+        small: Any = LlamaForCausalLM
+        loaded = small.from_pretrained(
+            None,
+            config=LlamaConfig(**_SMALL),
+            state_dict=weights,
+            dtype=dtype,
+            quantization_config=quantization_config(wanted),
+        )
+        loaded.to(device).eval()(input_ids=torch.ones(1, 4, dtype=torch.int64, device=device))
+
+
+def _quantises_on_load(quantizer: Any) -> bool:
+    """Tell whether the same configuration also quantises plain weights."""
+    try:
+        type(quantizer)(copy.deepcopy(quantizer.quantization_config), pre_quantized=False)
+    except Exception:
+        return False
+    return not getattr(quantizer.quantization_config, "dequantize", False)
+
+
+def _dtype(model: ModelConfig, hf_config: Any) -> torch.dtype:
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    dtype = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
