@@ -151,7 +151,7 @@ def is_readable(stored: Stored) -> bool:
 
 
 def is_dense(stored: Stored) -> bool:
-    """Tell whether the attribute holds the weight's values themselves, so that they are what nn.Linear multiplies by."""
+    """Tell whether the attribute holds the weight's values themselves, by which nn.Linear multiplies."""
     return isinstance(_reader_of(stored), PlainReader)
 
 

@@ -7,27 +7,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree", "torch.utils.cpp_extension")  # as they are imported
-
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """Keep transformers from showing bars, and it and its quantisers from logging, for the length of a block."""
+    """Keep transformers from showing bars, and all packages from logging and warning, for the length of a block."""
     from transformers.utils import logging as own
 
-    verbosity, had_bars = own.get_verbosity(), own.is_progress_bar_enabled()
-    levels = {name: logging.getLogger(name).level for name in _TALKATIVE}
-    own.set_verbosity(logging.CRITICAL)
+    disabled, had_bars = logging.root.manager.disable, own.is_progress_bar_enabled()
+    # Not the level of each logger: quantisers, and what they import, make theirs as they are imported.
+    logging.disable(logging.CRITICAL)
     own.disable_progress_bar()
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        own.set_verbosity(verbosity)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(disabled)
         if had_bars:
             own.enable_progress_bar()

@@ -36,8 +36,8 @@ def wanted_config(model: ModelConfig, hf_config: Any) -> dict[str, Any] | None:
     kind = own.get("quant_method")
     if asked["quant_method"] != kind or not set(asked) <= {"quant_method", "dequantize"}:
         raise ModelError(
-            f"model.quantization is {asked['quant_method']}, but model.name_or_path '{model.name_or_path}' is quantised "
-            f"already, by {kind}; leave model.quantization out, or point model.name_or_path at the unquantised model."
+            f"model.quantization is {asked['quant_method']}, but model.name_or_path '{model.name_or_path}' is "
+            f"quantised already, by {kind}; leave model.quantization out, or point model.name_or_path at the unquantised model."
         )
     return {**own, **asked}
 
@@ -96,7 +96,7 @@ _OTHER = "use an unquantised checkpoint, or one of a kind that this machine can 
 
 
 def _try(wanted: dict[str, Any], model: ModelConfig, hf_config: Any, *, is_own: bool) -> None:
-    """Let transformers check what it needs; then quantise, load and run a model of one layer, where that is possible."""
+    """Let transformers check what it needs; where it can, quantise, load and run a model of one layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
