@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,7 +22,10 @@ from plop_dist.registry import BACKENDS, load
 
 _SMALL = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1,
           "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
-_EXTRA = frozenset({"bitsandbytes", "torchao", "compressed-tensors", "quanto"})
+# The packages of the extra `quantization`, by the kinds that need them.
+_PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed_tensors",
+             "quanto": "optimum"}  # fmt: skip
+_OTHER = "use an unquantised checkpoint, or a kind of quantisation that this machine can run"
 
 
 def wanted_config(model: ModelConfig, hf_config: Any) -> dict[str, Any] | None:
@@ -37,7 +42,8 @@ def wanted_config(model: ModelConfig, hf_config: Any) -> dict[str, Any] | None:
     if asked["quant_method"] != kind or not set(asked) <= {"quant_method", "dequantize"}:
         raise ModelError(
             f"model.quantization is {asked['quant_method']}, but model.name_or_path '{model.name_or_path}' is "
-            f"quantised already, by {kind}; leave model.quantization out, or point model.name_or_path at the unquantised model."
+            f"quantised already, by {kind}; leave model.quantization out, or point model.name_or_path at the "
+            "unquantised model."
         )
     return {**own, **asked}
 
@@ -86,13 +92,9 @@ def check_loadable(model: ModelConfig, hf_config: Any) -> None:
     except ModelError:
         raise
     except Exception as error:  # transformers' quantisers and their packages raise a dozen unrelated kinds
-        remedy = f": pip install 'plop-dist[quantization]', or {_OTHER}" if kind in _EXTRA else f"; {_OTHER}"
-        raise ModelError(
-            f"{where}, which cannot be loaded here ({type(error).__name__}: {first_line(error)}){remedy}."
-        ) from None
-
-
-_OTHER = "use an unquantised checkpoint, or one of a kind that this machine can run"
+        is_missing = kind in _PACKAGES and find_spec(_PACKAGES[kind]) is None
+        remedy = f": pip install 'plop-dist[quantization]', or {_OTHER}" if is_missing else f"; {_OTHER}"
+        raise ModelError(f"{where}, which cannot be loaded here ({_said(error)}){remedy}.") from None
 
 
 def _try(wanted: dict[str, Any], model: ModelConfig, hf_config: Any, *, is_own: bool) -> None:
@@ -100,25 +102,40 @@ def _try(wanted: dict[str, Any], model: ModelConfig, hf_config: Any, *, is_own: 
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    class OneLayer(LlamaForCausalLM):
+        """Says why its weights could not be quantised, which transformers only logs."""
+
+        def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+            if loading_info.conversion_errors:
+                text = next(iter(loading_info.conversion_errors.values()))
+                loading_info.conversion_errors.clear()  # or transformers raises an error of its own in place of this
+                raise RuntimeError(next(iter(re.findall(r"^\w+(?:Error|Exception): .*", text, re.MULTILINE)), text))
+            super()._adjust_missing_and_unexpected_keys(loading_info)
+
     if not is_own:
         quantization_config(wanted)
     quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(wanted), pre_quantized=is_own)
     dtype = _dtype(model, hf_config)
-    quantizer.validate_environment(dtype=dtype, device_map=None, weights_only=True)
+    with unheard():
+        quantizer.validate_environment(dtype=dtype, device_map=None, weights_only=True)
     if is_own and (quantizer.requires_calibration or not _quantises_on_load(quantizer)):
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with unheard(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        weights = LlamaForCausalLM(LlamaConfig(**_SMALL)).to(dtype).state_dict()
-        small: Any = LlamaForCausalLM
+        small: Any = OneLayer
         loaded = small.from_pretrained(
             None,
             config=LlamaConfig(**_SMALL),
-            state_dict=weights,
+            state_dict=LlamaForCausalLM(LlamaConfig(**_SMALL)).to(dtype).state_dict(),
             dtype=dtype,
             quantization_config=quantization_config(wanted),
         )
         loaded.to(device).eval()(input_ids=torch.ones(1, 4, dtype=torch.int64, device=device))
+
+
+def _said(error: Exception) -> str:
+    text = first_line(error)
+    return text if re.match(r"\w+(Error|Exception): ", text) else f"{type(error).__name__}: {text}"
 
 
 def _quantises_on_load(quantizer: Any) -> bool:
