@@ -23,7 +23,16 @@ from plop_dist.backends.hf.fused import parts_of
 from plop_dist.backends.hf.quantized.readers import add_readers
 from plop_dist.errors import ModelError
 from plop_dist.measure.blocks import Block, Rows
-from plop_dist.measure.weight import PlainReader, Stored, Weight, add_reader, is_packed, is_readable, readable_methods
+from plop_dist.measure.weight import (
+    PlainReader,
+    Stored,
+    Weight,
+    add_reader,
+    is_dense,
+    is_packed,
+    is_readable,
+    readable_methods,
+)
 from plop_dist.values.names import layer_index, module_type, unwrapped
 from plop_dist.values.scores import Projection, Storage
 
@@ -57,6 +66,8 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
             own_storage = "router" if type(module).__name__.endswith("Router") else "linear"
         elif isinstance(module, Conv1D):
             sizes, own_storage = (module.nx, module.nf), "conv1d"
+        elif _is_quantised_linear(module):
+            sizes, own_storage = (module.in_features, module.out_features), "linear"
         elif _is_router(module):
             found.append(_router(path, module))
             continue
@@ -100,6 +111,13 @@ _ROUTER = re.compile(r"(Top[kK]|Hash)Router$")
 
 def _is_router(module: nn.Module) -> bool:
     return bool(_ROUTER.search(type(module).__name__)) and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def _is_quantised_linear(module: Any) -> bool:
+    """Tell whether a module that is no nn.Linear stands for one, as some quantisers' do."""
+    stored = Stored(module)
+    is_sized = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return is_sized and is_readable(stored) and not is_dense(stored)
 
 
 def _block(owner_path: str, name: str, rows: Rows, sizes: tuple[int, int], stored_in: str) -> Block:

@@ -13,7 +13,8 @@ import torch
 from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
 from plop_dist.backends.hf.quantization_patterns import check_quantization_patterns
-from plop_dist.backends.hf.quantized.loadable import check_loadable, quantization_config
+from plop_dist.backends.hf.quantized.bitsandbytes import keep_order_of_rows
+from plop_dist.backends.hf.quantized.loadable import check_loadable, loading_options
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.checkpoints.special_tokens import check_special_tokens
@@ -91,8 +92,7 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
             f"model.name_or_path '{model.name_or_path}'",
         )
         check_loadable(model, hf_config)
-        if model.quantization is not None:
-            options["quantization_config"] = quantization_config(model.quantization)
+        options |= loading_options(model, hf_config)
         if model.checkpoint is None and drop is None:
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code
@@ -105,6 +105,7 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
             f"model.name_or_path '{model.name_or_path}' has no weights for {len(missing)} parameters, e.g. "
             f"'{missing[0]}'; they would be random. Point it at a complete checkpoint."
         )
+    keep_order_of_rows(loaded)
     return loaded.eval()
 
 

@@ -8,7 +8,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plop_dist.measure.weight import Stored, Weight
 
@@ -61,6 +61,17 @@ class EightBitReader:
             return values[start:stop].float() * (scale[start:stop, None].float() / 127)
 
         return Weight(tuple(values.shape), torch.float32, values.device, read, _ROUNDED_INPUTS)
+
+
+def keep_order_of_rows(model: nn.Module) -> None:
+    """Keep bitsandbytes from ordering 4-bit weights anew for CPUs with AVX512-BF16. Local.
+
+    Its kernel for that order (bitsandbytes 0.50) has no backward pass: once such a model was evaluated, training goes
+    on with gradients that lack what flows through its linears. It also rounds scales and activations to bfloat16.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def _state(module: Any) -> Any:

@@ -28,6 +28,21 @@ _PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-t
 _OTHER = "use an unquantised checkpoint, or a kind of quantisation that this machine can run"
 
 
+# How checkpoints of some kinds are loaded: unpacked, as compressed-tensors' first forward pass would do it, or
+# dequantised, because MXFP4's kernels hold experts in a form that nothing here reads.
+_LOADED_AS = {"compressed-tensors": {"run_compressed": False}, "mxfp4": {"dequantize": True}}
+
+
+def loading_options(model: ModelConfig, hf_config: Any) -> dict[str, Any]:
+    """Return what from_pretrained is to be told of the quantisation: nothing for a checkpoint that says it all."""
+    own = getattr(hf_config, "quantization_config", None)
+    kind = None if own is None else str((own if isinstance(own, dict) else own.to_dict()).get("quant_method"))
+    asked = {**(model.quantization or {}), **_LOADED_AS.get(kind or "", {})}
+    if not asked:
+        return {}
+    return {"quantization_config": quantization_config({"quant_method": kind, **asked})}
+
+
 def wanted_config(model: ModelConfig, hf_config: Any) -> dict[str, Any] | None:
     """Return the quantisation in which the model comes or is to be loaded, as a mapping; None: none. Raises ModelError.
 
@@ -36,16 +51,18 @@ def wanted_config(model: ModelConfig, hf_config: Any) -> dict[str, Any] | None:
     own = getattr(hf_config, "quantization_config", None)
     own = own if own is None or isinstance(own, dict) else own.to_dict()
     asked = model.quantization
-    if own is None or asked is None:
-        return asked if own is None else own
+    if own is None:
+        return asked
     kind = own.get("quant_method")
+    if asked is None:
+        return {**own, **_LOADED_AS.get(str(kind), {})}
     if asked["quant_method"] != kind or not set(asked) <= {"quant_method", "dequantize"}:
         raise ModelError(
             f"model.quantization is {asked['quant_method']}, but model.name_or_path '{model.name_or_path}' is "
             f"quantised already, by {kind}; leave model.quantization out, or point model.name_or_path at the "
             "unquantised model."
         )
-    return {**own, **asked}
+    return {**own, **asked, **_LOADED_AS.get(str(kind), {})}
 
 
 def check_quantized(config: Config, hf_config: Any) -> None:
@@ -82,23 +99,33 @@ def check_loadable(model: ModelConfig, hf_config: Any) -> None:
     where = (
         f"model.name_or_path '{model.name_or_path}' is quantised by {kind}" if is_own else f"model.quantization: {kind}"
     )
-    if kind not in readable_methods() and not wanted.get("dequantize"):
-        raise ModelError(
-            f"{where}, whose weights nothing here can read; use a checkpoint in float32, bfloat16 or float16, or "
-            f"quantised by {', '.join(readable_methods())}."
-        )
+    unreadable = ModelError(
+        f"{where}, whose weights nothing here can read; use a checkpoint in float32, bfloat16 or float16, or quantised "
+        f"by {', '.join(_known())}."
+    )
     try:
-        _try(wanted, model, hf_config, is_own=is_own)
+        is_dense = _try(wanted, model, hf_config, is_own=is_own)
     except ModelError:
         raise
     except Exception as error:  # transformers' quantisers and their packages raise a dozen unrelated kinds
+        if kind not in _known():
+            raise unreadable from None
         is_missing = kind in _PACKAGES and find_spec(_PACKAGES[kind]) is None
         remedy = f": pip install 'plop-dist[quantization]', or {_OTHER}" if is_missing else f"; {_OTHER}"
         raise ModelError(f"{where}, which cannot be loaded here ({_said(error)}){remedy}.") from None
+    if kind not in readable_methods() and not is_dense:
+        raise unreadable
 
 
-def _try(wanted: dict[str, Any], model: ModelConfig, hf_config: Any, *, is_own: bool) -> None:
-    """Let transformers check what it needs; where it can, quantise, load and run a model of one layer."""
+def _known() -> list[str]:
+    return sorted({*readable_methods(), *_LOADED_AS})
+
+
+def _try(wanted: dict[str, Any], model: ModelConfig, hf_config: Any, *, is_own: bool) -> bool:
+    """Let transformers check what it needs; where it can, quantise, load and run a model of one layer.
+
+    Returns whether it dequantises such weights as it loads them.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -118,8 +145,9 @@ def _try(wanted: dict[str, Any], model: ModelConfig, hf_config: Any, *, is_own: 
     dtype = _dtype(model, hf_config)
     with unheard():
         quantizer.validate_environment(dtype=dtype, device_map=None, weights_only=True)
-    if is_own and (quantizer.requires_calibration or not _quantises_on_load(quantizer)):
-        return
+    is_dense = bool(getattr(quantizer.quantization_config, "dequantize", False))
+    if is_dense or (is_own and not _quantises_on_load(quantizer)):
+        return is_dense
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with unheard(), torch.random.fork_rng(devices=[]), torch.no_grad():
         small: Any = OneLayer
@@ -131,6 +159,7 @@ def _try(wanted: dict[str, Any], model: ModelConfig, hf_config: Any, *, is_own: 
             quantization_config=quantization_config(wanted),
         )
         loaded.to(device).eval()(input_ids=torch.ones(1, 4, dtype=torch.int64, device=device))
+    return False
 
 
 def _said(error: Exception) -> str:
@@ -144,7 +173,7 @@ def _quantises_on_load(quantizer: Any) -> bool:
         type(quantizer)(copy.deepcopy(quantizer.quantization_config), pre_quantized=False)
     except Exception:
         return False
-    return not getattr(quantizer.quantization_config, "dequantize", False)
+    return True
 
 
 def _dtype(model: ModelConfig, hf_config: Any) -> torch.dtype:

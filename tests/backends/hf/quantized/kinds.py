@@ -54,6 +54,10 @@ def own(module: Any) -> Tensor:
 
 
 # fp4: on CPUs with AVX512-BF16 the kernel rounds scales and activations to bfloat16, and so narrow a model shows it.
+def qweight(module: Any) -> Tensor:
+    return module.qweight.dequantize()
+
+
 KINDS = {
     "nf4": Kind({**BNB, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, four_bit),
     "nf4-double": Kind(
@@ -64,6 +68,9 @@ KINDS = {
     "torchao-int8": Kind(torchao("Int8WeightOnlyConfig"), own),
     "torchao-float8": Kind(torchao("Float8WeightOnlyConfig"), own),
     "torchao-int8-dynamic": Kind(torchao("Int8DynamicActivationInt8WeightConfig"), own, rounds=True),
+    "quanto-int8": Kind({"quant_method": "quanto", "weights": "int8"}, qweight),
+    "quanto-int4": Kind({"quant_method": "quanto", "weights": "int4"}, qweight),
+    "quanto-float8": Kind({"quant_method": "quanto", "weights": "float8"}, qweight),
 }
 
 
