@@ -1,4 +1,4 @@
-"""The weights of BitNet's linears: -1, 0 and 1 times one scale, by which they multiply, and not those they were from."""
+"""The weights of BitNet's linears: the -1, 0 and 1, times a scale, that they multiply by, not those they come from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROUNDED_INPUTS = 0.25  # int8 activations, scaled by each token's largest
 
 
 class BitNetReader:
-    """transformers' BitLinear, which keeps four values in a byte, and AutoBitLinear, which rounds in the forward pass."""
+    """transformers' BitLinear, with four values in a byte, and AutoBitLinear, which rounds in the forward pass."""
 
     methods = ("bitnet",)
 

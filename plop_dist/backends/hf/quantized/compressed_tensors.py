@@ -1,4 +1,4 @@
-"""The weights of linears that compressed-tensors has quantised: unpacked by its own compressors, one for each format."""
+"""The weights of linears that compressed-tensors has quantised: unpacked by its compressors, one for each format."""
 
 from __future__ import annotations
 

@@ -27,15 +27,11 @@ def torchao(name: str, **fields: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind: model.quantization, and the dense weight of a module of it.
-
-    rounds: its kernel rounds activations. rel: how near the gains are to those of the dense weight.
-    """
+    """One kind: model.quantization, and the dense weight of a module of it. rounds: its kernel rounds activations."""
 
     quantization: dict[str, Any]
     dense: Callable[[Any], Tensor]
     rounds: bool = False
-    rel: float = 1e-3
 
 
 def four_bit(module: Any) -> Tensor:
@@ -53,7 +49,6 @@ def own(module: Any) -> Tensor:
     return module.weight.dequantize()
 
 
-# fp4: on CPUs with AVX512-BF16 the kernel rounds scales and activations to bfloat16, and so narrow a model shows it.
 def qweight(module: Any) -> Tensor:
     return module.qweight.dequantize()
 
@@ -63,7 +58,7 @@ KINDS = {
     "nf4-double": Kind(
         {**BNB, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, four_bit
     ),
-    "fp4": Kind({**BNB, "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, four_bit, rel=2e-3),
+    "fp4": Kind({**BNB, "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, four_bit),
     "int8": Kind({**BNB, "load_in_8bit": True}, eight_bit, rounds=True),
     "torchao-int8": Kind(torchao("Int8WeightOnlyConfig"), own),
     "torchao-float8": Kind(torchao("Float8WeightOnlyConfig"), own),

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import plop_dist
+from plop_dist.backends.hf.load import load_model
+from plop_dist.config.schema import ModelConfig
 from plop_dist.errors import ModelError
 from plop_dist.measure.weight import Stored, find_weight
 from tests.backends.hf.quantized.kinds import KINDS, load, save_plain
@@ -50,8 +52,7 @@ def observed(model: nn.Module, dense: dict[str, Tensor], samples: list[Tensor]) 
 @pytest.mark.parametrize("name", KINDS)
 def test_gains_and_baselines_are_those_of_dequantised_weights(name: str, folder: Path) -> None:
     kind = KINDS[name]
-    model = load(folder, kind.quantization)
-    # Before any forward pass: on some CPUs bitsandbytes orders its bytes anew in the first one.
+    model = load_model(ModelConfig(name_or_path=str(folder), dtype="float32", quantization=kind.quantization))
     dense = {
         path: kind.dense(module).double().clone()
         for path, module in model.named_modules()
@@ -76,6 +77,7 @@ def test_gains_and_baselines_are_those_of_dequantised_weights(name: str, folder:
 @pytest.mark.parametrize("name", KINDS)
 def test_rows_are_those_of_the_whole_weight_before_and_after_a_forward_pass(name: str, folder: Path) -> None:
     kind = KINDS[name]
+    # By transformers alone: on some CPUs bitsandbytes then orders its bytes anew in the first forward pass.
     model: Any = load(folder, kind.quantization)
     module = model.model.layers[1].mlp.down_proj
     whole = kind.dense(module).float().clone()
