@@ -192,14 +192,23 @@ _STAGES: dict[str, Callable[[Stages, Notify], Any]] = {
 }
 
 
+# What these say as they are imported concerns those who build them.
+_TALKATIVE = ("bitsandbytes", "torch.utils._pytree", "torch.utils.cpp_extension")
+
+
 def _be_quiet() -> None:
     """Keep other packages' bars and deprecation notes out of a log that people read."""
+    import logging
     import warnings
 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # transformers on how compressed-tensors' checkpoints are loaded here.
+    warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent")
 
 
 def _by_hand(stages: Stages) -> str:

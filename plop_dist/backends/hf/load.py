@@ -14,7 +14,7 @@ from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
 from plop_dist.backends.hf.quantization_patterns import check_quantization_patterns
 from plop_dist.backends.hf.quantized.bitsandbytes import keep_order_of_rows
-from plop_dist.backends.hf.quantized.loadable import check_loadable, loading_options
+from plop_dist.backends.hf.quantized.loadable import check_loadable, is_mxfp4, loading_options
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.checkpoints.special_tokens import check_special_tokens
@@ -106,6 +106,10 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
             f"'{missing[0]}'; they would be random. Point it at a complete checkpoint."
         )
     keep_order_of_rows(loaded)
+    if is_mxfp4(hf_config):
+        loaded.to(
+            weights_dtype(model, hf_config)
+        )  # transformers 5.12 dequantises to bfloat16, whatever it was asked for
     return loaded.eval()
 
 

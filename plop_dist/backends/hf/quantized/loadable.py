@@ -35,12 +35,23 @@ _LOADED_AS = {"compressed-tensors": {"run_compressed": False}, "mxfp4": {"dequan
 
 def loading_options(model: ModelConfig, hf_config: Any) -> dict[str, Any]:
     """Return what from_pretrained is to be told of the quantisation: nothing for a checkpoint that says it all."""
-    own = getattr(hf_config, "quantization_config", None)
-    kind = None if own is None else str((own if isinstance(own, dict) else own.to_dict()).get("quant_method"))
-    asked = {**(model.quantization or {}), **_LOADED_AS.get(kind or "", {})}
+    own = _own(hf_config)
+    kind = None if own is None else own.get("quant_method")
+    asked = {**(model.quantization or {}), **_LOADED_AS.get(str(kind), {})}
     if not asked:
         return {}
     return {"quantization_config": quantization_config({"quant_method": kind, **asked})}
+
+
+def is_mxfp4(hf_config: Any) -> bool:
+    """Tell whether a checkpoint's experts are stored as MXFP4."""
+    own = _own(hf_config)
+    return own is not None and own.get("quant_method") == "mxfp4"
+
+
+def _own(hf_config: Any) -> dict[str, Any] | None:
+    own = getattr(hf_config, "quantization_config", None)
+    return own if own is None or isinstance(own, dict) else own.to_dict()
 
 
 def wanted_config(model: ModelConfig, hf_config: Any) -> dict[str, Any] | None:
@@ -48,9 +59,7 @@ def wanted_config(model: ModelConfig, hf_config: Any) -> dict[str, Any] | None:
 
     A checkpoint that is quantised is what it is: model.quantization may only say how it is loaded (dequantize: true).
     """
-    own = getattr(hf_config, "quantization_config", None)
-    own = own if own is None or isinstance(own, dict) else own.to_dict()
-    asked = model.quantization
+    own, asked = _own(hf_config), model.quantization
     if own is None:
         return asked
     kind = own.get("quant_method")
