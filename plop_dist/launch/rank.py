@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from logging import ERROR, getLogger
 from typing import Any
 
 from plop_dist import ranks
@@ -198,7 +199,6 @@ _TALKATIVE = ("bitsandbytes", "torch.utils._pytree", "torch.utils.cpp_extension"
 
 def _be_quiet() -> None:
     """Keep other packages' bars and deprecation notes out of a log that people read."""
-    import logging
     import warnings
 
     from transformers.utils import logging
@@ -206,7 +206,7 @@ def _be_quiet() -> None:
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        getLogger(name).setLevel(ERROR)
     # transformers on how compressed-tensors' checkpoints are loaded here.
     warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent")
 

@@ -67,7 +67,7 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
         elif isinstance(module, Conv1D):
             sizes, own_storage = (module.nx, module.nf), "conv1d"
         elif _is_quantised_linear(module):
-            sizes, own_storage = (module.in_features, module.out_features), "linear"
+            sizes, own_storage = _sizes(module), "linear"
         elif _is_router(module):
             found.append(_router(path, module))
             continue
@@ -111,6 +111,10 @@ _ROUTER = re.compile(r"(Top[kK]|Hash)Router$")
 
 def _is_router(module: nn.Module) -> bool:
     return bool(_ROUTER.search(type(module).__name__)) and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    return (module.in_features, module.out_features)
 
 
 def _is_quantised_linear(module: Any) -> bool:

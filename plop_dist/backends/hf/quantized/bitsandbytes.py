@@ -26,7 +26,8 @@ class FourBitReader:
 
     def read(self, stored: Stored) -> Weight:
         """Return the weight, dequantised by rows where they hold whole blocks."""
-        packed, state = _as_stored(stored.values.detach(), stored.module.weight.quant_state)
+        module: Any = stored.module
+        packed, state = _as_stored(stored.values.detach(), module.weight.quant_state)
         num_rows, num_columns = state.shape
         if num_columns % state.blocksize:
             whole = lambda: _dequantised(packed, state)  # noqa: E731

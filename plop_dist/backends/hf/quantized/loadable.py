@@ -20,7 +20,7 @@ from plop_dist.errors import ModelError, first_line, suggest
 from plop_dist.measure.weight import readable_methods
 from plop_dist.registry import BACKENDS, load
 
-_SMALL = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1,
+_SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1,
           "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
 # The packages of the extra `quantization`, by the kinds that need them.
 _PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed_tensors",
@@ -160,10 +160,11 @@ def _try(wanted: dict[str, Any], model: ModelConfig, hf_config: Any, *, is_own: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with unheard(), torch.random.fork_rng(devices=[]), torch.no_grad():
         small: Any = OneLayer
+        plain: Any = LlamaForCausalLM(LlamaConfig(**_SMALL))
         loaded = small.from_pretrained(
             None,
             config=LlamaConfig(**_SMALL),
-            state_dict=LlamaForCausalLM(LlamaConfig(**_SMALL)).to(dtype).state_dict(),
+            state_dict=plain.to(dtype).state_dict(),
             dtype=dtype,
             quantization_config=quantization_config(wanted),
         )
