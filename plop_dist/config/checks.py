@@ -28,6 +28,7 @@ def check_consistency(config: Config, source: str) -> None:
     record.check(config, source)
     if config.model.quantization is not None:
         record.check_quantized(config, f"{source}: model.quantization", config.model.quantization["quant_method"])
+    _check_placing(config, source)
     if config.train.method == "sft" and record.training_engine(config) is None:
         raise ConfigError(
             f"{source}: train.method is sft, but parallel.backend '{parallel.backend}' trains nothing in this layout; "
@@ -57,6 +58,30 @@ def _check_model(model: ModelConfig, source: str) -> None:
             f"{source}: model.quantization and model.checkpoint are given together, but a checkpoint's weights are "
             "read as they are; leave one of them out."
         )
+
+
+def _check_placing(config: Config, source: str) -> None:
+    """Raise ConfigError for weights that are to lie elsewhere in a run that needs them where it is."""
+    keys = [key for key in ("device_map", "max_memory", "offload_folder") if getattr(config.model, key) is not None]
+    if not keys:
+        return
+    named, parallel = f"{source}: model.{keys[0]} is given", config.parallel
+    if parallel.backend != "transformers" or parallel.world_size > 1:
+        raise ConfigError(
+            f"{named}, which is for one process of parallel.backend transformers, but parallel is {parallel.backend} "
+            f"with {parallel.world_size} ranks; leave one of the two out."
+        )
+    if config.train.method != "none":
+        raise ConfigError(
+            f"{named}, but train.method is {config.train.method}, which needs the whole model; set train.method=none, "
+            "and train elsewhere with an export."
+        )
+    if config.model.checkpoint is not None:
+        raise ConfigError(
+            f"{named}, but model.checkpoint is read into memory; point model.name_or_path at the whole model instead."
+        )
+    if keys == ["offload_folder"]:
+        raise ConfigError(f"{named} without model.max_memory or model.device_map, so that nothing is offloaded.")
 
 
 def _check_parallel(parallel: ParallelConfig, source: str) -> None:

@@ -23,8 +23,10 @@ from plop_dist.config.fields import (
     Count,
     CountOfSeveral,
     CountOrZero,
+    DeviceMap,
     Dtype,
     Location,
+    MaxMemory,
     NameOf,
     NameOrFunction,
     NumpySeed,
@@ -76,6 +78,18 @@ class ModelConfig(_Section):
         default=None,
         description="Quantise on load: transformers' quantization_config, e.g. {quant_method: bitsandbytes, "
         "load_in_4bit: true}; null: as the checkpoint is.",
+    )
+
+    device_map: DeviceMap = Field(
+        default=None,
+        description="Where accelerate puts the modules: auto, or paths with cpu, disk or a GPU's number; for models "
+        "larger than the memory (one process).",
+    )
+    max_memory: MaxMemory | None = Field(
+        default=None, description="Most memory by device for device_map, e.g. {0: 20GB, cpu: 60GB}; the rest on disk."
+    )
+    offload_folder: Location | None = Field(
+        default=None, min_length=1, description="Where weights go that cannot be read from the checkpoint as they are."
     )
 
     @model_serializer(mode="wrap")

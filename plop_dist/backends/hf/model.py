@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plop_dist.backends.hf.offload import execution_device
 from plop_dist.errors import DataError, ModelError
-from plop_dist.measure.protocols import Groups, MicroBatch, Site
+from plop_dist.measure.protocols import Groups, MicroBatch, PassingWeights, Site
 
 # Families whose forward pass gives a row's tokens other activations when padding stands beside them (transformers 5).
 _SEE_PADDING = frozenset({"doge", "nemotron_h", "zamba2"})
@@ -23,7 +24,7 @@ class HFModel:
 
     module: the transformers model that owns the sites. call: what runs the forward pass (the module itself, its base
     model without the head, or an engine around it). num_parameters: of the whole model.
-    release: ends what loading made. Raises ModelError for an encoder-decoder model.
+    release: ends what loading made. passing: see ScorableModel. Raises ModelError for an encoder-decoder model.
     """
 
     micro_batches_per_step = 1
@@ -38,6 +39,7 @@ class HFModel:
         with_head: bool = False,
         num_parameters: int | None = None,
         release: Callable[[], None] = lambda: None,
+        passing: PassingWeights | None = None,
     ) -> None:
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             raise ModelError(
@@ -48,7 +50,8 @@ class HFModel:
         self.sites = sites
         self.groups = groups or Groups()
         self.release = release
-        self.device = next(module.parameters()).device
+        self.passing = passing
+        self.device = execution_device(module)
         self._call = call or (module if with_head else headless(module))
         self._whole = call or module
         self._with_head = with_head

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from plop_dist.backends.hf.linears import LinearModule
+from plop_dist.backends.hf.offload import is_away, while_there
 from plop_dist.errors import ModelError
 from plop_dist.measure.blocks import Block
 from plop_dist.measure.norms import local_sq_norm
@@ -48,6 +49,7 @@ class LinearSite:
         observe_last: bool = False,
     ) -> None:
         self.path, self.module, self._base = linear.path, linear.module, wrapped(linear.module)
+        self.holding_module = self._base
         self.blocks: Sequence[Block] = linear.blocks
         self.projections = tuple(block.projection for block in linear.blocks)
         self.group, self.holder = group, None
@@ -94,6 +96,8 @@ class LinearSite:
                 leading_shape=z.shape[:-1],
             )
 
+        if is_away(self.module):
+            return while_there(self.module, after=observe)
         # Before DeepSpeed's own post-forward hook, which releases the parameters (and with them the bias) at stage 3.
         prepend = not self._observe_last
         return self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True).remove
@@ -140,8 +144,12 @@ def wrapped(module: Any) -> Any:
 
 
 def _has_own_forward(module: Any) -> bool:
-    """Tell whether a linear's forward is another than nn.Linear's, its class's or put on it later."""
-    own = getattr(vars(module).get("forward"), "__func__", None) or type(module).forward
+    """Tell whether a linear's forward is another than nn.Linear's, its class's or put on it later.
+
+    accelerate's, which brings weights and then calls the one that was there before, is none of its own.
+    """
+    put_on = vars(module).get("_old_forward", vars(module).get("forward"))
+    own = getattr(put_on, "__func__", None) or type(module).forward
     return isinstance(module, nn.Linear) and own is not nn.Linear.forward
 
 
