@@ -82,13 +82,15 @@ def _memory_by_device(value: Any) -> Any:
 
 
 def _device_map(value: Any) -> Any:
-    is_name = value in ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
+    is_name = value in ("auto", "balanced", "balanced_low_0", "sequential")
     is_mapping = isinstance(value, dict) and all(
         isinstance(path, str) and (_device_number(device) is not None or isinstance(device, str))
         for path, device in value.items()
     )
     if value is not None and not is_mapping and not (isinstance(value, str) and is_name):
-        raise ValueError("auto, balanced, sequential, cpu, disk, or devices by path, e.g. {model: 0, lm_head: cpu}")
+        raise ValueError(
+            "auto, balanced, balanced_low_0, sequential, or devices by path, e.g. {model: 0, lm_head: cpu}"
+        )
     return value
 
 

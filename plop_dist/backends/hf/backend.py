@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from plop_dist.backends.hf import tp_plan
-from plop_dist.backends.hf.load import is_placed, load_model, needs_head
+from plop_dist.backends.hf.load import load_model, needs_head
 from plop_dist.backends.hf.model import HFModel, pick_device
+from plop_dist.backends.hf.placing import is_placed
 from plop_dist.backends.hf.whole import whole_model
 from plop_dist.config.schema import Config
 

@@ -13,6 +13,7 @@ from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
 from plop_dist.backends.hf.memory import freed_at_once
 from plop_dist.backends.hf.model import quantization_of
+from plop_dist.backends.hf.placing import check_placed, is_placed, placing_options, plan_placing
 from plop_dist.backends.hf.quantization_patterns import check_quantization_patterns
 from plop_dist.backends.hf.quantized.bitsandbytes import keep_order_of_rows
 from plop_dist.backends.hf.quantized.loadable import check_loadable, is_mxfp4, loading_options
@@ -91,7 +92,9 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
             f"model.name_or_path '{model.name_or_path}'",
         )
         check_loadable(model, hf_config)
-        options |= {**loading_options(model, hf_config), **_placing_options(model)}
+        options |= {**loading_options(model, hf_config), **placing_options(model)}
+        if is_placed(model):
+            plan_placing(model, meta_model(model, hf_config), weights_dtype(model, hf_config))
         if model.checkpoint is None and drop is None:
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code
@@ -104,41 +107,13 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
             f"model.name_or_path '{model.name_or_path}' has no weights for {len(missing)} parameters, e.g. "
             f"'{missing[0]}'; they would be random. Point it at a complete checkpoint."
         )
-    _check_placed(model, loaded)
+    check_placed(model, loaded, quantization_of(loaded))
     keep_order_of_rows(loaded)
     if is_mxfp4(hf_config):
         loaded.to(
             weights_dtype(model, hf_config)
         )  # transformers 5.12 dequantises to bfloat16, whatever it was asked for
     return loaded.eval()
-
-
-def is_placed(model: ModelConfig) -> bool:
-    """Tell whether accelerate says where each weight is kept."""
-    return model.device_map is not None or model.max_memory is not None
-
-
-def _placing_options(model: ModelConfig) -> dict[str, Any]:
-    if not is_placed(model):
-        return {}
-    options = {"device_map": model.device_map or "auto", "max_memory": model.max_memory}
-    return {**options, "offload_folder": model.offload_folder}
-
-
-def _check_placed(model: ModelConfig, loaded: Any) -> None:
-    """Raise ModelError for weights that are spread over several accelerators, or quantised and away."""
-    devices = set(map(str, (getattr(loaded, "hf_device_map", None) or {}).values())) - {"cpu", "disk"}
-    if len(devices) > 1:
-        raise ModelError(
-            f"model.device_map '{model.device_map or 'auto'}' spreads the model over {len(devices)} devices "
-            f"({', '.join(sorted(devices))}); let it use one beside cpu and disk (model.max_memory), or cut the model "
-            "with parallel.tp or parallel.pp."
-        )
-    if quantization_of(loaded) is not None and any(parameter.is_meta for parameter in loaded.parameters()):
-        raise ModelError(
-            f"model.device_map and model.max_memory put quantised weights of '{model.name_or_path}' on cpu or disk, "
-            "from where their kernels do not take them; give it more memory, or load it unquantised."
-        )
 
 
 def meta_model(model: ModelConfig, hf_config: Any = None) -> torch.nn.Module:
