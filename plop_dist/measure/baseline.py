@@ -80,7 +80,8 @@ def compute_baselines(
     pending: list[Taken] = []
     num_bytes = done = 0
     for holder, sites in _by_holder(model.sites):
-        with holder.opened() if holder else nullcontext():
+        is_needed = holder is not None and not all(site in passed for _, site in sites)
+        with holder.opened() if holder is not None and is_needed else nullcontext():
             for number, site in sites:
                 index, count = model.groups.copies.get(site.group, (0, 1))
                 is_own = number % count == index

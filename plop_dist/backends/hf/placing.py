@@ -51,17 +51,16 @@ def plan_placing(model: ModelConfig, twin: nn.Module, dtype: torch.dtype) -> Pla
         found: dict[str, Any] = _get_device_map(whole, options["device_map"], options["max_memory"], None)
     by_device: dict[str, int] = {}
     sizes: list[int] = []
-    for module_path, module in whole.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            size = parameter.numel() * parameter.element_size()
-            sizes.append(size)
-            device = _device_of(f"{module_path}.{name}", found)
-            by_device[device] = by_device.get(device, 0) + size
+    for path, parameter in whole.named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        sizes.append(size)
+        device = _device_of(path, found)
+        by_device[device] = by_device.get(device, 0) + size
     disk = by_device.pop("disk", 0)
     if not by_device:
         raise ModelError(
             f"model.max_memory {model.max_memory} leaves all of '{model.name_or_path}' on disk, also what is used by "
-            f"itself (embeddings); give the cpu more, e.g. {{cpu: {2 * max(sizes)}}}."
+            f"itself (embeddings); give the cpu more: at least these and a layer, {sum(sizes) / 1e6:.0f} MB are all."
         )
     return Placing(by_device, disk, max(sizes))
 

@@ -77,7 +77,7 @@ def test_a_pass_reads_each_weight_once(exclude: list[str], tmp_path: Path, monke
         plop_dist.score(away, batches, num_directions=8, exclude=exclude)
         scored = {name for name in reads if "layers" in name}
         assert len(scored) > 20
-        assert {reads[name] for name in scored} == {len(batches)}
+        assert {name: reads[name] for name in scored if reads[name] != len(batches)} == {}
 
 
 def test_a_weight_that_no_pass_has_brought_is_fetched(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_command_line_keeps_what_fits_and_says_what_it_reads(tmp_path: Path)
     config = write_case(tmp_path, model, data={"num_samples": 5})
     assert command("score", config).status == 0
     expected = modules_of(tmp_path / "run")
-    away = ["model.max_memory={cpu: 150KB}", f"run_dir={tmp_path}/away"]
+    away = ["model.max_memory={cpu: 250KB}", f"run_dir={tmp_path}/away"]
     assert command("score", config, *away).status == 0
     found = modules_of(tmp_path / "away")
     assert [(one["fqn"], one["nfn"]) for one in found] == [
