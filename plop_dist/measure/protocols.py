@@ -142,6 +142,16 @@ class Site(Protocol):
         ...
 
 
+class PassingWeights(Protocol):
+    """Weights that are there only while their modules run, as where they lie on disk between forward passes."""
+
+    sites: Sequence[Site]
+
+    def attach(self, take: Callable[[Site], None]) -> Callable[[], None]:
+        """Have take(site) called in every forward pass while a site's weights() cost nothing; returns what ends it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Groups:
     """The process groups of the axes that matter here; a missing name means one rank on that axis.
@@ -177,7 +187,10 @@ class Sited(Protocol):
 
 
 class ScorableModel(Protocol):
-    """A loaded model as one rank sees it; what a backend returns and what the plugin wraps a host's model in."""
+    """A loaded model as one rank sees it; what a backend returns and what the plugin wraps a host's model in.
+
+    It may have `passing`, PassingWeights: the baselines of those sites are then computed during the pass, not before.
+    """
 
     sites: Sequence[Site]
     groups: Groups

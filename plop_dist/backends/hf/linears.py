@@ -20,9 +20,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from plop_dist.backends.hf.fused import parts_of
+from plop_dist.backends.hf.quantized.readers import add_readers
 from plop_dist.errors import ModelError
 from plop_dist.measure.blocks import Block, Rows
-from plop_dist.measure.weight import PlainReader, Stored, Weight, add_reader, is_packed, is_readable
+from plop_dist.measure.weight import (
+    PlainReader,
+    Stored,
+    Weight,
+    add_reader,
+    is_dense,
+    is_packed,
+    is_readable,
+    readable_methods,
+)
 from plop_dist.values.names import layer_index, module_type, unwrapped
 from plop_dist.values.scores import Projection, Storage
 
@@ -56,6 +66,8 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
             own_storage = "router" if type(module).__name__.endswith("Router") else "linear"
         elif isinstance(module, Conv1D):
             sizes, own_storage = (module.nx, module.nf), "conv1d"
+        elif _is_quantised_linear(module):
+            sizes, own_storage = _sizes(module), "linear"
         elif _is_router(module):
             found.append(_router(path, module))
             continue
@@ -99,6 +111,17 @@ _ROUTER = re.compile(r"(Top[kK]|Hash)Router$")
 
 def _is_router(module: nn.Module) -> bool:
     return bool(_ROUTER.search(type(module).__name__)) and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    return (module.in_features, module.out_features)
+
+
+def _is_quantised_linear(module: Any) -> bool:
+    """Tell whether a module that is no nn.Linear stands for one, as some quantisers' do."""
+    stored = Stored(module)
+    is_sized = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return is_sized and is_readable(stored) and not is_dense(stored)
 
 
 def _block(owner_path: str, name: str, rows: Rows, sizes: tuple[int, int], stored_in: str) -> Block:
@@ -147,7 +170,7 @@ def _refuse(path: str, module: nn.Module) -> None:
         kind = f"{type(module).__name__}, weight {getattr(getattr(module, 'weight', None), 'dtype', None)}"
         raise ModelError(
             f"Module '{path}' holds quantised weights ({kind}), whose norms cannot be read; load the model in float32, "
-            "bfloat16 or float16, without a quantization_config."
+            f"bfloat16 or float16, or quantised by {', '.join(readable_methods())}."
         )
 
 
@@ -162,3 +185,4 @@ class _Conv1DReader(PlainReader):
 
 
 add_reader(_Conv1DReader())
+add_readers()

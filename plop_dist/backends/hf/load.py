@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,14 +11,17 @@ import torch
 
 from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
+from plop_dist.backends.hf.memory import freed_at_once
+from plop_dist.backends.hf.model import quantization_of
+from plop_dist.backends.hf.placing import check_placed, is_placed, placing_options, plan_placing
 from plop_dist.backends.hf.quantization_patterns import check_quantization_patterns
+from plop_dist.backends.hf.quantized.bitsandbytes import keep_order_of_rows
+from plop_dist.backends.hf.quantized.loadable import check_loadable, is_mxfp4, loading_options
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.checkpoints.special_tokens import check_special_tokens
 from plop_dist.config.schema import ModelConfig
 from plop_dist.errors import ModelError, PlopError, as_cause, first_line
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def load_hf_config(model: ModelConfig) -> Any:
@@ -82,13 +84,17 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
 
     dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     options |= {"dtype": dtype, "output_loading_info": True}
-    with _explained(model, "model"), _freed_at_once():
+    with _explained(model, "model"), freed_at_once():
         hf_config = load_hf_config(model)
         check_quantization_patterns(
             hf_config,
             lambda: [name for name, _ in meta_model(model, hf_config).named_modules()],
             f"model.name_or_path '{model.name_or_path}'",
         )
+        check_loadable(model, hf_config)
+        options |= {**loading_options(model, hf_config), **placing_options(model)}
+        if is_placed(model):
+            plan_placing(model, meta_model(model, hf_config), weights_dtype(model, hf_config))
         if model.checkpoint is None and drop is None:
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code
@@ -101,6 +107,12 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
             f"model.name_or_path '{model.name_or_path}' has no weights for {len(missing)} parameters, e.g. "
             f"'{missing[0]}'; they would be random. Point it at a complete checkpoint."
         )
+    check_placed(model, loaded, quantization_of(loaded))
+    keep_order_of_rows(loaded)
+    if is_mxfp4(hf_config):
+        loaded.to(
+            weights_dtype(model, hf_config)
+        )  # transformers 5.12 dequantises to bfloat16, whatever it was asked for
     return loaded.eval()
 
 
@@ -149,24 +161,6 @@ def _class_without(drop: Callable[[Any], None], model_class: Any) -> Any:
     # transformers would report every weight that is left out.
     fields["_keys_to_ignore_on_load_unexpected"] = [".*"]
     return type(model_class.__name__, (model_class,), fields)
-
-
-@contextmanager
-def _freed_at_once() -> Iterator[None]:
-    """Have the parameters that ZeRO-3 frees while it loads leave the process, one by one.
-
-    glibc raises its threshold for memory of its own mapping with every large block that is freed, and then keeps the
-    room between the shards: a rank grows by the whole model, though it never holds it.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 18)
-    try:
-        yield
-    finally:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc ends by itself: activations are not mapped anew each time
 
 
 @contextmanager
