@@ -52,6 +52,7 @@ def import_bridge() -> Any:
 
     megatron-core is imported before the stub, so that it keeps its local layers. Raises ImportError.
     """
+    has_transformer_engine()  # before Megatron asks
     importlib.import_module("megatron.core")
     if not torch.cuda.is_available():
         cpu.prepare()

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from plop_dist.backends.megatron.classes import check_router, linear_kind
 from plop_dist.backends.megatron.groups import Place
 from plop_dist.backends.megatron.modules import weight_of
 from plop_dist.backends.megatron.names import (
     HFNames,
     NamedLinear,
     find_named_linears,
-    linear_kind,
     logical_projection,
     router_fqn,
 )
@@ -76,6 +76,7 @@ class _ChunkSites:
     def _router_site(self, linear: NamedLinear, name: str) -> RouterSite:
         """Return the site of the router that feeds an expert."""
         router = self._modules[linear.path.partition(".experts.")[0]].router
+        check_router(router, name)
         fqn = router_fqn(name, self._logical.names)
         num_experts, hidden_size = router.weight.shape
         projection = logical_projection(fqn, hidden_size, num_experts, self._logical.known)

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from plop_dist.backends.megatron.classes import linear_kind
 from plop_dist.backends.megatron.modules import grouped
 from plop_dist.measure.blocks import Rows
 from plop_dist.values.names import expert_index, layer_index, module_type
@@ -73,12 +74,14 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
 
     Multi-token-prediction layers are left out: Hugging Face models do not have them. So are the linears of adapters;
     what Megatron-Bridge's wrapper wraps goes by the wrapper's path. hf_names: see `conventional_names`
-    and `bridge_names`.
+    and `bridge_names`. Raises ModelError for a linear of a class that is not known.
     """
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        kind = linear_kind(module)
-        if kind is None or ".mtp." in f".{path}." or ".adapter." in path:
+        if ".mtp." in f".{path}." or ".adapter." in path:
+            continue
+        kind = linear_kind(module, path)
+        if kind is None:
             continue
         path = path.removesuffix(".to_wrap")
         global_path = _global_path(path, modules)
@@ -106,29 +109,6 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
 def router_fqn(router: str, hf_names: HFNames) -> str:
     """Return the Hugging Face path of a router, given its global Megatron path."""
     return _names(hf_names, f"{router}.weight", router)[""]
-
-
-def linear_kind(module: nn.Module) -> str | None:
-    """Return column, row, duplicated, grouped_column or grouped_row for Megatron's linears, None for anything else.
-
-    By class name along the inheritance, so that Transformer Engine need not be importable.
-    """
-    for name in (cls.__name__ for cls in type(module).__mro__):
-        if name in _KINDS:
-            return _KINDS[name]
-    return None
-
-
-_KINDS = {
-    "ColumnParallelLinear": "column",
-    "TEColumnParallelLinear": "column",
-    "TELayerNormColumnParallelLinear": "column",
-    "RowParallelLinear": "row",
-    "TERowParallelLinear": "row",
-    "TEColumnParallelGroupedLinear": "grouped_column",
-    "TERowParallelGroupedLinear": "grouped_row",
-    "TELinear": "duplicated",
-}
 
 
 def conventional_names(parameter: str) -> Mapping[str, str] | None:
