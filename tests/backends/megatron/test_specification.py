@@ -47,7 +47,7 @@ def test_transformer_engines_layers_are_built_without_cuda_and_no_others_are_sco
     save_tiny("llama", tmp_path)
     ((found, lines, message),) = run_ranks(1, specified, "transformer_engine", _with_a_class_of_our_own, tmp_path)
     assert found == LINEARS["transformer_engine"]
-    (off,) = [line for line in lines if "switched off in Megatron" in line]
+    off = next(line for line in lines if "switched off in Megatron" in line)
     assert off.startswith("No CUDA: ")
     assert "bias_dropout_fusion" in off
     assert message.startswith("'decoder.layers.1.mlp.linear_fc2' is a tests.backends.megatron.test_specification.")
