@@ -30,8 +30,10 @@ from plop_dist.backends.megatron.layout import check_layout
 from plop_dist.backends.megatron.local_layers import use_local_layers
 from plop_dist.backends.megatron.model import MegatronModel
 from plop_dist.backends.megatron.names import bridge_names, conventional_names
+from plop_dist.backends.megatron.renamed import as_modules
 from plop_dist.backends.megatron.rotary import complete_yarn
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
+from plop_dist.backends.megatron.wide_norms import share_wide_norms
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, ModelError, PlopError
@@ -53,7 +55,7 @@ def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, wi
     hf_config = load_hf_config(config.model)
     whole = meta_model(config.model, hf_config)
     known = {item.fqn: item for site in whole_sites(whole, with_head) for item in site.projections}
-    names = bridge_names(bridge._model_bridge.mapping_registry())
+    names = as_modules(bridge_names(bridge._model_bridge.mapping_registry()), whole, known)
     model = MegatronModel(
         chunks,
         Logical(names, known, hf_config.vocab_size, with_head),
@@ -107,6 +109,8 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
         )
     if config.model.checkpoint is not None:
         load_checkpoint(chunks, Path(config.model.checkpoint))
+    for chunk in chunks:
+        share_wide_norms(chunk)
     check_attention(hf_config, meta_model(config.model, hf_config), chunks, config)
     return [chunk.eval() for chunk in chunks], bridge
 

@@ -28,7 +28,7 @@ _CHANGE_OUTPUT = (
 # Their gating is W z, with the bias that they carry.
 _ROUTERS = ("Router", "TopKRouter")
 # What else may hold a matrix inside a decoder layer.
-_OTHERS = (*_ROUTERS, "VocabParallelEmbedding", "Embedding", "LinearAdapter")
+_OTHERS = (*_ROUTERS, "SharedExpertMLP", "VocabParallelEmbedding", "Embedding", "LinearAdapter")
 
 
 def linear_kind(module: nn.Module, path: str = "") -> str | None:

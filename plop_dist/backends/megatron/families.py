@@ -17,8 +17,9 @@ LOCAL_FAMILIES = (
 )  # fmt: skip
 # Equal with Transformer Engine's layers.
 GPU_FAMILIES = (
-    *LOCAL_FAMILIES, "ExaoneMoeForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Glm4MoeLiteForCausalLM",
-    "GptOssForCausalLM", "OlmoeForCausalLM",
+    *LOCAL_FAMILIES, "Exaone4ForCausalLM", "ExaoneMoeForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "GptOssForCausalLM", "HYV3ForCausalLM", "MiniMaxM2ForCausalLM",
+    "NemotronHForCausalLM", "OlmoeForCausalLM", "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM",
 )  # fmt: skip
 # Built, and otherwise than transformers does: why.
 _WRONG = {
@@ -46,11 +47,16 @@ def check_family(hf_config: Any, config: Config) -> None:
             f"model.name_or_path '{name}' is a {family}: Megatron's layers without Transformer Engine (not installed "
             f"here) are known to be right for {', '.join(LOCAL_FAMILIES)} alone; {_ELSEWHERE}."
         )
-    _check_orientation(hf_config, family, name)
+    _check_fields(hf_config, family, name)
 
 
-def _check_orientation(hf_config: Any, family: str, name: str) -> None:
-    """Raise ModelError for GPT-OSS whose experts' gate_up_proj is square: Bridge tells rows from columns by shape."""
+def _check_fields(hf_config: Any, family: str, name: str) -> None:
+    """Raise ModelError for what Bridge builds otherwise in some models of a family that it mostly builds right."""
+    if family == "Exaone4ForCausalLM" and hf_config.sliding_window and "full_attention" in hf_config.layer_types:
+        raise ModelError(
+            f"model.name_or_path '{name}': with sliding_window {hf_config.sliding_window} its layers of full attention "
+            f"see no positions, but Megatron-Bridge's do; {_ELSEWHERE}."
+        )
     if family == "GptOssForCausalLM" and 2 * hf_config.intermediate_size == hf_config.hidden_size:
         raise ModelError(
             f"model.name_or_path '{name}': intermediate_size {hf_config.intermediate_size} is half of hidden_size "

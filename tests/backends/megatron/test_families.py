@@ -25,6 +25,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq
           "original_max_position_embeddings": 16}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 OSS_YARN = {**YARN, "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+HALF_ROTARY = {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8,
          "num_key_value_heads": 4, "head_dim": 8}  # fmt: skip
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2,
@@ -46,14 +47,20 @@ GPU_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {**SIZES, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}),
     "gemma3": ("gemma3_text", {**SIZES, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}),
     "gpt_oss": ("gpt_oss", {"intermediate_size": 48, "rope_parameters": OSS_YARN}),
-    "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, "topk_method": "greedy"}),
-}
+    "olmoe": ("olmoe", {**SIZES, "num_key_value_heads": 8, "num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_next": ("qwen3_next", {}),
+    "minimax_m2": ("minimax_m2", {**SIZES, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                  "rotary_dim": 4, "rope_parameters": HALF_ROTARY}),
+}  # fmt: skip
 GPU_LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {"tp": 2, "sequence_parallel": True}),
     ("gemma3", {"tp": 2}),
     ("gemma3", {"pp": 2}),
     ("gpt_oss", {"tp": 2, "ep": 2, "sequence_parallel": True}),
     ("gpt_oss", {"pp": 2}),
+    ("qwen3_next", {"tp": 2, "sequence_parallel": True}),
+    ("minimax_m2", {"tp": 2}),
+    ("olmoe", {"tp": 2, "sequence_parallel": True}),
 ]
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"tp": 2}),
@@ -85,6 +92,11 @@ GPU_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "ernie": ("ernie4_5_moe", {**SIZES, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
               "is a Ernie4_5_MoeForCausalLM, which Megatron-Bridge .* builds as another model: it chooses"),
     "square": ("gpt_oss", {"rope_parameters": OSS_YARN}, "intermediate_size 32 is half of hidden_size 64, so that"),
+    "nope": ("exaone4", {**SIZES, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]},
+             "with sliding_window 512 its layers of full attention see no positions, but Megatron-Bridge's do"),
+    "absorbed": ("glm_moe_dsa", {**DEEPSEEK, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 64,
+                                 "indexer_rope_interleave": True, "mlp_layer_types": ["dense", "sparse"]},
+                 "is a GlmMoeDsaForCausalLM, of which nobody has compared"),
     "unknown": ("falcon_h1", {**SIZES, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
                 "is a FalconH1ForCausalLM, of which nobody has compared what Megatron-Bridge .* builds"),
 }  # fmt: skip
