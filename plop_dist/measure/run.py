@@ -84,20 +84,22 @@ def score_model(
         return _is_stable(projections, totals, baselines, placement)
 
     stop = is_stable if estimator.stop_when_stable else None
-    totals, num_used = _collect(Collector(model, reducer), run, fqns, stop, notify)
-    totals = totals.observed()
+    found = _collect(Collector(model, reducer), run, fqns, stop, notify)
+    totals = found.totals.observed()
     timing = {
         "baseline_seconds": round(after_baselines - started, 3),
         "forward_seconds": round(time.perf_counter() - after_baselines, 3),
         "num_collectives": reducer.traffic.num_collectives,
         "num_reduced_bytes": reducer.traffic.num_bytes,
     }
-    data = {**info["data"], "num_samples": num_used, "stopped_early": num_used < run.num_samples}
-    data["num_tokens"] = int((totals.num_tokens + totals.num_skipped).sum(axis=1).max())
+    data = {**info["data"], "num_samples": found.num_samples, "stopped_early": found.num_samples < run.num_samples}
+    num_seen = int((totals.num_tokens + totals.num_skipped).sum(axis=1).max())
+    data["num_tokens"] = _num_tokens(run, found.num_steps, reducer) or num_seen
     return build_scores(
         projections,
         totals,
         baselines,
+        unknown=found.unknown,
         model=info["model"],
         data=data,
         estimator=estimator.model_dump(),
@@ -113,28 +115,55 @@ def _check(model: ScorableModel, run: Pass) -> None:
             model.check(micro_batch)
 
 
+def _num_tokens(run: Pass, num_steps: int, reducer: Reducer) -> int | None:
+    """Return how many tokens the batches of these steps hold, or None for batches that do not say. Collective.
+
+    Not what a module sees, which may be called several times for a token, or never.
+    """
+    ids = [micro_batch.sample_ids for step in range(num_steps) for micro_batch in run.micro_batches(step)]
+    own = None if any(one.dim() == 1 for one in ids) else sum(int((one >= 0).sum()) for one in ids)
+    counts = dict(reducer.gather_objects((reducer.groups.replica, own), "count of tokens"))
+    return None if None in counts.values() else sum(filter(None, counts.values()))
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """What the steps gave, merged over all ranks. unknown: weights that multiply activations without a site."""
+
+    totals: SampleTotals
+    num_samples: int
+    num_steps: int
+    unknown: tuple[Projection, ...]
+
+
 def _collect(
     collector: Collector,
     run: Pass,
     fqns: Sequence[str],
     is_stable: Callable[[SampleTotals], bool] | None,
     notify: Notify,
-) -> tuple[SampleTotals, int]:
-    """Return the sums of all ranks over all steps, or until `is_stable`, and of how many samples. Collective.
+) -> _Collected:
+    """Return the sums of all ranks over all steps, or until `is_stable`. Collective.
 
-    The first steps come from the log where it has them.
+    The first steps come from the log where it has them; the last always runs, and shows which weights have no site.
     """
     reducer = collector.reducer
-    step = _agreed_start(run.log, reducer)
+    step = _agreed_start(run, reducer)
     parts = run.log.read(step)  # this rank's sums that are not merged yet
     merged: list[SampleTotals] = []  # those of all ranks
     num_used = next_check = 0
+    unknown: tuple[Projection, ...] | None = None
     if step:
         num_used = run.samples_after(step - 1)
         notify("resumed", done=num_used, total=run.num_samples)
     with collector.attached():
         while step < run.num_steps:
-            parts.append(_step(collector, run, step))
+            if unknown is None:
+                with collector.model.watching() as seen:
+                    parts.append(_step(collector, run, step))
+                unknown = reducer.merge_unknown(seen)
+            else:
+                parts.append(_step(collector, run, step))
             run.log.write(step, parts[-1])
             num_used = run.samples_after(step)
             step += 1
@@ -149,11 +178,12 @@ def _collect(
             num_used = run.num_samples
     if parts or not merged:
         merged.append(reducer.merge_totals(add_totals(parts, collector.owned), fqns, np.arange(run.num_samples)))
-    return add_totals(merged, fqns), num_used
+    return _Collected(add_totals(merged, fqns), num_used, step, unknown or ())
 
 
-def _agreed_start(log: ProgressLog, reducer: Reducer) -> int:
-    return min(reducer.gather_objects(log.num_done(), "agreement on the first step"))
+def _agreed_start(run: Pass, reducer: Reducer) -> int:
+    done = min(reducer.gather_objects(run.log.num_done(), "agreement on the first step"))
+    return max(0, min(done, run.num_steps - 1))
 
 
 def _merge_seen(reducer: Reducer, owned: SampleTotals, fqns: Sequence[str]) -> SampleTotals:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from plop_dist.backends.hf.computed_weights import Product, has_own_forward, note_products
 from plop_dist.backends.hf.linears import LinearModule
 from plop_dist.measure.blocks import Block
 from plop_dist.measure.norms import local_sq_norm
@@ -50,15 +51,18 @@ class LinearSite:
         self._is_sharded, self._in_index = is_sharded, in_index
         self._gather = gather
         self._observe_last = observe_last
-        # A router may return scores, a quantised linear rounds: believed once its output is W z, else we multiply.
+        # A router may return scores, a quantised linear may round or normalise first: what torch is asked to multiply
+        # counts, or where that is not seen, the output is believed once it is W z, else we multiply.
         is_whole = in_part is Part.WHOLE and out_part is Part.WHOLE
-        self._must_prove = is_whole and _has_own_forward(linear.module)
+        self._must_prove = is_whole and has_own_forward(linear.module)
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
         """Install the hook and return the function that removes it.
 
         Collective for a wrapped module whose parameters are partitioned.
         """
+        handles: list[Any] = []
+        products: list[list[Product]] = []  # of the call that is being observed, the last one
         kept = None
         if self._gather is not None and self._base is not self.module and self._base.bias is not None:
             # A wrapper ends after its inner module did, which by then has given its parameters back.
@@ -66,6 +70,10 @@ class LinearSite:
                 kept = bias.detach().clone()
 
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if products and len(products[-1]) == 1:
+                z, _, y = products[-1][0]
+                self._record(recorder, z, y)
+                return
             z = args[0] if args else next(iter(kwargs.values()))
             y = local(output[0] if isinstance(output, tuple) else output)
             bias = getattr(self._base, "bias", None) if kept is None else kept
@@ -81,18 +89,30 @@ class LinearSite:
                     return
                 self._must_prove = not _is_near(y, product)
                 y = product
-            recorder.record(
-                self,
-                recorder.sq_norm(local(z)),
-                [local_sq_norm(block.take(y)) for block in self.blocks],
-                in_part=self._in_part,
-                out_part=self._out_part,
-                leading_shape=z.shape[:-1],
-            )
+            self._record(recorder, z, y)
 
         # Before DeepSpeed's own post-forward hook, which releases the parameters (and with them the bias) at stage 3.
         prepend = not self._observe_last
-        return self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True).remove
+        handles.append(self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True))
+        if self._must_prove:
+            shape = (sum(one.out_features for one in self.projections), self.projections[0].in_features)
+            handles += note_products(self.module, shape, products)
+
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
+
+    def _record(self, recorder: Recorder, z: Tensor, y: Tensor) -> None:
+        recorder.record(
+            self,
+            recorder.sq_norm(local(z)),
+            [local_sq_norm(block.take(y)) for block in self.blocks],
+            in_part=self._in_part,
+            out_part=self._out_part,
+            leading_shape=z.shape[:-1],
+        )
 
     def _product(self, z: Tensor) -> Tensor:
         """Return W z, (..., O). The weight is whole while its module's forward runs, under ZeRO-3 and FSDP too."""
@@ -112,10 +132,6 @@ class LinearSite:
 def wrapped(module: Any) -> Any:
     """Return the linear inside an adapter's wrapper, PEFT's, Megatron-Bridge's or ours, or the module itself."""
     return getattr(module, "base_layer", None) or getattr(module, "to_wrap", None) or module
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def _is_near(y: Tensor, expected: Tensor) -> bool:

@@ -1,0 +1,89 @@
+"""The sweep over every architecture of transformers, in two processes, and the table that it writes.
+
+python -m tests.sweep.table [--backend transformers] [--write] [MODEL_TYPE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.sweep.family import Family, sweep_family
+
+# The heads of a model type in the order in which one is taken: what reads text and is trained on it comes first.
+_HEADS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM",
+          "SPEECH_SEQ_2_SEQ", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION")  # fmt: skip
+_TIME_LIMIT_S = 120
+
+
+def architectures() -> dict[str, str]:
+    """Return the class that is swept for every model type that has a head for text, in alphabetical order."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, str] = {}
+    for head in _HEADS:
+        for model_type, names in getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").items():
+            name = names if isinstance(names, str) else names[0]
+            if _is_of(name, model_type):
+                found.setdefault(model_type, name)
+    return dict(sorted(found.items()))
+
+
+def _is_of(class_name: str, model_type: str) -> bool:
+    """Tell whether checkpoints of this type hold the class: Llama 4's language model has a type of its own."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    config_class = getattr(getattr(transformers, class_name), "config_class", None)
+    return config_class is None or config_class.__name__ == CONFIG_MAPPING_NAMES[model_type]
+
+
+def sweep(model_types: Sequence[str] = (), backend: str = "transformers") -> list[Family]:
+    """Return a row for each of these model types, or for all."""
+    chosen = {name: one for name, one in architectures().items() if not model_types or name in model_types}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context, _begin) as pool:
+        tasks = [pool.submit(_swept, name, one, backend) for name, one in chosen.items()]
+        rows = []
+        for task in tasks:
+            rows.append(task.result())
+            row = rows[-1]
+            for way, outcome in row.ways.items():
+                if outcome.verdict != "exact":
+                    print(f"{outcome.verdict:9} {row.model_type} ({row.class_name}) {way}: {outcome.said}", flush=True)
+        return rows
+
+
+def _begin() -> None:
+    """Silence a process, and have what takes too long fail by itself."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    signal.signal(signal.SIGALRM, _too_long)
+
+
+def _too_long(number: int, frame: Any) -> None:
+    raise TimeoutError(f"not done in {_TIME_LIMIT_S} seconds")
+
+
+def _swept(model_type: str, class_name: str, backend: str) -> Family:
+    signal.alarm(_TIME_LIMIT_S)
+    with tempfile.TemporaryDirectory() as folder:
+        return sweep_family(model_type, class_name, Path(folder), backend)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", default="transformers")
+    parser.add_argument("model_types", nargs="*")
+    given = parser.parse_args()
+    rows = sweep(given.model_types, given.backend)
+    print(Counter((way, outcome.verdict) for row in rows for way, outcome in row.ways.items()))
