@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from plop_dist.choose.decision import selection_confidence
 from plop_dist.config.schema import EstimatorConfig, PlacementConfig
-from plop_dist.errors import PlopError, WorkerError
+from plop_dist.errors import ModelError, PlopError, WorkerError
 from plop_dist.measure.aggregate import build_scores, score_modules
 from plop_dist.measure.baseline import compute_baselines
 from plop_dist.measure.collectives import Reducer, attempt
@@ -30,6 +30,9 @@ STABLE_CONFIDENCE = 0.99
 # How much more samples there must be before it is asked again whether the choice is stable: a bootstrap costs as much
 # as it has samples, so that asking after every step would cost the square of their number.
 STABLE_GROWTH = 1.04
+
+# What a model raises about its inputs before any of its modules has seen them.
+_OF_INPUTS = (TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 Notify = Callable[..., None]
 
@@ -199,10 +202,15 @@ def _step(collector: Collector, run: Pass, step: int) -> SampleTotals:
     except PlopError:
         raise
     except Exception as error:
+        if collector.last_site is None and isinstance(error, _OF_INPUTS):
+            raise ModelError(
+                f"the model does not run on the batches as they are: {type(error).__name__}: {error}. Give it what it "
+                "asks for (plop_dist.score takes further keys), or choose a model that reads text alone."
+            ) from error
         this_rank = dist.get_rank() if dist.is_initialized() else 0
         raise WorkerError(
             f"rank {this_rank}: scoring step {step + 1} of {run.num_steps} failed after module "
-            f"'{collector.last_site}': {type(error).__name__}: {error}"
+            f"'{collector.last_site or 'no module yet'}': {type(error).__name__}: {error}"
         ) from error
 
 

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 import plop_dist
+from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.config.loading import parse_config
-from plop_dist.errors import UserError
+from plop_dist.config.schema import ModelConfig
+from plop_dist.errors import ExportError, PlacementError, UserError
+from plop_dist.exporters.holders import hugging_face_targets
 from plop_dist.launch import pipeline
 from plop_dist.values.names import expert_index
 from plop_dist.values.scores import Scores
@@ -50,18 +54,68 @@ class Family:
 def sweep_family(model_type: str, class_name: str, folder: Path, backend: str = "transformers") -> Family:
     """Return how an architecture fares: built from a tiny configuration, saved, scored from there and in a host.
 
-    backend: which scores the saved checkpoint.
+    backend: which scores the saved checkpoint. What does not run on text alone must be refused.
     """
     try:
         model = build(model_type, class_name)
-        samples = [torch.tensor(ids) for ids in tokens()]
-        reference = Reference(model, samples)
+        _run_alone(model)
     except Exception as error:
         return Family(model_type, class_name, {"": Outcome("not built", _said(error))})
-    ways = {"command": _tried(lambda: reference.compare(score_saved(model, folder, backend)))}
+    ways = {"command": _tried(lambda: by_command(model, folder, backend))}
     if backend == "transformers":
-        ways["host"] = _tried(lambda: reference.compare(score_host(model)))
+        ways["host"] = _tried(lambda: by_host(model))
     return Family(model_type, class_name, ways)
+
+
+@torch.no_grad()
+def _run_alone(model: Any) -> None:
+    """Raise what the model itself raises on text, for reasons other than that it needs more than text."""
+    for batch in (*batches("right"), {"input_ids": torch.tensor(tokens()[:1])}):
+        try:
+            model(**batch)
+        except (ValueError, TypeError):  # it says what it needs; so must we
+            return
+
+
+def by_command(model: Any, folder: Path, backend: str) -> Outcome:
+    """Return what comes of a saved checkpoint."""
+    scores = score_saved(model, folder, backend)
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder / "model")))  # some families have one of their own
+    return compare(model, [tokenizer(text)["input_ids"] for text in TEXTS], scores)
+
+
+def by_host(model: Any) -> Outcome:
+    """Return what comes of a host's model, scored in batches padded on the left; its adapters reach what is chosen."""
+    scores = plop_dist.score(model, batches("left"), baseline="closed_form", exclude=())
+    outcome = compare(model, tokens(), scores)
+    return adapted(model, scores) if outcome.verdict == "exact" else outcome
+
+
+def compare(model: Any, samples: list[list[int]], scores: Scores) -> Outcome:
+    """Return whether scores are those of the reference."""
+    return Reference(model, [torch.tensor(ids) for ids in samples]).compare(scores)
+
+
+def adapted(model: Any, scores: Scores) -> Outcome:
+    """Return whether PEFT adapts all that policy all chooses, less what it refuses, and nothing else."""
+    exclude = ["lm_head"]
+    while True:
+        try:
+            placement = plop_dist.place(scores, policy="all", exclude=exclude)
+            fields = placement.to_peft(task_type=None)
+        except PlacementError:
+            return Outcome("exact", "nothing to adapt")
+        except ExportError as error:
+            exclude += error.types
+            continue
+        break
+    inner = inject_adapter_in_model(fields, copy.deepcopy(model))
+    names = (name for name, _ in inner.named_parameters() if ".lora_A" in name)
+    found = {name.partition(".lora_A")[0].replace(".base_layer", "") for name in names}
+    holders = hugging_face_targets(placement, "peft", False).holders
+    wanted = {one.peft_path.rpartition(".")[0] if one.is_parameter else one.path for one in holders}
+    odd = sorted(found ^ wanted)
+    return Outcome("wrong", f"PEFT adapts other modules: {odd[:3]}") if odd else Outcome("exact")
 
 
 def build(model_type: str, class_name: str) -> Any:
@@ -77,6 +131,11 @@ def build(model_type: str, class_name: str) -> Any:
             raise ValueError(f"its smallest configuration here still has {size:,} parameters")
         model = model_class(tiny_config(model_type)).float().eval()
     spoil_all(model)
+    for name, table in model.named_buffers():
+        if name.endswith(
+            "tid2eid"
+        ):  # DeepSeek-V4's table of experts by token, all of them the same one before training
+            table.copy_((torch.arange(len(table))[:, None] + torch.arange(table.shape[1])) % 4)
     return model
 
 
@@ -104,11 +163,6 @@ def score_saved(model: Any, folder: Path, backend: str) -> Scores:
     return Scores.from_file(pipeline.score(config, "plop-dist score").scores)
 
 
-def score_host(model: Any) -> Scores:
-    """Score the model as a host's own, in batches padded on the left."""
-    return plop_dist.score(model, batches("left"), baseline="closed_form", exclude=())
-
-
 def batches(side: str) -> list[dict[str, Tensor]]:
     """Return the samples two a batch, padded on this side."""
     made = []
@@ -127,11 +181,22 @@ class Reference:
     """What scores of a model must be: from products with its parameters in a float64 copy."""
 
     def __init__(self, model: Any, samples: list[Tensor]) -> None:
-        exact = copy.deepcopy(model).double()
+        # Some families fill masks with a number of float64 and see nothing but it, or make float32 of some tensors.
+        try:
+            self._products = self._run(copy.deepcopy(model).double(), samples)
+            inputs = [z for product in self._products.values() for z in product.inputs if z is not None]
+            is_exact = all(z.isfinite().all() for z in inputs)
+        except RuntimeError:
+            is_exact = False
+        if not is_exact:
+            self._products = self._run(copy.deepcopy(model), samples)
+        self._model, self._num_tokens = model, sum(map(len, samples))
+
+    @staticmethod
+    def _run(exact: Any, samples: list[Tensor]) -> dict[tuple[str, int], Product]:
         if hasattr(exact, "set_experts_implementation") and any(hasattr(m, "is_concatenated") for m in exact.modules()):
             exact.set_experts_implementation("eager")
-        self._products = products_of(exact, samples)
-        self._model, self._num_tokens = model, sum(map(len, samples))
+        return products_of(exact, samples)
 
     def compare(self, scores: Scores) -> Outcome:
         """Return whether every product is scored exactly, or at least said to have no score."""

@@ -8,20 +8,31 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.sweep.family import Family, sweep_family
+import plop_dist
+from tests.sweep.family import TOLERANCE, Family, sweep_family
 
 # The heads of a model type in the order in which one is taken: what reads text and is trained on it comes first.
 _HEADS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM",
           "SPEECH_SEQ_2_SEQ", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION")  # fmt: skip
+_WAYS = {"command": "plop-dist score", "host": "plop_dist.score, PEFT"}
 _TIME_LIMIT_S = 120
+_CELL = 160
+
+
+def table_file(backend: str) -> Path:
+    """Return where the table of a backend lies."""
+    folder = {"transformers": "hf"}.get(backend, backend)
+    return Path(plop_dist.__file__).parent / "backends" / folder / "FAMILIES.md"
 
 
 def architectures() -> dict[str, str]:
@@ -80,10 +91,61 @@ def _swept(model_type: str, class_name: str, backend: str) -> Family:
         return sweep_family(model_type, class_name, Path(folder), backend)
 
 
+def markdown(rows: Sequence[Family], backend: str = "transformers") -> str:
+    """Return the table for people."""
+    counts = Counter((way, outcome.verdict) for row in rows for way, outcome in row.ways.items())
+    built = [row for row in rows if "" not in row.ways]
+    ways = [way for way in _WAYS if any(way in row.ways for row in built)]
+    head = " | ".join(_WAYS[way] for way in ways)
+    lines = [
+        f"# What becomes of every architecture of transformers under `parallel.backend={backend}`",
+        "",
+        f"Written by `python -m tests.sweep.table --backend {backend} --write`; transformers {_version()}.",
+        "A tiny random model of each model type is saved and scored, and held to a reference in float64 that hooks",
+        f"nothing: *exact* is within {TOLERANCE:g} in gains and baselines, every weight that multiplies activations",
+        "scored or named as one that is not.",
+        "",
+        *(f"- {_WAYS[way]}: {_sum(counts, way)}" for way in ways),
+        "",
+        f"| model type | class | {head} |",
+        f"|{' --- |' * (2 + len(ways))}",
+        *(f"| {row.model_type} | {row.class_name} | {_cells(row, ways)} |" for row in built),
+        "",
+        "Not built: transformers refuses the small configuration, needs another package, or the model fails by itself.",
+        "",
+        *(f"- {row.model_type}: {_shortened(row.ways[''].said)}" for row in rows if "" in row.ways),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sum(counts: Counter[tuple[str, str]], way: str) -> str:
+    verdicts = ("exact", "refused", "wrong", "crashed")
+    return ", ".join(f"{counts[way, verdict]} {verdict}" for verdict in verdicts if counts[way, verdict])
+
+
+def _cells(row: Family, ways: Sequence[str]) -> str:
+    outcomes = [row.ways[way] for way in ways]
+    return " | ".join(one.verdict + (f": {_shortened(one.said)}" if one.said else "") for one in outcomes)
+
+
+def _version() -> str:
+    return version("transformers")
+
+
+def _shortened(said: str) -> str:
+    """Return what was said without places of this run, in a cell's length."""
+    text = re.sub(r"model\.name_or_path '[^']*'(: |'s | )", "", re.sub(r"^\w+: ", "", said))
+    text = re.sub(r"<class '[^']*\.(\w+)'>", r"\1", text).replace("|", "/")
+    return text if len(text) <= _CELL else f"{text[:_CELL].rpartition(' ')[0]} ..."
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", default="transformers")
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("model_types", nargs="*")
     given = parser.parse_args()
-    rows = sweep(given.model_types, given.backend)
-    print(Counter((way, outcome.verdict) for row in rows for way, outcome in row.ways.items()))
+    swept = sweep(given.model_types, given.backend)
+    print(Counter((way, outcome.verdict) for row in swept for way, outcome in row.ways.items()))
+    if given.write:
+        table_file(given.backend).write_text(markdown(swept, given.backend))

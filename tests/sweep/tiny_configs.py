@@ -40,7 +40,8 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*(state_size|d_state)", 8),
     (r".*(chunk_size)", 16),
     (r"time_step_rank|mamba_dt_rank", 4),
-    (r".*(intermediate_size(_mlp)?|ffn_dim|d_ff|n_inner|d_inner|ffn_hidden_size|mlp_dim|dim_ff|dff|feed_forward_size)", 48),
+    (r".*(intermediate_size(_mlp)?|ffn_dim|d_ff|n_inner|d_inner|ffn_hidden_size|mlp_dim|dim_ff|dff"
+     r"|feed_forward_size)", 48),
     (r"(num_)?(.*_)?(hidden_layers|n_layers?|layers|depth|num_layers|decoder_layers|encoder_layers|num_blocks)", 2),
     (r"(.*_)?(hidden_size|d_model|n_embd|hidden_dim|embed_dim|embedding_size|dim|emb_dim|embedding_dim|lru_width"
      r"|word_embed_proj_dim|projection_dim|out_hidden_size|output_dim|hidden_channels|proj_dim|width)", 32),
@@ -74,15 +75,14 @@ ODD: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    # as many key-value heads as heads
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "mistral4"), {"num_key_value_heads": 4}),
     "nemotron": {"num_key_value_heads": 2},
     "xlstm": {"num_heads": 2},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16]},
     "esm": {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "mask_token_id": 3},
     "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32},
     "xmod": {"default_language": "en_XX"},
-    **dict.fromkeys(("chameleon", "emu3"), {"vocabulary_map": {"<image>": 120}}),
+    "chameleon": {"vocabulary_map": {"<image>": 120}},
+    "emu3": {"vocabulary_map": {"<image>": 120}},
     "funnel": {"block_sizes": [2], "block_repeats": [1]},
 }  # fmt: skip
 
@@ -111,6 +111,8 @@ def _shrunk(config_class: Any, given: Any = None) -> PreTrainedConfig:
             size = next((size for pattern, size in _PATTERNS if pattern.fullmatch(name)), None)
             if size is not None:
                 fields[name] = min(size, value) if size != 2 else size
+    if "kv_lora_rank" in fields:  # latent attention has as many keys as queries
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     layers = _layers(default)
     if layers is not None:
         chosen, per_layer = layers
@@ -142,4 +144,4 @@ def _layers(config: Any) -> tuple[list[int], dict[str, Any]] | None:
     chosen = sorted(kinds.values())[:MAX_LAYERS]
     if len(chosen) < 2:
         chosen.append(max(chosen) + 1)
-    return chosen, {name: value for name, value in lists.items()}
+    return chosen, dict(lists.items())

@@ -26,7 +26,7 @@ def parameter_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def without_adapters(model: nn.Module) -> nn.Module:
+def without_adapters(model: Any) -> nn.Module:
     """Return the transformers model inside a PeftModel, whose linears its adapters still wrap, or the model itself.
 
     Raises ModelError for methods that put tokens of their own before the text's.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.computed_weights import Product, has_own_forward, note_products
+from plop_dist.backends.hf.computed_weights import Product, has_own_forward, is_computed, note_products
 from plop_dist.backends.hf.linears import LinearModule
 from plop_dist.measure.blocks import Block
 from plop_dist.measure.norms import local_sq_norm
@@ -71,8 +71,8 @@ class LinearSite:
 
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if products and len(products[-1]) == 1:
-                z, _, y = products[-1][0]
-                self._record(recorder, z, y)
+                z_seen, _, y_seen = products[-1][0]
+                self._record(recorder, z_seen, y_seen)
                 return
             z = args[0] if args else next(iter(kwargs.values()))
             y = local(output[0] if isinstance(output, tuple) else output)
@@ -94,7 +94,7 @@ class LinearSite:
         # Before DeepSpeed's own post-forward hook, which releases the parameters (and with them the bias) at stage 3.
         prepend = not self._observe_last
         handles.append(self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True))
-        if self._must_prove:
+        if self._must_prove and is_computed(self.module):
             shape = (sum(one.out_features for one in self.projections), self.projections[0].in_features)
             handles += note_products(self.module, shape, products)
 
