@@ -234,6 +234,13 @@ class ScorableModel(Protocol):
         """
         ...
 
+    def watching(self) -> AbstractContextManager[Sequence[Projection]]:
+        """Give what holds, after the block, the weights of no site that forward() has multiplied activations by in it.
+
+        They are reported without a score; nothing, for a framework whose models hold no others. Local.
+        """
+        ...
+
     def release(self) -> None:
         """Give back what loading took (an engine's buffers); a wrapped host model gives back nothing."""
         ...

@@ -200,14 +200,27 @@ def _explained(model: ModelConfig, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated kinds
-        said = first_line(error)
-        if "trust_remote_code" in str(error):
-            said = (
-                "it needs Python code that comes with it; read it, and set model.trust_remote_code=true if you trust it"
-            )
-        elif "Couldn't instantiate the backend tokenizer" in said:
-            said = "there are no tokenizer files, e.g. tokenizer.json"
         raise ModelError(
-            f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {said}); check "
-            "that the directory or id exists and its files are complete."
+            f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {first_line(error)}); "
+            f"{_remedy(error)}."
         ) from as_cause(error)
+
+
+def _remedy(error: Exception) -> str:
+    """Return what to do about what transformers raised, by its kind: few of them speak of the files."""
+    said, kinds = str(error), {cls.__name__ for cls in type(error).__mro__}
+    if "trust_remote_code" in said:
+        return "it needs Python code that comes with it; read it, and set model.trust_remote_code=true if you trust it"
+    if "Couldn't instantiate the backend tokenizer" in said:
+        return "there are no tokenizer files, e.g. tokenizer.json; save the tokenizer beside the model"
+    if "ImportError" in kinds:
+        return "install what it names"
+    if kinds & {"OSError", "EOFError", "UnpicklingError", "SafetensorError", "HfHubHTTPError", "HFValidationError"}:
+        return "check that the directory or id exists and its files are complete"
+    if "PytorchStreamReader" in said or "JSONDecodeError" in kinds:
+        return "a file is damaged; fetch it again"
+    if "size mismatch" in said or "mismatched" in said:
+        return "the weights are those of another configuration; check config.json"
+    if "StrictDataclass" in type(error).__name__:
+        return "mend config.json"
+    return "its files are there, but this version of transformers does not make this model of its config.json"
