@@ -64,6 +64,11 @@ class ModelConfig(_Section):
     )
     dtype: Dtype = Field(default="auto", description="Weights' dtype; auto: as stored in the checkpoint.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the checkpoint.")
+    auto_class: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Auto class of transformers that loads it; null: the class that the checkpoint names, as TRL does.",
+    )
     checkpoint: Location | None = Field(
         default=None,
         min_length=1,

@@ -6,7 +6,7 @@ else of the scored model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from plop_dist.errors import ExportError
@@ -126,6 +126,8 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
     # A module that only holds a parameter is none that PEFT can wrap (GraniteMoE: experts are an input_linear too).
     modules = {path for path, is_parameter in known if not is_parameter}
     modules.update(path.rpartition(".")[0] for path in parameters)
+    # Nor is one around a linear, which PEFT would be asked to wrap instead (Gemma 4's q_proj, around q_proj.linear).
+    modules.update(above for path in by_holder for above in _above(path))
     return Targets(
         holders=tuple(holders),
         modules=shortest_names((holder.peft_path for holder in holders if not holder.is_parameter), modules),
@@ -137,6 +139,12 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
         widened=tuple(widened),
         notes=notes,
     )
+
+
+def _above(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _in_peft(path: str, parts: list[Projection], has_experts: bool) -> tuple[str, bool]:

@@ -93,7 +93,7 @@ def score_model(
         "num_reduced_bytes": reducer.traffic.num_bytes,
     }
     data = {**info["data"], "num_samples": num_used, "stopped_early": num_used < run.num_samples}
-    data["num_tokens"] = int((totals.num_tokens + totals.num_skipped).sum(axis=1).max())
+    data["num_tokens"] = _count_tokens(projections, totals)
     return build_scores(
         projections,
         totals,
@@ -105,6 +105,13 @@ def score_model(
         versions=versions(),
         timing=timing,
     )
+
+
+def _count_tokens(projections: Sequence[Projection], totals: SampleTotals) -> int:
+    """Return how many tokens of text the widest-fed module saw; what towers see is counted in their modules."""
+    of_text = {projection.fqn for projection in projections if projection.part == "language"}
+    per_module_M = (totals.num_tokens + totals.num_skipped).sum(axis=1)
+    return int(max((per_module_M[i] for i, fqn in enumerate(totals.fqns) if fqn in of_text), default=0))
 
 
 def _check(model: ScorableModel, run: Pass) -> None:

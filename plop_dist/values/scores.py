@@ -18,6 +18,8 @@ from plop_dist.values.visible import may_hide_something
 SCORES_SCHEMA = "plop-dist/scores/1"
 
 Storage = Literal["linear", "conv1d", "fused", "expert_parameter", "router"]
+# What of a model that reads more than text a module belongs to; a model of text alone is all language.
+ModelPart = Literal["language", "vision", "audio", "projector"]
 # No linear is wider; parameters of 2^15 modules at the highest rank, 2^20, then still are whole numbers of 64 bits.
 Features = Annotated[int, Field(gt=0, le=1 << 26)]
 # No module's path comes near it; some exporters look at every part of a name.
@@ -39,7 +41,8 @@ class Projection(Value):
     in_features and out_features are global. `storage` says how the Hugging Face model holds the weight: `linear` (its
     own nn.Linear at `fqn`), `conv1d` (its own module, weight transposed), `fused` (rows of the larger linear at
     `stored_in`), `expert_parameter` (one slice of the 3-D parameter at `stored_in`),
-    `router` (the weight of a module at `fqn` that does or keeps more than W z, so that no adapter fits it).
+    `router` (the weight of a module at `fqn` that does or keeps more than W z, so that no adapter fits it). `part` says
+    what the module belongs to; types of other parts than language begin with it (`vision.q_proj`).
     """
 
     fqn: Name
@@ -49,6 +52,7 @@ class Projection(Value):
     out_features: Features
     storage: Storage = "linear"
     stored_in: Name | None = None
+    part: ModelPart = "language"
 
     @property
     def holder(self) -> str:

@@ -6,12 +6,13 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
+from plop_dist.backends.hf.own_class import build, own_class
 from plop_dist.backends.hf.quantization_patterns import check_quantization_patterns
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
@@ -31,11 +32,6 @@ def load_hf_config(model: ModelConfig) -> Any:
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
         check_foreign_code(model, name, hf_config)
         return hf_config
-
-
-def architecture(hf_config: Any) -> str:
-    """Return the name of the class that the checkpoint was saved from."""
-    return (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
 
 
 def weights_dtype(model: ModelConfig, hf_config: Any) -> torch.dtype:
@@ -78,8 +74,6 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
     configuration alone. Raises ModelError when the directory is missing, a file is corrupt, or weights are missing
     from the checkpoint (which transformers would fill with random numbers).
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     options |= {"dtype": dtype, "output_loading_info": True}
     with _explained(model, "model"), _freed_at_once():
@@ -92,7 +86,7 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
         if model.checkpoint is None and drop is None:
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code
-            loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(name, **options)
+            loaded, info = own_class(model, hf_config).from_pretrained(name, **options)
         else:
             loaded, info = _load_by_class(model, drop, options)
     missing = sorted(info.get("missing_keys") or [])
@@ -109,11 +103,9 @@ def meta_model(model: ModelConfig, hf_config: Any = None) -> torch.nn.Module:
 
     It is whole at ZeRO-3 too, where transformers partitions every other model that it builds.
     """
-    from transformers import AutoModelForCausalLM
-
     hf_config = hf_config or load_hf_config(model)
     with _explained(model, "architecture"), _unpartitioned(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code).eval()
+        return build(model, hf_config).eval()
 
 
 def _load_by_class(

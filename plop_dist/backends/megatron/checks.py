@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.load import architecture
+from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.megatron.chunks import unwrap
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
 from plop_dist.config.schema import Config
