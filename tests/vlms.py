@@ -117,3 +117,94 @@ def save_tiny_vlm(family: str, directory: str | Path, *, seed: int = 0) -> Path:
     tiny_vlm(family, seed=seed).save_pretrained(target)
     tiny_tokenizer().save_pretrained(target)
     return target
+
+
+# -- processors -------------------------------------------------------------------------------------------------------
+
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}PLACE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '\n' }}{% endfor %}"
+)
+
+
+def save_tiny_processor(family: str, directory: str | Path) -> None:
+    """Save a processor of the family that makes images of a few patches, beside the model of save_tiny_vlm."""
+    tokenizer = _tokenizer(family)
+    processor, place = _PROCESSORS[family](tokenizer)
+    processor.chat_template = CHAT.replace("PLACE", place)
+    processor.save_pretrained(directory)
+
+
+def _tokenizer(family: str) -> Any:
+    tokenizer: Any = tiny_tokenizer()
+    image, begin, end, other = _TOKENS.get(family, _TOKENS["qwen"])
+    tokenizer.add_special_tokens({"additional_special_tokens": [image, begin, end, other]})
+    named = {"image_token": image, "boi_token": begin, "eoi_token": end, "video_token": other}
+    if family == "gemma4":  # whose processor asks for them without audio too
+        named |= {"audio_token": "<unk>", "boa_token": "<s>", "eoa_token": "</s>"}
+    tokenizer.init_kwargs["extra_special_tokens"] = named
+    tokenizer._set_model_specific_special_tokens(named)
+    return tokenizer
+
+
+_TOKENS = {
+    "qwen": ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"),
+    "llava": ("<image>", "<b>", "<e>", "<v>"),
+    "mistral3": ("[IMG]", "[IMG_BREAK]", "[IMG_END]", "<v>"),
+    "gemma3": ("<image_soft_token>", "<start_of_image>", "<end_of_image>", "<v>"),
+    "gemma4": ("<|image|>", "<|image>", "<image|>", "<|video|>"),
+}
+
+
+def _llava(tokenizer: Any) -> tuple[Any, str]:
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                               num_additional_image_tokens=1, image_token="<image>")  # fmt: skip
+    return processor, "<image>"
+
+
+def _gemma3(tokenizer: Any) -> tuple[Any, str]:
+    from transformers import Gemma3ImageProcessorPil, Gemma3Processor
+
+    images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    return Gemma3Processor(images, tokenizer, image_seq_length=4), "<start_of_image>"
+
+
+def _qwen(tokenizer: Any) -> tuple[Any, str]:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    images = Qwen2VLImageProcessor(size=size, patch_size=14)
+    videos = Qwen2VLVideoProcessor(size=size, patch_size=14)
+    return Qwen2_5_VLProcessor(images, tokenizer, videos), "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def _qwen3(tokenizer: Any) -> tuple[Any, str]:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    images = Qwen2VLImageProcessor(size=size, patch_size=14)
+    videos = Qwen3VLVideoProcessor(size=size, patch_size=14)
+    return Qwen3VLProcessor(images, tokenizer, videos), "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def _mistral3(tokenizer: Any) -> tuple[Any, str]:
+    from transformers import PixtralImageProcessor, PixtralProcessor
+
+    images = PixtralImageProcessor(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14})
+    return PixtralProcessor(images, tokenizer, patch_size=14, spatial_merge_size=2), "[IMG]"
+
+
+def _gemma4(tokenizer: Any) -> tuple[Any, str]:
+    from transformers import Gemma4AudioFeatureExtractor, Gemma4ImageProcessor, Gemma4Processor, Gemma4VideoProcessor
+
+    images = Gemma4ImageProcessor(patch_size=14, max_soft_tokens=70, pooling_kernel_size=3)
+    return Gemma4Processor(Gemma4AudioFeatureExtractor(), images, tokenizer, Gemma4VideoProcessor()), "<|image|>"
+
+
+_PROCESSORS = {
+    "llava": _llava, "gemma3": _gemma3, "qwen2_5_vl": _qwen, "qwen3_vl": _qwen3, "qwen3_5": _qwen3,
+    "mistral3": _mistral3, "gemma4": _gemma4,
+}  # fmt: skip

@@ -91,6 +91,12 @@ class DataConfig(_Section):
     messages_field: str | None = Field(
         default=None, min_length=1, description="Column of chat messages, put through the chat template."
     )
+    images_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Column of images, one or a list in a row: paths beside the file, or a datasets image column. Each "
+        "sample is then read by the checkpoint's processor and scored in a pass of its own, whatever batch_size is.",
+    )
     split: str = Field(default="train", description="Split of a datasets id.")
     num_samples: Count = Field(default=200, description="Calibration samples (rows).")
     max_length: Count = Field(default=256, description="Longest sample, in tokens; longer ones are truncated.")

@@ -18,7 +18,7 @@ from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.checkpoints.special_tokens import check_special_tokens
 from plop_dist.config.schema import ModelConfig
-from plop_dist.errors import ModelError, PlopError, as_cause, first_line
+from plop_dist.errors import MissingExtraError, ModelError, PlopError, as_cause, first_line
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -51,9 +51,36 @@ def load_tokenizer(model: ModelConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             resolve(model.name_or_path), trust_remote_code=model.trust_remote_code
         )
+    _give_padding_token(tokenizer)
+    return tokenizer
+
+
+def _give_padding_token(tokenizer: Any) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
+
+
+def load_processor(model: ModelConfig) -> Any:
+    """Return the model's processor, which reads images beside texts. Raises ModelError, MissingExtraError."""
+    from transformers import AutoProcessor
+
+    with _explained(model, "processor"):
+        name = resolve(model.name_or_path)
+        check_special_tokens(Path(name))
+        try:
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        except ImportError as error:
+            raise MissingExtraError(
+                f"the processor of model.name_or_path '{model.name_or_path}' needs another package "
+                f"({first_line(error)}): pip install 'plop-dist[vision]'"
+            ) from error
+    if not hasattr(processor, "tokenizer"):
+        raise ModelError(
+            f"model.name_or_path '{model.name_or_path}' has no processor for images and texts (AutoProcessor gives a "
+            f"{type(processor).__name__}); leave data.images_field out, or put the model's processor beside it."
+        )
+    _give_padding_token(processor.tokenizer)
+    return processor
 
 
 def check_vocabulary(model: ModelConfig, largest_id: int) -> None:
