@@ -43,6 +43,19 @@ class MicroBatch:
     position_ids: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_features(self) -> bool:
+        """Whether the forward reads more than tokens: images, sounds, whatever is handed to it in real numbers."""
+        return _has_reals(self.extra)
+
+
+def _has_reals(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_reals, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_reals, value))
+    return bool(getattr(value, "is_floating_point", bool)())
+
 
 @dataclass(frozen=True)
 class Routing:

@@ -106,8 +106,7 @@ def score_model(
         "num_reduced_bytes": reducer.traffic.num_bytes,
     }
     data = {**info["data"], "num_samples": found.num_samples, "stopped_early": found.num_samples < run.num_samples}
-    num_seen = int((totals.num_tokens + totals.num_skipped).sum(axis=1).max())
-    data["num_tokens"] = _num_tokens(run, found.num_steps, reducer) or num_seen
+    data["num_tokens"] = _num_tokens(run, found.num_steps, reducer) or _most_tokens(projections, totals)
     return build_scores(
         projections,
         totals,
@@ -120,6 +119,13 @@ def score_model(
         versions=versions(),
         timing=timing,
     )
+
+
+def _most_tokens(projections: Sequence[Projection], totals: SampleTotals) -> int:
+    """Return how many tokens of text the widest-fed module saw; what towers see is counted in their modules."""
+    of_text = {projection.fqn for projection in projections if projection.part == "language"}
+    per_module_M = (totals.num_tokens + totals.num_skipped).sum(axis=1)
+    return int(max((per_module_M[i] for i, fqn in enumerate(totals.fqns) if fqn in of_text), default=0))
 
 
 def _check(model: ScorableModel, run: Pass) -> None:

@@ -20,6 +20,8 @@ SCORES_SCHEMA = "plop-dist/scores/1"
 
 Storage = Literal["linear", "conv1d", "fused", "expert_parameter", "router", "other"]
 Role = Literal["router", "recurrent", "kernel"]
+# What of a model that reads more than text a module belongs to; a model of text alone is all language.
+ModelPart = Literal["language", "vision", "audio", "projector"]
 # No linear is wider; parameters of 2^15 modules at the highest rank, 2^20, then still are whole numbers of 64 bits.
 Features = Annotated[int, Field(gt=0, le=1 << 26)]
 # No module's path comes near it; some exporters look at every part of a name.
@@ -51,7 +53,8 @@ class Projection(Value):
     (the parameter at `stored_in`, of a kind that is not known).
 
     role: `router` (steers tokens to experts), `recurrent` (in a state-space, linear-attention or short-convolution
-    layer), `kernel` (such a one whose weight is read past any adapter, so that PEFT refuses it), None for all others.
+    layer), `kernel` (such a one whose weight is read past any adapter, so that PEFT refuses it), None for all others. part: what the
+    module belongs to; types of other parts than language begin with it (`vision.q_proj`).
     """
 
     fqn: Name
@@ -62,6 +65,7 @@ class Projection(Value):
     storage: Storage = "linear"
     stored_in: Name | None = None
     role: Role | None = None
+    part: ModelPart = "language"
 
     @property
     def holder(self) -> str:

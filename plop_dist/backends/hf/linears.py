@@ -4,8 +4,9 @@ Everything is read from module attributes, never from parameter shapes, so that 
 ZeRO-3's zero.Init (where a released weight has shape (0,)) and under transformers' tensor parallelism.
 
 Types are last path components, the field's convention, so GPT-2's `c_proj` stands for both its attention and its MLP
-output, exactly as PEFT's `target_modules=["c_proj"]` adapts both. The one exception is the model's output head, which
-is always of type `lm_head`, whatever the family calls it (GPT-NeoX: `embed_out`).
+output, exactly as PEFT's `target_modules=["c_proj"]` adapts both. Exceptions are the model's output head, which is
+always of type `lm_head`, whatever the family calls it (GPT-NeoX: `embed_out`), and what is no part of the language
+model: a vision tower's types are its own (`vision.q_proj`).
 """
 
 # T tokens, I in_features, O out_features
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from plop_dist.backends.hf.fused import parts_of
 from plop_dist.backends.hf.own_modules import named_modules, parameter_shape
+from plop_dist.backends.hf.parts import part_finder
 from plop_dist.backends.hf.quantized.readers import add_readers
 from plop_dist.backends.hf.roles import Roles
 from plop_dist.errors import ModelError
@@ -36,7 +38,7 @@ from plop_dist.measure.weight import (
     readable_methods,
 )
 from plop_dist.values.names import layer_index, module_type
-from plop_dist.values.scores import Projection, Role, Storage
+from plop_dist.values.scores import ModelPart, Projection, Role, Storage
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,19 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
         else:
             blocks = tuple(_block(owner_path, part, rows, sizes, path, role) for part, rows in parts)
         found.append(LinearModule(path, module, blocks, is_transposed=own_storage == "conv1d"))
-    return found
+    part_of = part_finder(model)
+    return [_with_part(linear, part_of(linear.path)) for linear in found]
+
+
+def _with_part(linear: LinearModule, part: ModelPart) -> LinearModule:
+    """Return the linear as one of this part, in which types are other types than the language model's of that name."""
+    if part == "language":
+        return linear
+    blocks = []
+    for block in linear.blocks:
+        own = {"part": part, "type": f"{part}.{block.projection.type}"}
+        blocks.append(replace(block, projection=block.projection.model_copy(update=own)))
+    return replace(linear, blocks=tuple(blocks))
 
 
 def is_linear(module: nn.Module) -> bool:
