@@ -152,7 +152,7 @@ def is_readable(stored: Stored) -> bool:
 
 def is_dense(stored: Stored) -> bool:
     """Tell whether the attribute holds the weight's values themselves, by which nn.Linear multiplies."""
-    return isinstance(_reader_of(stored), PlainReader)
+    return isinstance(reader_of(stored), PlainReader)
 
 
 def readable_methods() -> tuple[str, ...]:

@@ -53,8 +53,8 @@ class Projection(Value):
     (the parameter at `stored_in`, of a kind that is not known).
 
     role: `router` (steers tokens to experts), `recurrent` (in a state-space, linear-attention or short-convolution
-    layer), `kernel` (such a one whose weight is read past any adapter, so that PEFT refuses it), None for all others. part: what the
-    module belongs to; types of other parts than language begin with it (`vision.q_proj`).
+    layer), `kernel` (such a one whose weight is read past any adapter, so that PEFT refuses it), None for all others.
+    part: what the module belongs to; types of other parts than language begin with it (`vision.q_proj`).
     """
 
     fqn: Name

@@ -55,10 +55,10 @@ def other_parts(config: Any) -> set[ModelPart]:
     return {part for _, part in _sections(config)} - {"language"}
 
 
-def _sections(config: Any) -> Iterator[tuple[type, ModelPart]]:
+def _sections(config: Any) -> Iterator[tuple[type[Any], ModelPart]]:
     """Yield the class of every section of a configuration, those inside sections too, with its part."""
     for name in getattr(config, "sub_configs", None) or ():
-        section = getattr(config, name, None)
+        section: Any = getattr(config, name, None)
         if not hasattr(section, "model_type"):
             continue
         said = f"{name} {section.model_type}"

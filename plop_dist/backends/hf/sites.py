@@ -49,7 +49,8 @@ class LinearSite:
         gather: Gather | None = None,
         observe_last: bool = False,
     ) -> None:
-        self.path, self.module, self._base = linear.path, linear.module, wrapped(linear.module)
+        self.path, self.module = linear.path, linear.module
+        self._base: Any = wrapped(linear.module)
         self.holding_module = self._base
         self.blocks: Sequence[Block] = linear.blocks
         self.projections = tuple(block.projection for block in linear.blocks)
