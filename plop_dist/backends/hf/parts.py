@@ -30,17 +30,17 @@ def part_finder(model: nn.Module) -> Callable[[str], ModelPart]:
 
     Heads are language, whatever the configuration says: what stands outside the base model, and the output embedding.
     """
-    sections = dict(_sections(getattr(model, "config", None)))
+    sections: dict[type[Any], ModelPart] = dict(_sections(getattr(model, "config", None)))
     if not sections:
         return lambda path: "language"
-    parts = {path: part for path, module in model.named_modules() if (part := _of_section(module, sections))}
+    parts: dict[str, ModelPart] = {path: part for path, module in model.named_modules() if (part := _of_section(module, sections))}
     is_head = _head_finder(model)
     has_between = len(set(sections.values()) | {"language"}) > 1 and "language" in sections.values()
 
     def part_of(path: str) -> ModelPart:
         if is_head(path):
             return "language"
-        found = next((parts[above] for above in _upwards(path) if above in parts), None)
+        found: ModelPart | None = next((parts[above] for above in _upwards(path) if above in parts), None)
         if found is None:  # built from the configuration as a whole
             found = "projector" if has_between else "language"
         if found == "language" and _SENSES.search(path):  # Kosmos-2 builds image_to_text_projection as text attention
@@ -52,7 +52,7 @@ def part_finder(model: nn.Module) -> Callable[[str], ModelPart]:
 
 def other_parts(config: Any) -> set[ModelPart]:
     """Return the parts that a model of this configuration has besides its language model."""
-    return {part for _, part in _sections(config)} - {"language"}
+    return {part for _, part in _sections(config) if part != "language"}
 
 
 def _sections(config: Any) -> Iterator[tuple[type[Any], ModelPart]]:
@@ -62,10 +62,11 @@ def _sections(config: Any) -> Iterator[tuple[type[Any], ModelPart]]:
         if not hasattr(section, "model_type"):
             continue
         said = f"{name} {section.model_type}"
-        own = next((part for part, pattern in _KINDS if pattern.search(said)), None)
-        inner = list(_sections(section))
+        own: ModelPart | None = next((part for part, pattern in _KINDS if pattern.search(said)), None)
+        inner: list[tuple[type[Any], ModelPart]] = list(_sections(section))
         yield type(section), own or "language"
-        yield from ((kind, own or part) for kind, part in inner)
+        for kind, part in inner:
+            yield kind, own or part
 
 
 def _of_section(module: nn.Module, sections: dict[type, ModelPart]) -> ModelPart | None:

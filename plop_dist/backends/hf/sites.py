@@ -80,7 +80,7 @@ class LinearSite:
 
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if products and len(products[-1]) == 1:
-                z_seen, _, y_seen = products[-1][0]
+                z_seen, _weight, y_seen = products[-1][0]
                 self._record(recorder, z_seen, y_seen)
                 return
             z = args[0] if args else next(iter(kwargs.values()))
