@@ -57,8 +57,8 @@ def local_device() -> int:
         return 0
     if local_rank >= count:
         raise LayoutError(
-            f"rank {rank()} is number {local_rank} on its host (LOCAL_RANK), which shows it {count} GPUs; start at most "
-            "as many ranks there as it has GPUs."
+            f"rank {rank()} is number {local_rank} on its host (LOCAL_RANK), which shows it {count} GPUs; start "
+            "at most as many ranks there as it has GPUs."
         )
     return local_rank
 
