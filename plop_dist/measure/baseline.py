@@ -19,8 +19,9 @@ from torch import Tensor
 
 from plop_dist.config.schema import EstimatorConfig
 from plop_dist.measure.collectives import Reducer
+from plop_dist.measure.draws import Draws
 from plop_dist.measure.norms import Baseline
-from plop_dist.measure.protocols import PassingWeights, Site, Sited, WeightHolder
+from plop_dist.measure.protocols import Groups, PassingWeights, Site, Sited, WeightHolder
 from plop_dist.measure.weight_sums import WeightSums, compute_sums
 
 _CHUNK_BYTES = 64 << 20  # how much of the row-parallel vectors is kept before they are reduced together
@@ -46,7 +47,7 @@ class PassedSums:
 
     def __init__(self, passing: PassingWeights | None, estimator: EstimatorConfig) -> None:
         self.found: dict[Site, list[Taken]] = {}
-        self._passing, self._estimator = passing, estimator
+        self._passing, self._estimator, self._draws = passing, estimator, Draws(estimator)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -59,7 +60,7 @@ class PassedSums:
 
     def _take(self, site: Site) -> None:
         if site not in self.found:
-            self.found[site] = _take(site, self._estimator)
+            self.found[site] = _take(site, self._estimator, self._draws)
 
 
 def compute_baselines(
@@ -79,14 +80,22 @@ def compute_baselines(
     found: dict[str, Baseline] = {}
     pending: list[Taken] = []
     num_bytes = done = 0
-    for holder, sites in _by_holder(model.sites):
-        is_needed = holder is not None and not all(site in passed for _, site in sites)
+    by_holder = list(_by_holder(model.sites, model.groups))
+    draws = Draws(
+        estimator,
+        (
+            projection
+            for _, sites in by_holder
+            for site, is_mine in sites
+            for projection in (site.projections if is_mine and site not in passed else ())
+        ),
+    )
+    for holder, sites in by_holder:
+        is_needed = holder is not None and not all(site in passed for site, _ in sites)
         with holder.opened() if holder is not None and is_needed else nullcontext():
-            for number, site in sites:
-                index, count = model.groups.copies.get(site.group, (0, 1))
-                is_own = number % count == index
-                taken = passed[site] if site in passed else _take(site, estimator, is_own=is_own)
-                pending += taken if is_own else ()
+            for site, is_mine in sites:
+                taken = passed[site] if site in passed else _take(site, estimator, draws, is_mine=is_mine)
+                pending += taken if is_mine else ()
                 num_bytes += sum(item.num_bytes for item in taken)
                 if num_bytes > _CHUNK_BYTES:
                     found |= _settle(pending, reducer)
@@ -97,22 +106,26 @@ def compute_baselines(
     return _merge(found, reducer, fqns)
 
 
-def _take(site: Site, estimator: EstimatorConfig, *, is_own: bool = True) -> list[Taken]:
+def _take(site: Site, estimator: EstimatorConfig, draws: Draws, *, is_mine: bool = True) -> list[Taken]:
     """Return the sums of a site's weights; of one that another rank reads none. Collective as site.weights() is."""
     with site.weights() as weights:
         return [
-            Taken(weight.projection.fqn, site.group, weight.is_sharded, compute_sums(weight, estimator))
-            for weight in (weights if is_own else ())
+            Taken(weight.projection.fqn, site.group, weight.is_sharded, compute_sums(weight, estimator, draws))
+            for weight in (weights if is_mine else ())
         ]
 
 
-def _by_holder(sites: Sequence[Site]) -> Iterator[tuple[WeightHolder | None, list[tuple[int, Site]]]]:
-    """Yield each holder once, with the numbered sites that share it; a site that shares nothing alone."""
-    groups: dict[int, tuple[WeightHolder | None, list[tuple[int, Site]]]] = {}
+def _by_holder(sites: Sequence[Site], groups: Groups) -> Iterator[tuple[WeightHolder | None, list[tuple[Site, bool]]]]:
+    """Yield each holder once, with the sites that share it; a site that shares nothing alone.
+
+    Beside each site: whether its weights are this rank's to sum up, and not those of another that holds copies of them.
+    """
+    shared: dict[int, tuple[WeightHolder | None, list[tuple[Site, bool]]]] = {}
     for number, site in enumerate(sites):
+        index, count = groups.copies.get(site.group, (0, 1))
         key = id(site if site.holder is None else site.holder)
-        groups.setdefault(key, (site.holder, []))[1].append((number, site))
-    yield from groups.values()
+        shared.setdefault(key, (site.holder, []))[1].append((site, number % count == index))
+    yield from shared.values()
 
 
 def _settle(pending: Sequence[Taken], reducer: Reducer) -> dict[str, Baseline]:

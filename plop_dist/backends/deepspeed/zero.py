@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.load import load_model, needs_head
+from plop_dist.backends.hf.load import load_model, meta_model, needs_head
 from plop_dist.backends.hf.model import HFModel, pick_device
 from plop_dist.backends.hf.whole import whole_model
 from plop_dist.config.schema import Config
@@ -122,7 +122,7 @@ def _load_partitioned(config: Config) -> HFModel:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     settings = {
         "train_micro_batch_size_per_gpu": config.data.batch_size,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **_gathered_at_most(config)},
     }
     # While this object lives, from_pretrained builds under zero.Init: each parameter is cut up as soon as it exists.
     partitioning = HfDeepSpeedConfig(settings)
@@ -134,3 +134,17 @@ def _load_partitioned(config: Config) -> HFModel:
     model.device = device
     model.release = engine.destroy
     return model
+
+
+def _gathered_at_most(config: Config) -> dict[str, int]:
+    """Return how many parameters are whole at a time: an eighth of a rank's share, and the module that runs.
+
+    DeepSpeed would keep up to 10^9, which is all of many a model, on every rank.
+    """
+    sizes = [parameter.numel() for parameter in meta_model(config.model).parameters()]
+    most = max(1, sum(sizes) // (8 * dist.get_world_size()))
+    return {
+        "stage3_max_live_parameters": most,
+        "stage3_max_reuse_distance": most,
+        "stage3_prefetch_bucket_size": most // 2,
+    }

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from plop_dist.backends.hf.load import architecture, load_hf_config, meta_model, needs_head, weights_dtype
+from plop_dist.backends.hf.memory import freed_at_once
 from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.backends.megatron.bridge import import_auto_bridge
 from plop_dist.backends.megatron.checkpoint import load_checkpoint
@@ -110,7 +111,8 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
 
 def _load_weights(bridge: Any, chunks: list[nn.Module], config: Config) -> list[nn.Module]:
     check_weights(bridge, chunks, config)
-    return bridge.load_hf_weights(chunks)
+    with freed_at_once():  # whole tensors come by, of which a rank keeps its shard
+        return bridge.load_hf_weights(chunks)
 
 
 def initialize(config: Config) -> None:
