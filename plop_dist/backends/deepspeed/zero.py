@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plop_dist.backends.hf.load import load_model, meta_model, needs_head
+from plop_dist.backends.hf.memory import freed_at_once
 from plop_dist.backends.hf.model import HFModel, pick_device
 from plop_dist.backends.hf.whole import whole_model
 from plop_dist.config.schema import Config
@@ -132,8 +133,16 @@ def _load_partitioned(config: Config) -> HFModel:
     engine.eval()
     model = wrap(engine, config.placement.exclude)
     model.device = device
-    model.release = engine.destroy
+    model.release = _released(engine)
     return model
+
+
+def _released(engine: Any) -> Callable[[], None]:
+    """Return what gives an engine back; until then what it gathered leaves the process as it is partitioned again."""
+    stack = ExitStack()
+    stack.callback(engine.destroy)
+    stack.enter_context(freed_at_once())
+    return stack.close
 
 
 def _gathered_at_most(config: Config) -> dict[str, int]:
