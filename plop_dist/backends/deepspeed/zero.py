@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.load import load_model, meta_model, needs_head
+from plop_dist.backends.hf.load import load_hf_config, load_model, meta_model, needs_head, weights_dtype
 from plop_dist.backends.hf.memory import freed_at_once
 from plop_dist.backends.hf.model import HFModel, pick_device
 from plop_dist.backends.hf.whole import whole_model
@@ -121,10 +122,12 @@ def _load_partitioned(config: Config) -> HFModel:
     device = pick_device()
     # Before any from_pretrained, or transformers and TRL miscount the ranks.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    settings = {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.data.batch_size,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **_gathered_at_most(config)},
     }
+    if weights_dtype(config.model, load_hf_config(config.model)) is torch.bfloat16:
+        settings["bf16"] = {"enabled": True}  # else zero.Init keeps the parts in float32
     # While this object lives, from_pretrained builds under zero.Init: each parameter is cut up as soon as it exists.
     partitioning = HfDeepSpeedConfig(settings)
     module = load_model(config.model)
