@@ -68,6 +68,11 @@ class ModelConfig(_Section):
     )
     dtype: Dtype = Field(default="auto", description="Weights' dtype; auto: as stored in the checkpoint.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the checkpoint.")
+    auto_class: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Auto class of transformers that loads it; null: the class that the checkpoint names, as TRL does.",
+    )
     checkpoint: Location | None = Field(
         default=None,
         min_length=1,
@@ -112,6 +117,12 @@ class DataConfig(_Section):
     )
     messages_field: str | None = Field(
         default=None, min_length=1, description="Column of chat messages, put through the chat template."
+    )
+    images_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Column of images, one or a list in a row: paths beside the file, or a datasets image column. Each "
+        "sample is then read by the checkpoint's processor and scored in a pass of its own, whatever batch_size is.",
     )
     split: str = Field(default="train", description="Split of a datasets id.")
     num_samples: Count = Field(default=200, description="Calibration samples (rows).")

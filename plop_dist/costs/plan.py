@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,11 @@ from plop_dist.config.schema import Config
 from plop_dist.costs.footprint import Shape, Stage, build_stages, on_one_rank
 from plop_dist.costs.training_memory import TrainingMemory, training_memory
 from plop_dist.costs.verdict import DataFacts, Verdict, is_on_hub, judge
+from plop_dist.data.images import has_images, images_of
+from plop_dist.data.processed import ImageRows, ImageSamples
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import select_rows, tokenize
-from plop_dist.data.texts import render
+from plop_dist.data.texts import Row, render
 from plop_dist.errors import ModelError
 from plop_dist.registry import BACKENDS, load
 from plop_dist.values.adapter_size import num_trainable_parameters
@@ -200,11 +203,25 @@ def _look_at_data(config: Config, notes: list[str]) -> tuple[DataPlan, DataFacts
             return DataPlan(data.path, len(rows), None, None, None), facts, None
         texts = [render(row, number, data) for number, row in enumerate(rows[:_NUM_RENDERED], start=1)]
         return DataPlan(data.path, len(rows), None, None, _short(texts[0])), facts, None
+    if has_images(rows, data):
+        return _look_at_images(config, rows, len(every))
     whole = [len(sample) for sample in tokenize(rows, data.model_copy(update={"max_length": _UNCUT}), tokenizer)]
     lengths = [min(length, data.max_length) for length in whole]
     first = render(rows[0], 1, data, tokenizer)
     plan = DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
     return plan, DataFacts(len(every), tuple(whole)), tokenizer
+
+
+def _look_at_images(config: Config, rows: Sequence[Row], num_rows: int) -> tuple[DataPlan, DataFacts, Any]:
+    """Return what is known of rows with images, and the processor, which has read them all as scoring will."""
+    from plop_dist.backends.hf.load import load_processor
+
+    data, processor = config.data, load_processor(config.model)
+    read = ImageRows(rows, data, processor, data.max_length)
+    lengths = tuple(map(len, ImageSamples(read)))
+    first = read.text(0, len(images_of(rows[0], 1, data)))
+    plan = DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
+    return plan, DataFacts(num_rows, lengths), processor
 
 
 def _short(text: str, most: int = 100) -> str:

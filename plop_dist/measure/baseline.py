@@ -60,7 +60,7 @@ class PassedSums:
 
     def _take(self, site: Site) -> None:
         if site not in self.found:
-            self.found[site] = _take(site, self._estimator, self._draws)
+            self.found[site] = _take(site, self._estimator, Draws(self._estimator))
 
 
 def compute_baselines(
@@ -87,7 +87,8 @@ def compute_baselines(
             projection
             for _, sites in by_holder
             for site, is_mine in sites
-            for projection in (site.projections if is_mine and site not in passed else ())
+            if is_mine and site not in passed
+            for projection in site.projections
         ),
     )
     for holder, sites in by_holder:

@@ -43,6 +43,19 @@ class MicroBatch:
     position_ids: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_features(self) -> bool:
+        """Whether the forward reads more than tokens: images, sounds, whatever is handed to it in real numbers."""
+        return _has_reals(self.extra)
+
+
+def _has_reals(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_reals, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_reals, value))
+    return bool(getattr(value, "is_floating_point", bool)())
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -231,6 +244,13 @@ class ScorableModel(Protocol):
         """Run the model without gradients, hiding the pipeline schedule; collective over the replica's ranks.
 
         Calls begin(i) on this rank right before its own part of micro-batch i runs.
+        """
+        ...
+
+    def watching(self) -> AbstractContextManager[Sequence[Projection]]:
+        """Give what holds, after the block, the weights of no site that forward() has multiplied activations by in it.
+
+        They are reported without a score; nothing, for a framework whose models hold no others. Local.
         """
         ...
 

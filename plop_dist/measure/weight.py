@@ -131,7 +131,7 @@ def add_reader(reader: Reader) -> None:
 
 def find_weight(stored: Stored) -> Weight:
     """Return a module's weight without reading its values yet. Local. Raises ModelError where no reader knows it."""
-    reader = _reader_of(stored)
+    reader = reader_of(stored)
     if reader is None:
         raise ModelError(
             f"The {stored.name} of {_where(stored)} is {_kind(stored)}, whose values nothing here can read; load the "
@@ -147,12 +147,12 @@ def read_weight(module: nn.Module, path: str = "") -> Tensor:
 
 def is_readable(stored: Stored) -> bool:
     """Tell whether some reader knows this weight; also where its values are not there (meta device, ZeRO-3)."""
-    return _reader_of(stored) is not None
+    return reader_of(stored) is not None
 
 
 def is_dense(stored: Stored) -> bool:
     """Tell whether the attribute holds the weight's values themselves, by which nn.Linear multiplies."""
-    return isinstance(_reader_of(stored), PlainReader)
+    return isinstance(reader_of(stored), PlainReader)
 
 
 def readable_methods() -> tuple[str, ...]:
@@ -202,7 +202,8 @@ _QUANTISERS = ("bitsandbytes", "auto_gptq", "gptqmodel", "awq", "hqq", "aqlm", "
 _READERS: list[Reader] = [PlainReader()]
 
 
-def _reader_of(stored: Stored) -> Reader | None:
+def reader_of(stored: Stored) -> Reader | None:
+    """Return the reader that knows this weight, None where none does."""
     return next((reader for reader in reversed(_READERS) if reader.knows(stored)), None)
 
 

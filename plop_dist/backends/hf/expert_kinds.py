@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.hf.expert_modules import ExpertsModule, Stack
-from plop_dist.backends.hf.linears import parameter_shape
 from plop_dist.backends.hf.offload import is_away, while_there
+from plop_dist.backends.hf.own_modules import parameter_shape
 from plop_dist.backends.hf.registered_experts import RegisteredExperts, is_registered
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.weight import find_weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.hf.offload import execution_device
+from plop_dist.backends.hf.unscored import watching
 from plop_dist.errors import DataError, ModelError
 from plop_dist.measure.protocols import Groups, MicroBatch, PassingWeights, Site
+from plop_dist.values.scores import Projection
 
 # Families whose forward pass gives a row's tokens other activations when padding stands beside them (transformers 5).
 _SEE_PADDING = frozenset({"doge", "nemotron_h", "zamba2"})
@@ -150,6 +153,10 @@ class HFModel:
             return is_packed(positions, micro_batch.attention_mask)
         places = torch.arange(positions.shape[1], device=positions.device)
         return bool(((positions != places) & (micro_batch.attention_mask != 0)).any())
+
+    def watching(self) -> AbstractContextManager[list[Projection]]:
+        """Give a list that holds, after the block, the weights of no site that forward() multiplied by in it."""
+        return watching(self.module)
 
     def describe(self) -> dict[str, Any]:
         """Return architecture, model_type, number of parameters of the whole model, dtype, and what quantised it."""

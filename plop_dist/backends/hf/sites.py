@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from plop_dist.backends.hf.computed_weights import Product, has_own_forward, is_computed, note_products
 from plop_dist.backends.hf.linears import LinearModule
 from plop_dist.backends.hf.offload import is_away, while_there
 from plop_dist.errors import ModelError
@@ -48,7 +49,8 @@ class LinearSite:
         gather: Gather | None = None,
         observe_last: bool = False,
     ) -> None:
-        self.path, self.module, self._base = linear.path, linear.module, wrapped(linear.module)
+        self.path, self.module = linear.path, linear.module
+        self._base: Any = wrapped(linear.module)
         self.holding_module = self._base
         self.blocks: Sequence[Block] = linear.blocks
         self.projections = tuple(block.projection for block in linear.blocks)
@@ -57,9 +59,10 @@ class LinearSite:
         self._is_sharded, self._in_index = is_sharded, in_index
         self._gather = gather
         self._observe_last = observe_last
-        # A forward of its own, or a kernel for quantised weights, is believed once its output is W z.
+        # A router may return scores, a quantised linear may round or normalise first: what torch is asked to multiply
+        # counts, or where that is not seen, the output is believed once it is W z.
         is_whole = in_part is Part.WHOLE and out_part is Part.WHOLE
-        is_known = not _has_own_forward(linear.module) and is_dense(Stored(self._base))
+        is_known = not has_own_forward(linear.module) and is_dense(Stored(self._base))
         self._must_prove = is_whole and self._base is self.module and not is_known
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
@@ -67,6 +70,8 @@ class LinearSite:
 
         Collective for a wrapped module whose parameters are partitioned.
         """
+        handles: list[Any] = []
+        products: list[list[Product]] = []  # of the call that is being observed, the last one
         kept = None
         if self._gather is not None and self._base is not self.module and self._base.bias is not None:
             # A wrapper ends after its inner module did, which by then has given its parameters back.
@@ -74,6 +79,10 @@ class LinearSite:
                 kept = bias.detach().clone()
 
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if products and len(products[-1]) == 1:
+                z_seen, _weight, y_seen = products[-1][0]
+                self._record(recorder, z_seen, y_seen)
+                return
             z = args[0] if args else next(iter(kwargs.values()))
             y = local(output[0] if isinstance(output, tuple) else output)
             bias = getattr(self._base, "bias", None) if kept is None else kept
@@ -87,20 +96,32 @@ class LinearSite:
                     recorder.record_unreadable(self)
                     return
                 y = proven
-            recorder.record(
-                self,
-                recorder.sq_norm(local(z)),
-                [local_sq_norm(block.take(y)) for block in self.blocks],
-                in_part=self._in_part,
-                out_part=self._out_part,
-                leading_shape=z.shape[:-1],
-            )
+            self._record(recorder, z, y)
 
         if is_away(self.module):
             return while_there(self.module, after=observe)
         # Before DeepSpeed's own post-forward hook, which releases the parameters (and with them the bias) at stage 3.
         prepend = not self._observe_last
-        return self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True).remove
+        handles.append(self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True))
+        if self._must_prove and is_computed(self.module):
+            shape = (sum(one.out_features for one in self.projections), self.projections[0].in_features)
+            handles += note_products(self.module, shape, products)
+
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
+
+    def _record(self, recorder: Recorder, z: Tensor, y: Tensor) -> None:
+        recorder.record(
+            self,
+            recorder.sq_norm(local(z)),
+            [local_sq_norm(block.take(y)) for block in self.blocks],
+            in_part=self._in_part,
+            out_part=self._out_part,
+            leading_shape=z.shape[:-1],
+        )
 
     def _prove(self, z: Tensor, y: Tensor, *, is_first_of_several: bool) -> Tensor | None:
         """Return W z, (..., O): y, once it is shown to be that, or the product of a router, which returns scores.
@@ -141,16 +162,6 @@ class LinearSite:
 def wrapped(module: Any) -> Any:
     """Return the linear inside an adapter's wrapper, PEFT's, Megatron-Bridge's or ours, or the module itself."""
     return getattr(module, "base_layer", None) or getattr(module, "to_wrap", None) or module
-
-
-def _has_own_forward(module: Any) -> bool:
-    """Tell whether a linear's forward is another than nn.Linear's, its class's or put on it later.
-
-    accelerate's, which brings weights and then calls the one that was there before, is none of its own.
-    """
-    put_on = vars(module).get("_old_forward", vars(module).get("forward"))
-    own = getattr(put_on, "__func__", None) or type(module).forward
-    return isinstance(module, nn.Linear) and own is not nn.Linear.forward
 
 
 def _is_near(y: Tensor, expected: Tensor, most: float) -> bool:

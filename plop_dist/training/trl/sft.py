@@ -13,8 +13,9 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
 from plop_dist.training.batch import model_inputs
-from plop_dist.training.data import TrainingData, count_rows
+from plop_dist.training.data import count_rows
 from plop_dist.training.engine import Data, Log
+from plop_dist.training.image_data import training_data
 from plop_dist.training.trl.callbacks import HeldOutCallback, LogCallback
 from plop_dist.training.trl.checkpoints import checkpoints_of, finish, last_checkpoint
 from plop_dist.training.trl.setup import adapted_model, adapters_kept, trainer_arguments
@@ -32,7 +33,7 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     """
     tokenizer = load_tokenizer(config.model)
     if data is None:
-        data = TrainingData(config, tokenizer)
+        data = training_data(config, tokenizer)
     resume = last_checkpoint(config, placement)
     arguments = SFTConfig(
         **trainer_arguments(config),

@@ -93,11 +93,11 @@ def test_rows_are_those_of_the_whole_weight_before_and_after_a_forward_pass(name
 
 def test_a_linear_that_multiplies_by_something_else_is_refused() -> None:
     class Ternary(nn.Linear):
-        """Quantises its weight in every forward pass, as BitNet's do while it is trained."""
+        """Quantises its weight in every forward pass, and multiplies where nobody sees it."""
 
         def forward(self, z: Tensor) -> Tensor:
             scale = self.weight.abs().mean()
-            return nn.functional.linear(z, (self.weight / scale).round().clamp(-1, 1) * scale)
+            return z @ ((self.weight / scale).round().clamp(-1, 1) * scale).T
 
     model: Any = tiny("llama")
     layer = model.model.layers[1].mlp
