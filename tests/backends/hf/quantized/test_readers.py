@@ -20,7 +20,7 @@ from plop_dist.measure.weight import Stored, find_weight
 from tests.backends.hf.quantized.kinds import KINDS, load, save_plain
 from tests.models import random_tokens, tiny
 
-OFTEN = {"nf4-double", "int8", "torchao-int8-dynamic", "quanto-int4"}  # one of each package and each way to be read
+OFTEN = {"nf4-double", "int8", "torchao-int8-dynamic", "quanto-int8"}  # one of each package and each way to be read
 NAMES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.rare) for name in KINDS]
 
 
