@@ -104,12 +104,16 @@ class ModelConfig(_Section):
         return {key: value for key, value in tree.items() if value is not None or key not in _LATER_KEYS}
 
 
+RANDOM_TOKENS = "builtin:random"
+
+
 class DataConfig(_Section):
     """Which rows are read; the samples are the first num_samples in file order or a seeded shuffle."""
 
     path: Location = Field(
         min_length=1,
-        description="jsonl, json, csv, parquet or txt file, builtin:arithmetic, builtin:python, or a datasets id.",
+        description="jsonl, json, csv, parquet or txt file, a datasets id, builtin:arithmetic, builtin:python, or "
+        "builtin:random: uniformly random tokens, for a first score without any data.",
     )
     text_field: str | None = Field(default=None, min_length=1, description="Column that holds the text.")
     template: str | None = Field(

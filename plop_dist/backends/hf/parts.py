@@ -33,7 +33,9 @@ def part_finder(model: nn.Module) -> Callable[[str], ModelPart]:
     sections: dict[type[Any], ModelPart] = dict(_sections(getattr(model, "config", None)))
     if not sections:
         return lambda path: "language"
-    parts: dict[str, ModelPart] = {path: part for path, module in model.named_modules() if (part := _of_section(module, sections))}
+    parts: dict[str, ModelPart] = {
+        path: part for path, module in model.named_modules() if (part := _of_section(module, sections))
+    }
     is_head = _head_finder(model)
     has_between = len(set(sections.values()) | {"language"}) > 1 and "language" in sections.values()
 
