@@ -102,6 +102,8 @@ def build_plan(config: Config) -> Plan:
         num_routed=getattr(text, "num_experts_per_tok", 0) or 0,
         num_experts=num_experts(hf_config),
     )
+    if config.model.quantization is not None or getattr(hf_config, "quantization_config", None) is not None:
+        notes.append(f"Weights are counted in {str(dtype).removeprefix('torch.')}: quantised they take less.")
     if config.parallel.cp > 1:
         notes.append("Context parallelism needs Transformer Engine on every rank.")
     if config.parallel.zero_stage == 3:

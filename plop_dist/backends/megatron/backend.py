@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+from plop_dist.backends.hf.memory import freed_at_once
 from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.backends.megatron.bridge import import_auto_bridge
@@ -119,7 +120,8 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
 
 def _load_weights(bridge: Any, chunks: list[nn.Module], config: Config) -> list[nn.Module]:
     check_weights(bridge, chunks, config)
-    return bridge.load_hf_weights(chunks)
+    with freed_at_once():  # whole tensors come by, of which a rank keeps its shard
+        return bridge.load_hf_weights(chunks)
 
 
 def initialize(config: Config) -> None:
