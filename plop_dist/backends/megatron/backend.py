@@ -21,7 +21,6 @@ from plop_dist.backends.megatron.checkpoint import load_checkpoint
 from plop_dist.backends.megatron.checks import (
     check_attention,
     check_projections,
-    check_weights,
 )
 from plop_dist.backends.megatron.chunk_sites import Logical
 from plop_dist.backends.megatron.families import check_family
@@ -32,6 +31,7 @@ from plop_dist.backends.megatron.model import MegatronModel
 from plop_dist.backends.megatron.names import bridge_names, conventional_names
 from plop_dist.backends.megatron.renamed import as_modules
 from plop_dist.backends.megatron.rotary import complete_yarn
+from plop_dist.backends.megatron.stored import check_weights
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
 from plop_dist.backends.megatron.wide_norms import share_wide_norms
 from plop_dist.checkpoints.builtin import resolve
@@ -90,6 +90,7 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
             "not installed; set parallel.cp=1 or install transformer-engine (CUDA only)."
         )
     initialize(config)
+    whole = meta_model(config.model, hf_config)
     dtype = weights_dtype(config.model, hf_config)
     with _explained(hf_config, config), redirect_stdout(io.StringIO()):  # Bridge prints sizes and a bar of its own
         bridge = auto_bridge.from_hf_pretrained(
@@ -100,7 +101,7 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
         complete_yarn(provider, hf_config)
         configure(provider, config, dtype)
         if config.model.checkpoint is None:
-            provider.register_pre_wrap_hook(lambda chunks: _load_weights(bridge, chunks, config))
+            provider.register_pre_wrap_hook(lambda chunks: _load_weights(bridge, chunks, whole, config))
         chunks = provider.provide_distributed_model(
             wrap_with_ddp=False,
             use_cpu_initialization=not torch.cuda.is_available(),
@@ -111,12 +112,12 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
         load_checkpoint(chunks, Path(config.model.checkpoint))
     for chunk in chunks:
         share_wide_norms(chunk)
-    check_attention(hf_config, meta_model(config.model, hf_config), chunks, config)
+    check_attention(hf_config, whole, chunks, config)
     return [chunk.eval() for chunk in chunks], bridge
 
 
-def _load_weights(bridge: Any, chunks: list[nn.Module], config: Config) -> list[nn.Module]:
-    check_weights(bridge, chunks, config)
+def _load_weights(bridge: Any, chunks: list[nn.Module], whole: nn.Module, config: Config) -> list[nn.Module]:
+    check_weights(bridge, chunks, whole, config)
     return bridge.load_hf_weights(chunks)
 
 

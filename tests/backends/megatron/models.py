@@ -57,7 +57,7 @@ def true_gains(directory: Path, rows: Sequence[Tensor], attention: str | None = 
         return observe
 
     for fqn, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) or type(module).__name__.endswith("TopKRouter"):
+        if isinstance(module, torch.nn.Linear) or type(module).__name__.lower().endswith("topkrouter"):
             module.register_forward_hook(linear(fqn))
         elif hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, torch.nn.Parameter):
             module.register_forward_hook(experts(fqn))
