@@ -23,12 +23,14 @@ from plop_dist.backends.megatron.checks import (
     check_projections,
 )
 from plop_dist.backends.megatron.chunk_sites import Logical
+from plop_dist.backends.megatron.chunks import unwrap
 from plop_dist.backends.megatron.families import check_family
 from plop_dist.backends.megatron.fusions import switch_off
+from plop_dist.backends.megatron.language import NAME, language_model, of_language
 from plop_dist.backends.megatron.layout import check_layout
 from plop_dist.backends.megatron.local_layers import use_local_layers
 from plop_dist.backends.megatron.model import MegatronModel
-from plop_dist.backends.megatron.names import bridge_names, conventional_names
+from plop_dist.backends.megatron.names import below, bridge_names, conventional_names
 from plop_dist.backends.megatron.renamed import as_modules
 from plop_dist.backends.megatron.rotary import complete_yarn
 from plop_dist.backends.megatron.stored import check_weights
@@ -55,10 +57,14 @@ def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, wi
     hf_config = load_hf_config(config.model)
     whole = meta_model(config.model, hf_config)
     known = {item.fqn: item for site in whole_sites(whole, with_head) for item in site.projections}
-    names = as_modules(bridge_names(bridge._model_bridge.mapping_registry()), whole, known)
+    parts = [language_model(chunk) for chunk in chunks]
+    names = bridge_names(bridge._model_bridge.mapping_registry())
+    if parts[0] is not unwrap(chunks[0]):
+        names, known = below(NAME, names), of_language(whole, known)
+    names = as_modules(names, whole, known)
     model = MegatronModel(
-        chunks,
-        Logical(names, known, hf_config.vocab_size, with_head),
+        parts,
+        Logical(names, known, hf_config.get_text_config().vocab_size, with_head),
         architecture=type(whole).__name__,
         model_type=hf_config.model_type,
         num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
@@ -112,7 +118,7 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
         load_checkpoint(chunks, Path(config.model.checkpoint))
     for chunk in chunks:
         share_wide_norms(chunk)
-    check_attention(hf_config, whole, chunks, config)
+    check_attention(hf_config, whole, [language_model(chunk) for chunk in chunks], config)
     return [chunk.eval() for chunk in chunks], bridge
 
 

@@ -78,7 +78,10 @@ class MegatronModel:
 
         def call(index: int, batch: Prepared, chunk: nn.Module) -> Tensor:
             begin(index)
-            return chunk(batch.input_ids, batch.position_ids, batch.mask)
+            positions = batch.position_ids
+            if getattr(unwrap(chunk), "position_embedding_type", None) == "mrope":
+                positions = positions.expand(3, *positions.shape)  # time, height and width, the same for text
+            return chunk(batch.input_ids, positions, batch.mask)
 
         with self._headless(), self._shapes(prepared), torch.no_grad():
             run_schedule(self._chunks, prepared, call, cp_size=self._place.cp_size, forward_only=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 from plop_dist.backends.megatron.checks import gather_set
 from plop_dist.backends.megatron.chunks import unwrap
+from plop_dist.backends.megatron.language import is_of_language, language_path
 from plop_dist.backends.megatron.renamed import path_in
 from plop_dist.config.schema import Config
 from plop_dist.errors import ModelError
@@ -56,6 +57,8 @@ def _check_read(bridge: Any, tasks: Sequence[Any], whole: Any, config: Config) -
     read = gather_set(read)
     # A tied head may be stored beside the embedding that stands for it.
     has_place = set(whole.state_dict()) - set(whole.all_tied_weights_keys)
+    if language_path(whole):
+        has_place = {name for name in has_place if is_of_language(name, whole)}
     find = path_in(whole)
     unread = sorted(name for name in bridge.hf_pretrained.state if name not in read and find(name) in has_place)
     if unread:
