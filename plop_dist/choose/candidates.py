@@ -19,14 +19,15 @@ from plop_dist.values.scores import LeftOut, ModuleScore, Projection
 
 # Input and output embeddings under names other than lm_head, which the default `exclude` covers.
 _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "embed_out", "wte", "wpe", "word_embeddings", "tok_embeddings"})
-# What steers tokens to experts. Frameworks leave it without an adapter, and so does a policy unless `include` names it.
+# What steers tokens to experts, where the backend does not say so (role). Frameworks leave it without an adapter, and
+# so does a policy unless `include` names it.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 # DeepSeek V3.2's selection of tokens: its output is a top-k.
 _INDEXER = "indexer"
 # What a module is chosen with, by placement.granularity.
 _UNIT: dict[str, Callable[[ModuleScore], str]] = {
     "type": lambda module: module.type,
-    "layer": lambda module: f"layer.{module.layer}",
+    "layer": lambda module: f"{'' if module.part == 'language' else f'{module.part}.'}layer.{module.layer}",
     "module": lambda module: module.fqn,
 }
 
@@ -101,7 +102,7 @@ def find_eligible(
     """Return what `config` leaves to every policy. Raises PlacementError as find_candidates does for its entries."""
     projections: list[Projection] = [*modules, *left_out]
     _check_names(projections, config)
-    exclude, include = NameList(config.exclude), NameList(config.include)
+    exclude, include = NameList(config.exclude), _Include(config.include, projections)
     has_experts = any(projection.type.startswith("experts.") for projection in projections)
     reasons = {}
     for module in modules:
@@ -111,8 +112,29 @@ def find_eligible(
     return Eligible(tuple(modules), tuple(left_out), reasons)
 
 
+class _Include:
+    """What placement.include names.
+
+    An entry that names modules of the language model means these alone: `q_proj` is no vision tower's, whose path ends
+    in it as well. Towers and projectors are named by their types (`vision.q_proj`), or by paths of theirs.
+    """
+
+    def __init__(self, entries: Sequence[str], projections: Sequence[Projection]) -> None:
+        self._list = NameList(entries)
+        self._of_language: set[str] = set()
+        if entries and any(projection.part != "language" for projection in projections):
+            for projection in projections:
+                if projection.part == "language":
+                    self._of_language |= self._list.all(projection.type, projection.fqn)
+
+    def names(self, module: ModuleScore) -> bool:
+        if module.part == "language":
+            return self._list.first(module.type, module.fqn) is not None
+        return bool(self._list.all(module.type, module.fqn) - self._of_language) if self._list.entries else False
+
+
 def _reason_out(
-    module: ModuleScore, config: PlacementConfig, exclude: NameList, include: NameList, has_experts: bool
+    module: ModuleScore, config: PlacementConfig, exclude: NameList, include: _Include, has_experts: bool
 ) -> str | None:
     if module.type in _EMBEDDINGS:
         return "embeddings never get an adapter"
@@ -121,16 +143,20 @@ def _reason_out(
     entry = exclude.first(module.type, module.fqn)
     if entry is not None:
         return f"excluded by '{entry}'"
-    is_included = include.first(module.type, module.fqn) is not None
+    is_included = include.names(module)
+    if module.part != "language" and not is_included:
+        return f"{module.part} part; only placement.include chooses it"
     if config.include and not is_included:
         return "not in placement.include"
     if is_included:
         return None
     parts = module.fqn.split(".")
     # GraniteMoE's and Hunyuan's are linears inside a module of that name (router.layer, gate.wg).
-    is_router = module.storage == "router" or (has_experts and not _ROUTERS.isdisjoint(parts[-2:]))
-    if is_router:
+    is_named = has_experts and not _ROUTERS.isdisjoint(parts[-2:])
+    if module.role == "router" or module.storage == "router" or is_named:
         return "router of experts; only placement.include chooses it"
+    if module.role == "kernel":
+        return "read by a kernel past any adapter, which PEFT refuses; only placement.include chooses it"
     if _INDEXER in parts:
         return "picks tokens for sparse attention, where no gradient reaches it; only placement.include chooses it"
     return None

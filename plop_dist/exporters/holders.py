@@ -6,7 +6,7 @@ else of the scored model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from plop_dist.errors import ExportError
@@ -70,6 +70,13 @@ class Targets:
         return num_trainable_parameters(parts, lambda part: rank_of[part.fqn])
 
 
+def modules_above(path: str) -> Iterator[str]:
+    """Yield the paths of the modules that a module or parameter lies in, the nearest first."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
 def known_projections(placement: Placement) -> tuple[Projection, ...]:
     """Return every projection of the model that scoring saw, with or without a score."""
     return (*placement.source.modules, *placement.source.left_out)
@@ -126,6 +133,8 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
     # A module that only holds a parameter is none that PEFT can wrap (GraniteMoE: experts are an input_linear too).
     modules = {path for path, is_parameter in known if not is_parameter}
     modules.update(path.rpartition(".")[0] for path in parameters)
+    # Nor a module around a linear (Gemma 4's ClippableLinear), whose name would match first.
+    modules.update(above for path in by_holder for above in modules_above(path))
     return Targets(
         holders=tuple(holders),
         modules=shortest_names((holder.peft_path for holder in holders if not holder.is_parameter), modules),

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from plop_dist.backends.hf.load import architecture
+from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.megatron.chunks import unwrap
 from plop_dist.backends.megatron.rotary import check_rotary
 from plop_dist.backends.megatron.sites import MegatronSite

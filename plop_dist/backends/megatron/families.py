@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from plop_dist.backends.hf.load import architecture
+from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
 from plop_dist.config.schema import Config
 from plop_dist.errors import ModelError

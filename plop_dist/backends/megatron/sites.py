@@ -241,7 +241,7 @@ def _watch_base(module: nn.Module, observe: Callable[..., None]) -> Callable[[],
         observe(self, args, kwargs, output)
         return output
 
-    between = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    between: Any = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
     module.__class__ = type(own.__name__, (own, between), {"__module__": own.__module__})
 
     def remove() -> None:
