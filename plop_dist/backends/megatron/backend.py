@@ -33,7 +33,7 @@ from plop_dist.backends.megatron.local_layers import use_local_layers
 from plop_dist.backends.megatron.model import MegatronModel
 from plop_dist.backends.megatron.names import below, bridge_names, conventional_names
 from plop_dist.backends.megatron.renamed import as_modules
-from plop_dist.backends.megatron.rotary import complete_yarn
+from plop_dist.backends.megatron.rotary import complete_rotary
 from plop_dist.backends.megatron.stored import check_weights
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
 from plop_dist.backends.megatron.wide_norms import share_wide_norms
@@ -58,13 +58,12 @@ def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, wi
     hf_config = load_hf_config(config.model)
     whole = meta_model(config.model, hf_config)
     known = {item.fqn: item for site in whole_sites(whole, with_head) for item in site.projections}
-    parts = [language_model(chunk) for chunk in chunks]
     names = bridge_names(bridge._model_bridge.mapping_registry())
-    if parts[0] is not unwrap(chunks[0]):
+    if language_model(chunks[0]) is not unwrap(chunks[0]):
         names, known = below(NAME, names), of_language(whole, known)
     names = as_modules(names, whole, known)
     model = MegatronModel(
-        parts,
+        chunks,
         Logical(names, known, hf_config.get_text_config().vocab_size, with_head),
         architecture=type(whole).__name__,
         model_type=hf_config.model_type,
@@ -105,7 +104,7 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
         )
         provider = bridge.to_megatron_provider(load_weights=False)
         check_family(hf_config, config)
-        complete_yarn(provider, hf_config)
+        complete_rotary(provider, hf_config)
         configure(provider, config, dtype)
         if config.model.checkpoint is None:
             provider.register_pre_wrap_hook(lambda chunks: _load_weights(bridge, chunks, whole, config))

@@ -18,8 +18,11 @@ _YARN_DEFAULTS = {
 }  # fmt: skip
 
 
-def complete_yarn(provider: Any, hf_config: Any) -> None:
-    """Give a Bridge provider with YaRN what its checkpoint leaves to transformers' defaults."""
+def complete_rotary(provider: Any, hf_config: Any) -> None:
+    """Give a Bridge provider the axes of its checkpoint, and with YaRN what this leaves to transformers' defaults."""
+    axes = (getattr(hf_config.get_text_config(), "rope_parameters", None) or {}).get("mrope_section")
+    if axes and getattr(provider, "mrope_section", None):
+        provider.mrope_section = axes  # Bridge takes that of the published models
     if getattr(provider, "position_embedding_type", None) != "yarn":
         return
     length = getattr(hf_config.get_text_config(), "max_position_embeddings", None)

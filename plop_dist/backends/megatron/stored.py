@@ -12,7 +12,7 @@ from torch import nn
 
 from plop_dist.backends.megatron.checks import gather_set
 from plop_dist.backends.megatron.chunks import unwrap
-from plop_dist.backends.megatron.language import is_of_language, language_path
+from plop_dist.backends.megatron.language import is_of_language, language_model, language_path
 from plop_dist.backends.megatron.renamed import path_in
 from plop_dist.config.schema import Config
 from plop_dist.errors import ModelError
@@ -38,7 +38,7 @@ def _check_filled(tasks: Sequence[Any], chunks: Sequence[nn.Module], config: Con
         for name, parameter in unwrap(chunk).named_parameters()
         if id(parameter) not in filled
         # The last stage's copy of tied embeddings is filled from the first one's.
-        and not (name == "output_layer.weight" and unwrap(chunk).share_embeddings_and_output_weights)
+        and not (name.endswith("output_layer.weight") and language_model(chunk).share_embeddings_and_output_weights)
     ]
     missing = sorted(gather_set(names))
     if missing:

@@ -29,9 +29,11 @@ def samples() -> list[Tensor]:
     return [random_tokens(1, length, seed=number)[0] for number, length in enumerate(LENGTHS)]
 
 
-def true_gains(directory: Path, rows: Sequence[Tensor], attention: str | None = None) -> dict[str, tuple[float, int]]:
+def true_gains(
+    directory: Path, rows: Sequence[Tensor], attention: str | None = None, model_class: Any = AutoModelForCausalLM
+) -> dict[str, tuple[float, int]]:
     """Return per projection the mean gain and the number of tokens: float64, one row at a time, no padding."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model = model_class.from_pretrained(
         directory, dtype=torch.float64, experts_implementation="eager", attn_implementation=attention
     ).eval()
     seen: dict[str, list[Tensor]] = defaultdict(list)
