@@ -28,6 +28,7 @@ HOMES: dict[str, dict[str, str]] = {
     "from_pretrained": {
         "backends/hf/load.py": "trust_remote_code as configured, after check_foreign_code",
         "backends/hf/stored_weights.py": "no file: a state dict without values",
+        "backends/hf/padding.py": "no file: a state dict of random values",
         "checkpoints/builtin.py": "the GGUF of an installed package",
     },
     "from_hf_pretrained": {"backends/megatron/backend.py": "trust_remote_code as configured, after load_hf_config"},

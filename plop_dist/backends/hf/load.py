@@ -112,7 +112,7 @@ def meta_model(model: ModelConfig, hf_config: Any = None) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     hf_config = hf_config or load_hf_config(model)
-    with _explained(model, "architecture"), _unpartitioned(), torch.device("meta"):
+    with _explained(model, "architecture"), unpartitioned(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code).eval()
 
 
@@ -170,7 +170,8 @@ def _freed_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def _unpartitioned() -> Iterator[None]:
+def unpartitioned() -> Iterator[None]:
+    """Have transformers build whole models within the block, also where ZeRO-3 would partition them."""
     from transformers.integrations import deepspeed
 
     alive = deepspeed._hf_deepspeed_config_weak_ref
