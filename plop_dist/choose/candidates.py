@@ -27,7 +27,7 @@ _INDEXER = "indexer"
 # What a module is chosen with, by placement.granularity.
 _UNIT: dict[str, Callable[[ModuleScore], str]] = {
     "type": lambda module: module.type,
-    "layer": lambda module: f"layer.{module.layer}",
+    "layer": lambda module: f"{'' if module.part == 'language' else f'{module.part}.'}layer.{module.layer}",
     "module": lambda module: module.fqn,
 }
 
@@ -102,7 +102,7 @@ def find_eligible(
     """Return what `config` leaves to every policy. Raises PlacementError as find_candidates does for its entries."""
     projections: list[Projection] = [*modules, *left_out]
     _check_names(projections, config)
-    exclude, include = NameList(config.exclude), NameList(config.include)
+    exclude, include = NameList(config.exclude), _Include(config.include, projections)
     has_experts = any(projection.type.startswith("experts.") for projection in projections)
     reasons = {}
     for module in modules:
@@ -112,8 +112,29 @@ def find_eligible(
     return Eligible(tuple(modules), tuple(left_out), reasons)
 
 
+class _Include:
+    """What placement.include names.
+
+    An entry that names modules of the language model means these alone: `q_proj` is no vision tower's, whose path ends
+    in it as well. Towers and projectors are named by their types (`vision.q_proj`), or by paths of theirs.
+    """
+
+    def __init__(self, entries: Sequence[str], projections: Sequence[Projection]) -> None:
+        self._list = NameList(entries)
+        self._of_language: set[str] = set()
+        if entries and any(projection.part != "language" for projection in projections):
+            for projection in projections:
+                if projection.part == "language":
+                    self._of_language |= self._list.all(projection.type, projection.fqn)
+
+    def names(self, module: ModuleScore) -> bool:
+        if module.part == "language":
+            return self._list.first(module.type, module.fqn) is not None
+        return bool(self._list.all(module.type, module.fqn) - self._of_language) if self._list.entries else False
+
+
 def _reason_out(
-    module: ModuleScore, config: PlacementConfig, exclude: NameList, include: NameList, has_experts: bool
+    module: ModuleScore, config: PlacementConfig, exclude: NameList, include: _Include, has_experts: bool
 ) -> str | None:
     if module.type in _EMBEDDINGS:
         return "embeddings never get an adapter"
@@ -122,7 +143,9 @@ def _reason_out(
     entry = exclude.first(module.type, module.fqn)
     if entry is not None:
         return f"excluded by '{entry}'"
-    is_included = include.first(module.type, module.fqn) is not None
+    is_included = include.names(module)
+    if module.part != "language" and not is_included:
+        return f"{module.part} part; only placement.include chooses it"
     if config.include and not is_included:
         return "not in placement.include"
     if is_included:

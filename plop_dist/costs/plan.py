@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plop_dist.config.schema import Config
 from plop_dist.costs.footprint import Shape, Stage, build_stages, on_one_rank
 from plop_dist.costs.training_memory import TrainingMemory, training_memory
 from plop_dist.costs.verdict import DataFacts, Verdict, is_on_hub, judge
+from plop_dist.data.images import has_images, images_of
+from plop_dist.data.processed import ImageRows, ImageSamples
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import select_rows, tokenize
-from plop_dist.data.texts import render
+from plop_dist.data.texts import Row, render
 from plop_dist.errors import ModelError
 from plop_dist.registry import BACKENDS, load
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.names import natural_key
 from plop_dist.values.scores import ModelInfo, Projection
+
+if TYPE_CHECKING:
+    from plop_dist.backends.hf.placing import Placing
 
 _NUM_RENDERED = 8
 _UNCUT = 2**31 - 1
@@ -69,12 +75,15 @@ def build_plan(config: Config) -> Plan:
     """
     from plop_dist.backends.hf.layout import num_experts
     from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+    from plop_dist.backends.hf.placing import is_placed, plan_placing
+    from plop_dist.backends.hf.quantized.loadable import check_quantized
     from plop_dist.backends.hf.stored_weights import check_stored_weights
     from plop_dist.backends.hf.whole import whole_sites
 
     hf_config = load_hf_config(config.model)
     text = hf_config.get_text_config()
     load(BACKENDS, config.parallel.backend).check_model(hf_config, config)
+    check_quantized(config, hf_config)
     notes: list[str] = []
     data, facts, tokenizer = _look_at_data(config, notes)
     model = meta_model(config.model, hf_config)
@@ -102,6 +111,10 @@ def build_plan(config: Config) -> Plan:
     info = ModelInfo(name_or_path=config.model.name_or_path, architecture=type(model).__name__, **_kind(hf_config))
     verdict = judge(config, projections, info, facts, tokenizer, absent)
     stages = build_stages(model, projections, config.parallel, shape)
+    if is_placed(config.model):
+        num_samples = data.num_samples or config.data.num_samples
+        placing = plan_placing(config.model, model, dtype)
+        notes.append(_reading(placing, num_samples, config.data.batch_size, stages[0].activation_bytes))
     return Plan(
         model=config.model.name_or_path,
         architecture=type(model).__name__,
@@ -117,6 +130,22 @@ def build_plan(config: Config) -> Plan:
         verdict=verdict,
         training=training_memory(config, stages, shape, text.vocab_size, verdict.parameters),
     )
+
+
+def _reading(placing: Placing, num_samples: int, batch_size: int, activation_bytes: int) -> str:
+    """Return what is read from disk, and the most that is in memory at once, as a sentence."""
+    num_passes = -(-num_samples // batch_size)
+    times = "once" if num_passes == 1 else f"{num_passes} times"
+    kept = " and ".join(f"{_gigabytes(size)} on {device}" for device, size in sorted(placing.by_device.items()))
+    peak = _gigabytes(placing.resident + activation_bytes)
+    read = f"{_gigabytes(placing.disk)} of weights lie on disk and are read {times} (data.num_samples / "
+    total = f"data.batch_size), {_gigabytes(num_passes * placing.disk)} in all" if placing.disk else ""
+    where = f"{read}{total}; {kept} stay" if placing.disk else f"All weights fit: {kept}; nothing is read from disk"
+    return f"{where}. At most {peak} of weights and activations are in memory at once, beside the program's own."
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def _kind(hf_config: Any) -> dict[str, Any]:
@@ -172,11 +201,25 @@ def _look_at_data(config: Config, notes: list[str]) -> tuple[DataPlan, DataFacts
             return DataPlan(data.path, len(rows), None, None, None), facts, None
         texts = [render(row, number, data) for number, row in enumerate(rows[:_NUM_RENDERED], start=1)]
         return DataPlan(data.path, len(rows), None, None, _short(texts[0])), facts, None
+    if has_images(rows, data):
+        return _look_at_images(config, rows, len(every))
     whole = [len(sample) for sample in tokenize(rows, data.model_copy(update={"max_length": _UNCUT}), tokenizer)]
     lengths = [min(length, data.max_length) for length in whole]
     first = render(rows[0], 1, data, tokenizer)
     plan = DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
     return plan, DataFacts(len(every), tuple(whole)), tokenizer
+
+
+def _look_at_images(config: Config, rows: Sequence[Row], num_rows: int) -> tuple[DataPlan, DataFacts, Any]:
+    """Return what is known of rows with images, and the processor, which has read them all as scoring will."""
+    from plop_dist.backends.hf.load import load_processor
+
+    data, processor = config.data, load_processor(config.model)
+    read = ImageRows(rows, data, processor, data.max_length)
+    lengths = tuple(map(len, ImageSamples(read)))
+    first = read.text(0, len(images_of(rows[0], 1, data)))
+    plan = DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
+    return plan, DataFacts(num_rows, lengths), processor
 
 
 def _short(text: str, most: int = 100) -> str:

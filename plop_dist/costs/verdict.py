@@ -11,11 +11,13 @@ from plop_dist.checkpoints.folder import find_weights_folder
 from plop_dist.choose.policy import policy_of
 from plop_dist.config.schema import Config
 from plop_dist.costs.possible import Possible, possible_placements
+from plop_dist.data.images import has_images
 from plop_dist.errors import ConfigError, DataError, ExportError, ModelError, PlacementError, PlopError, RankError
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.registry import BACKENDS, load
 from plop_dist.rundir.stages import Stages
 from plop_dist.training.data import encode, split_rows
+from plop_dist.training.image_data import check_keys
 from plop_dist.values.adapter_ranks import oversized_ranks
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModelInfo, Projection
@@ -162,11 +164,24 @@ def _judge_training_rows(config: Config, tokenizer: object, problems: list[str])
         return
     try:
         rows, held_out = split_rows(config)
+        if any(has_images(row_set.rows, row_set.data) for row_set in (rows, held_out)):
+            _judge_images(config)
+            return
         if tokenizer is not None and config.train.method == "sft":
             encode(rows, config.train, tokenizer)
             encode(held_out, config.train, tokenizer)
-    except DataError as error:
+    except (DataError, ConfigError) as error:
         problems.append(str(error))
+
+
+def _judge_images(config: Config) -> None:
+    """Raise ConfigError where rows with images are not trained on."""
+    if config.train.method != "sft" or load(BACKENDS, config.parallel.backend).training_engine(config) != "trl":
+        raise ConfigError(
+            f"the rows have images, which train.method={config.train.method} does not read in this layout; use "
+            "train.method=sft with backend transformers or deepspeed (ZeRO)."
+        )
+    check_keys(config)
 
 
 def _judge_ranks(possible: Possible, warnings: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from plop_dist.config.schema import DataConfig
+from plop_dist.data.images import refuse_images
 from plop_dist.data.texts import Row, render, token_ids
 from plop_dist.errors import DataError
 from plop_dist.measure.protocols import MicroBatch
@@ -27,8 +28,10 @@ def select_rows(rows: Sequence[Row], data: DataConfig) -> list[Row]:
 def tokenize(rows: Sequence[Row], data: DataConfig, tokenizer: Any) -> list[list[int]]:
     """Return the token ids of each row: the tokenizer's defaults, truncated to data.max_length.
 
-    Raises DataError when no row yields a token, when all are blank, and naming the row whose text is not Unicode.
+    Raises DataError when no row yields a token, when all are blank, and naming the row whose text is not Unicode. Rows
+    with images are refused: see processed.
     """
+    refuse_images(rows, data)
     texts = [render(row, number, data, tokenizer) for number, row in enumerate(rows, start=1)]
     if not any(map(str.strip, texts)):
         raise DataError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plop_dist.config.schema import DataConfig
+from plop_dist.data.images import joined_texts
 from plop_dist.data.rows import BUILTIN_FIELD, kind_of
 from plop_dist.errors import DataError, first_line
 
@@ -45,6 +46,23 @@ def render_prompt(row: Row, number: int, data: DataConfig, template: str | None,
     if data.messages_field is not None:
         return _chat(row, number, data, tokenizer, is_open=True)
     return render(row, number, data)
+
+
+def messages_of(row: Row, number: int, data: DataConfig) -> list[Mapping[str, Any]]:
+    """Return the messages in data.messages_field of a row. Raises DataError for what is no list of messages."""
+    field = str(data.messages_field)
+    value = _column(row, field, number, data.path)
+    # A chat template renders a string, or messages without a role, as if they were empty: silently wrong text.
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(item, Mapping) and "role" in item and _says_something(item) for item in value)
+    ):
+        raise DataError(
+            f"{data.path}: row {number}: column '{field}' must be a list of "
+            f'{{"role": ..., "content": ...}}, but it is {str(value)[:60]!r}.'
+        )
+    return value
 
 
 def fill(template: str, row: Row, number: int, source: str) -> str:
@@ -99,7 +117,7 @@ def token_ids(
 def _chat(row: Row, number: int, data: DataConfig, tokenizer: Any, *, is_open: bool) -> str:
     """Return the row's messages as the chat template writes them; open: without a last answer, but with its opening."""
     field = str(data.messages_field)
-    messages = _messages(row, field, number, data.path)
+    messages = joined_texts(messages_of(row, number, data))
     options: dict[str, Any] = {"tokenize": False}
     if is_open:
         options["add_generation_prompt"] = True
@@ -118,21 +136,6 @@ def _column(row: Row, name: str, number: int, source: str) -> Any:
     if name not in row:
         raise DataError(f"{source}: row {number} has no column '{name}'; it has {_columns(row)}.")
     return row[name]
-
-
-def _messages(row: Row, field: str, number: int, source: str) -> list[Mapping[str, Any]]:
-    value = _column(row, field, number, source)
-    # A chat template renders a string, or messages without a role, as if they were empty: silently wrong text.
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(item, Mapping) and "role" in item and _says_something(item) for item in value)
-    ):
-        raise DataError(
-            f"{source}: row {number}: column '{field}' must be a list of "
-            f'{{"role": ..., "content": ...}}, but it is {str(value)[:60]!r}.'
-        )
-    return value
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:

@@ -132,6 +132,7 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
     parameters = {path for path, is_parameter in known if is_parameter}
     # A module that only holds a parameter is none that PEFT can wrap (GraniteMoE: experts are an input_linear too).
     modules = {path for path, is_parameter in known if not is_parameter}
+    modules.update(path.rpartition(".")[0] for path in parameters)
     # Nor a module around a linear (Gemma 4's ClippableLinear), whose name would match first.
     modules.update(above for path in by_holder for above in modules_above(path))
     return Targets(

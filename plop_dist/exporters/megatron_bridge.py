@@ -13,7 +13,7 @@ from plop_dist.exporters.exporter import Adapted, Language
 from plop_dist.exporters.list_exporter import as_list
 from plop_dist.exporters.megatron_read import read_megatron
 from plop_dist.exporters.megatron_targets import MegatronTargets, megatron_targets
-from plop_dist.exporters.refusals import RANKS, check_engine
+from plop_dist.exporters.refusals import RANKS, TOWERS, check_engine
 from plop_dist.exporters.text import number, python_arguments, python_list, yaml_text
 from plop_dist.registry import import_package
 from plop_dist.values.placement import Export, Placement
@@ -33,6 +33,7 @@ class MegatronBridge:
     limits = (
         RANKS,
         "types that Megatron has no name for: LM head, Mamba mixers",
+        TOWERS,
         "single routed experts",
         "single layers under pipeline parallelism",
         "an MLP without a gate beside a part of q, k, v",

@@ -14,7 +14,7 @@ from plop_dist.errors import ExportError
 from plop_dist.exporters.counts import fused_count_note
 from plop_dist.exporters.holders import adapted, known_projections
 from plop_dist.exporters.leaving_out import excluding
-from plop_dist.exporters.refusals import one_rank
+from plop_dist.exporters.refusals import one_rank, refuse_towers
 from plop_dist.values.names import expert_index, layer_index, natural_key
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Projection
@@ -73,6 +73,7 @@ def megatron_targets(placement: Placement, target: str, *, engine: str, widen: b
     Raises ExportError when fused LoRA is asked for and a fused linear is chosen in part (unless `widen`), and for
     projections without a Megatron name.
     """
+    refuse_towers(placement, target)
     linears, notes = _linears(placement, target)
     splits = [linear for linear in linears if linear.chosen and len(linear.parts) > 1]
     partial = [linear for linear in splits if linear.chosen != linear.parts]

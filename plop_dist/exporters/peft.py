@@ -17,6 +17,7 @@ from plop_dist.exporters.holders import Targets, hugging_face_targets
 from plop_dist.exporters.peft_read import adapted_by_peft
 from plop_dist.exporters.refusals import PART, UNFIT, check_engine
 from plop_dist.exporters.suffixes import shortest_names_of
+from plop_dist.exporters.task_type import task_type
 from plop_dist.exporters.text import number, python_arguments
 from plop_dist.values.placement import Export, Placement
 
@@ -44,17 +45,18 @@ class Peft:
         fields = lora_config_fields(placement, targets)
         tree = {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": task_type(placement.source.model),
             "base_model_name_or_path": placement.source.model.name_or_path,
             "bias": "none",
             "inference_mode": False,
             **fields,
         }
-        arguments = {name: value for name, value in fields.items() if value not in ({}, None, False)}
+        given = {"task_type": tree["task_type"], **fields}
+        arguments = {name: value for name, value in given.items() if value not in ({}, None, False)}
         return Export(
             target=self.name,
             files={FILE: json.dumps(tree, indent=2) + "\n"},
-            flags=(f'LoraConfig(task_type="CAUSAL_LM", {python_arguments(arguments)})',),
+            flags=(f"LoraConfig({python_arguments(arguments)})",),
             notes=(*targets.notes, *count_note(placement, targets)),
             widened=targets.widened,
         )
@@ -75,7 +77,7 @@ class Peft:
             update={"rank": options.get("r", placement.rank), "alpha": options.get("lora_alpha", placement.alpha)}
         ).with_source(placement.source)
         fields = lora_config_fields(resized, hugging_face_targets(resized, self.name, widen))
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **fields, **options})
+        return LoraConfig(**{"task_type": task_type(placement.source.model), **fields, **options})
 
 
 EXPORTER = Peft()

@@ -33,6 +33,14 @@ def _one_name_is_a_regex(value: Any) -> Any:
 
 
 def _comma_list(targets: Targets) -> str:
+    frozen = next((part for holder in targets.holders for part in holder.projections if part.part != "language"), None)
+    if frozen is not None:
+        raise ExportError(
+            f"llamafactory freezes what is no language model (freeze_vision_tower, freeze_multi_modal_projector) and "
+            f"adapts nothing there, e.g. {frozen.fqn}. Nearest choice: the language model alone (placement.include), "
+            "or export to peft.",
+            [frozen.type],
+        )
     for name in targets.modules:
         if "," in name or name != name.strip() or "${" in name:
             raise ExportError(
@@ -100,7 +108,7 @@ LLAMAFACTORY = ListExporter(
     modules="lora_target",
     names=_comma_list,
     read_names=lambda text: text.split(","),
-    further_limits=("a name with a comma, or with a space at its end",),
+    further_limits=("a name with a comma, or with a space at its end", "towers and projectors, which it freezes"),
     file="llamafactory.yaml",
     text=yaml_text,
     flags=dot_list,

@@ -15,6 +15,7 @@ RANKS = "ranks that differ (--widen: the highest everywhere)"
 WHOLE_ALPHA = "an alpha that is no whole number"
 PARAMETERS = "experts kept as 3-D parameters, and what PEFT renames beside them"
 LINEARS = "weights that are no nn.Linear: experts kept as 3-D parameters, Conv1D"
+TOWERS = "models that read more than text, whose towers it names like their language models"
 EVERY_LAYER = "single layers (--widen: every layer)"
 
 
@@ -65,6 +66,17 @@ def refuse_parameters(targets: Targets, target: str) -> None:
             "(target_parameters) beside experts kept as 3-D parameters. Nearest choice: leave these types out "
             "(placement.exclude), or export to peft, trl, axolotl, ms-swift or verl.",
             sorted(types, key=natural_key),
+        )
+
+
+def refuse_towers(placement: Placement, target: str) -> None:
+    """Raise ExportError for a model with towers, for a target whose names do not tell them from the language model."""
+    other = next((item for item in known_projections(placement) if item.part != "language"), None)
+    if other is not None:
+        raise ExportError(
+            f"{target} names modules alike in all parts of a model, and this one has a part besides its language "
+            f"model ({other.part}, e.g. {other.fqn}), which would be adapted as well. Nearest choice: export to peft, "
+            "trl or verl, which name paths."
         )
 
 

@@ -18,7 +18,7 @@ from plop_dist.exporters.holders import adapted, known_projections
 from plop_dist.exporters.leaving_out import excluding
 from plop_dist.exporters.list_exporter import as_list
 from plop_dist.exporters.names_read import found_by, in_fused
-from plop_dist.exporters.refusals import EVERY_LAYER, RANKS, check_engine, one_rank
+from plop_dist.exporters.refusals import EVERY_LAYER, RANKS, TOWERS, check_engine, one_rank, refuse_towers
 from plop_dist.exporters.text import python_list
 from plop_dist.values.names import natural_key
 from plop_dist.values.placement import Export, Placement
@@ -55,6 +55,7 @@ class Torchtitan:
     limits = (
         RANKS,
         EVERY_LAYER,
+        TOWERS,
         "a part of wqkv (separate: of wkv, which is k and v; --widen: the whole)",
         "routed experts, and other types without a name: it knows wqkv, wo, w1, w2, w3, lm_head and latent attention's",
     )
@@ -68,6 +69,7 @@ class Torchtitan:
         projections without a name, and ranks that differ.
         """
         engine = check_engine(engine, self.engines, self.name)
+        refuse_towers(placement, self.name)
         chosen, notes = adapted(placement)
         known = known_projections(placement)
         names = _names_of(known, engine)

@@ -14,7 +14,7 @@ from plop_dist.exporters.holders import adapted, known_projections
 from plop_dist.exporters.leaving_out import excluding
 from plop_dist.exporters.list_exporter import as_list
 from plop_dist.exporters.names_read import found_by
-from plop_dist.exporters.refusals import EVERY_LAYER, RANKS, check_engine, one_rank
+from plop_dist.exporters.refusals import EVERY_LAYER, RANKS, TOWERS, check_engine, one_rank, refuse_towers
 from plop_dist.exporters.text import hydra_overrides, hydra_yaml, number
 from plop_dist.values.placement import Export, Placement
 
@@ -34,6 +34,7 @@ class Torchtune:
     limits = (
         RANKS,
         EVERY_LAYER,
+        TOWERS,
         "a part of the MLP (--widen: gate, up and down)",
         "no attention projection at all (--widen: the one with the lowest NFN)",
         "types other than q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head",
@@ -47,6 +48,7 @@ class Torchtune:
         with `widen` the first three are adapted more widely instead.
         """
         check_engine(engine, self.engines, self.name)
+        refuse_towers(placement, self.name)
         chosen, notes = adapted(placement)
         modules = placement.chosen
         types = list(dict.fromkeys(module.type for module in modules))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from logging import ERROR, getLogger
 from typing import Any
 
 from plop_dist import ranks
 from plop_dist.config.schema import Config
+from plop_dist.data.images import has_images
+from plop_dist.data.processed import ImageRows, ImageSamples
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, tokenize
-from plop_dist.errors import ExportError, PlopError, ScoresError, WorkerError, as_cause
+from plop_dist.errors import DataError, ExportError, PlopError, ScoresError, WorkerError, as_cause
 from plop_dist.measure.aggregate import check_weights
-from plop_dist.measure.protocols import ScorableModel
+from plop_dist.measure.protocols import MicroBatch, ScorableModel
 from plop_dist.registry import BACKENDS, load
 from plop_dist.rundir import progress
 from plop_dist.rundir.made_from import placement_mark
@@ -54,6 +57,8 @@ def _run_stage(stage: str, stages: Stages, notify: Notify, force: bool) -> None:
 
 def score(stages: Stages, notify: Notify) -> Scores:
     """Score the configured model on the configured data; rank 0 writes scores.json. Collective over all ranks."""
+    from plop_dist.backends.hf.load import load_hf_config
+    from plop_dist.backends.hf.quantized.loadable import check_quantized
     from plop_dist.measure.run import score_model
 
     config = stages.config
@@ -63,6 +68,7 @@ def score(stages: Stages, notify: Notify) -> Scores:
     tokenizer, samples = _tokenized(config)
     notify("status", text=_samples_text(samples, config.data.num_samples))
     notify("phase", text=f"loading {kept['model']['name_or_path']} with {config.parallel.backend}")
+    check_quantized(config, load_hf_config(config.model))
     model: ScorableModel = load(BACKENDS, config.parallel.backend).load(config)
     scores = score_model(
         model,
@@ -87,24 +93,36 @@ def score(stages: Stages, notify: Notify) -> Scores:
     return scores
 
 
-def _tokenized(config: Config) -> tuple[Any, list[list[int]]]:
-    from plop_dist.backends.hf.load import check_vocabulary, load_tokenizer
+def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
+    from plop_dist.backends.hf.load import check_vocabulary, load_processor, load_tokenizer
 
+    data = config.data
     tokenizer = load_tokenizer(config.model)
-    rows = select_rows(load_rows(config.data.path, config.data.split), config.data)
-    samples = tokenize(rows, config.data, tokenizer)
+    rows = select_rows(load_rows(data.path, data.split), data)
+    samples: Sequence[list[int]]
+    if has_images(rows, data):
+        samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length))
+    else:
+        samples = tokenize(rows, data, tokenizer)
     check_vocabulary(config.model, max(map(max, filter(None, samples))))
     return tokenizer, samples
 
 
-def _pass_over(samples: list[list[int]], tokenizer: Any, model: ScorableModel, stages: Stages) -> Any:
+def _pass_over(samples: Sequence[list[int]], tokenizer: Any, model: ScorableModel, stages: Stages) -> Any:
     """Return the pass over these samples: which of them this rank reads in which step, and what is done already."""
     from plop_dist.measure.run import Pass
 
     data, groups = stages.config.data, model.groups
+    of_images = samples if isinstance(samples, ImageSamples) else None
+    if of_images is not None and groups.uniform_steps and not of_images.all_have_images:
+        raise DataError(
+            f"{data.path}: {len(samples) - of_images.num_images} of {len(samples)} rows have no image, but in this "
+            "layout a forward pass is collective over the ranks, towers included; score rows with images and rows "
+            "without apart, or use parallel.zero_stage=2 or less."
+        )
     plan = plan_steps(
         [len(sample) for sample in samples],
-        data.batch_size,
+        data.batch_size if of_images is None else 1,
         groups.num_replicas,
         model.micro_batches_per_step,
         uniform=groups.uniform_steps,
@@ -112,12 +130,17 @@ def _pass_over(samples: list[list[int]], tokenizer: Any, model: ScorableModel, s
     )
     side = tokenizer.padding_side if data.padding_side == "auto" else data.padding_side
     done_after = _cumulative(plan)
-    key = progress.fingerprint([stages.inputs("score"), progress.hash_samples(samples)])
+    marks = [] if of_images is None else [of_images.digest]
+    key = progress.fingerprint([stages.inputs("score"), progress.hash_samples(samples), *marks])
+
+    def micro_batches(step: int) -> list[MicroBatch]:
+        if of_images is not None:
+            return [of_images.micro_batch(indices) for indices in plan[step][groups.replica]]
+        return step_micro_batches(samples, plan[step], groups.replica, pad_id=tokenizer.pad_token_id, side=side)
+
     return Pass(
         num_steps=len(plan),
-        micro_batches=lambda step: step_micro_batches(
-            samples, plan[step], groups.replica, pad_id=tokenizer.pad_token_id, side=side
-        ),
+        micro_batches=micro_batches,
         num_samples=len(samples),
         samples_after=lambda step: done_after[step],
         log=progress.ProgressLog(stages.run_dir.path, key, ranks.rank()),
@@ -189,6 +212,10 @@ _STAGES: dict[str, Callable[[Stages, Notify], Any]] = {
 }
 
 
+# What these say as they are imported concerns those who build them.
+_TALKATIVE = ("bitsandbytes", "torch.utils._pytree", "torch.utils.cpp_extension")
+
+
 def _be_quiet() -> None:
     """Keep other packages' bars and deprecation notes out of a log that people read."""
     import warnings
@@ -197,6 +224,10 @@ def _be_quiet() -> None:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for name in _TALKATIVE:
+        getLogger(name).setLevel(ERROR)
+    # transformers on how compressed-tensors' checkpoints are loaded here.
+    warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent")
 
 
 def _by_hand(stages: Stages) -> str:

@@ -154,7 +154,7 @@ class Collector:
         samples = self._samples(notes, index, micro_batch)
         table = _GainTable(samples)
         for call in notes.calls:
-            numbers_T = _numbers(call, samples)
+            numbers_T = _numbers(call, samples, micro_batch.has_features)
             sizes = {call.in_sq_T.numel(), *(out_sq_T.numel() for out_sq_T in call.out_sq)}
             if numbers_T is None or sizes != {numbers_T.numel()}:
                 notes.unreadable[id(call.site)] = call.site
@@ -238,8 +238,13 @@ class _GainTable:
         return planes.view(3, num_rows, self._num_samples).cpu()
 
 
-def _numbers(call: _Call, samples: TokenSamples) -> Tensor | None:
-    """Return the sample number of each token of a call, (T,), or None where they are not the batch's tokens."""
+def _numbers(call: _Call, samples: TokenSamples, has_features: bool) -> Tensor | None:
+    """Return the sample number of each token of a call, (T,), or None where they are not the batch's tokens.
+
+    has_features: whether there is more than text for towers and projectors to see.
+    """
+    if has_features and call.site.projections[0].part != "language":
+        return samples.of_features(call.leading_shape or (call.in_sq_T.numel(),))
     if call.routing is not None:
         return samples.of_routed(call.routing)
     if call.token_index_T is not None:

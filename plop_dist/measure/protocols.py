@@ -43,6 +43,19 @@ class MicroBatch:
     position_ids: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_features(self) -> bool:
+        """Whether the forward reads more than tokens: images, sounds, whatever is handed to it in real numbers."""
+        return _has_reals(self.extra)
+
+
+def _has_reals(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_reals, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_reals, value))
+    return bool(getattr(value, "is_floating_point", bool)())
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -142,6 +155,16 @@ class Site(Protocol):
         ...
 
 
+class PassingWeights(Protocol):
+    """Weights that are there only while their modules run, as where they lie on disk between forward passes."""
+
+    sites: Sequence[Site]
+
+    def attach(self, take: Callable[[Site], None]) -> Callable[[], None]:
+        """Have take(site) called in every forward pass while a site's weights() cost nothing; returns what ends it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Groups:
     """The process groups of the axes that matter here; a missing name means one rank on that axis.
@@ -177,7 +200,10 @@ class Sited(Protocol):
 
 
 class ScorableModel(Protocol):
-    """A loaded model as one rank sees it; what a backend returns and what the plugin wraps a host's model in."""
+    """A loaded model as one rank sees it; what a backend returns and what the plugin wraps a host's model in.
+
+    It may have `passing`, PassingWeights: the baselines of those sites are then computed during the pass, not before.
+    """
 
     sites: Sequence[Site]
     groups: Groups

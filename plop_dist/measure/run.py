@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from plop_dist.choose.decision import selection_confidence
 from plop_dist.config.schema import EstimatorConfig, PlacementConfig
 from plop_dist.errors import ModelError, PlopError, WorkerError
 from plop_dist.measure.aggregate import build_scores, score_modules
-from plop_dist.measure.baseline import compute_baselines
+from plop_dist.measure.baseline import PassedSums, compute_baselines
 from plop_dist.measure.collectives import Reducer, attempt
 from plop_dist.measure.collector import Collector
 from plop_dist.measure.norms import Baseline
@@ -78,17 +79,26 @@ def score_model(
     projections = reducer.merge_projections(model.sites)
     fqns = [projection.fqn for projection in projections]
     num_sites = len(model.sites)
-    baselines = compute_baselines(
-        model, estimator, reducer, fqns, lambda done: notify("baseline", done=done, total=num_sites)
-    )
+    passing = getattr(model, "passing", None)
+    passed = PassedSums(passing, estimator)
+
+    @cache
+    def baselines() -> dict[str, Baseline]:
+        done_to = lambda done: notify("baseline", done=done, total=num_sites)  # noqa: E731
+        return compute_baselines(model, estimator, reducer, fqns, done_to, passed.found)
+
+    if passing is None:
+        baselines()
     after_baselines = time.perf_counter()
 
     def is_stable(totals: SampleTotals) -> bool:
-        return _is_stable(projections, totals, baselines, placement)
+        return _is_stable(projections, totals, baselines(), placement)
 
     stop = is_stable if estimator.stop_when_stable else None
-    found = _collect(Collector(model, reducer), run, fqns, stop, notify)
+    with passed.attached():
+        found = _collect(Collector(model, reducer), run, fqns, stop, notify)
     totals = found.totals.observed()
+    baselines()
     timing = {
         "baseline_seconds": round(after_baselines - started, 3),
         "forward_seconds": round(time.perf_counter() - after_baselines, 3),
@@ -96,12 +106,11 @@ def score_model(
         "num_reduced_bytes": reducer.traffic.num_bytes,
     }
     data = {**info["data"], "num_samples": found.num_samples, "stopped_early": found.num_samples < run.num_samples}
-    num_seen = int((totals.num_tokens + totals.num_skipped).sum(axis=1).max())
-    data["num_tokens"] = _num_tokens(run, found.num_steps, reducer) or num_seen
+    data["num_tokens"] = _num_tokens(run, found.num_steps, reducer) or _most_tokens(projections, totals)
     return build_scores(
         projections,
         totals,
-        baselines,
+        baselines(),
         unknown=found.unknown,
         model=info["model"],
         data=data,
@@ -110,6 +119,13 @@ def score_model(
         versions=versions(),
         timing=timing,
     )
+
+
+def _most_tokens(projections: Sequence[Projection], totals: SampleTotals) -> int:
+    """Return how many tokens of text the widest-fed module saw; what towers see is counted in their modules."""
+    of_text = {projection.fqn for projection in projections if projection.part == "language"}
+    per_module_M = (totals.num_tokens + totals.num_skipped).sum(axis=1)
+    return int(max((per_module_M[i] for i, fqn in enumerate(totals.fqns) if fqn in of_text), default=0))
 
 
 def _check(model: ScorableModel, run: Pass) -> None:

@@ -44,6 +44,14 @@ class TokenSamples:
             self._by_shape[key] = self._spread(key)
         return self._by_shape[key]
 
+    def of_features(self, shape: Sequence[int]) -> Tensor:
+        """Return the sample number of each vector of a tower or projector, (T,), whose tokens are not the text's.
+
+        All of them count: the text's mask says nothing of them. Which sample they belong to is certain where the batch
+        has one; of several, rows share the vectors evenly where that goes, and else the first sample has them all.
+        """
+        return self._spread_rows(tuple(shape), self._layout if self._layout.dim() == 1 else self._layout.amax(dim=1))
+
     def of_all(self) -> Tensor | None:
         """Return the sample number of every token in order, (T,), or None where only rows are known."""
         return None if self._layout.dim() == 1 else self._flat
@@ -62,7 +70,7 @@ class TokenSamples:
 
     def _spread(self, shape: tuple[int, ...]) -> Tensor | None:
         if self._layout.dim() == 1:
-            return self._spread_rows(shape)
+            return self._spread_rows(shape, self._flat)
         first, second = self._layout.shape
         if shape in ((first, second), (first * second,)):
             return self._flat
@@ -74,9 +82,10 @@ class TokenSamples:
             return self._flat[:, None].expand(shape).reshape(-1)
         return None  # it pools, cuts or lengthens the sequence
 
-    def _spread_rows(self, shape: tuple[int, ...]) -> Tensor:
+    def _spread_rows(self, shape: tuple[int, ...], row_R: Tensor) -> Tensor:
         # What has been reshaped beyond recognition, (s, b) or pooled, still counts, under the first row's sample.
-        num_positions, num_rows = math.prod(shape), len(self._flat)
+        num_positions, num_rows = math.prod(shape), len(row_R)
         if shape and shape[0] % num_rows == 0:
-            return self._flat.repeat_interleave(num_positions // num_rows)
-        return self._flat[:1].expand(num_positions)
+            return row_R.repeat_interleave(num_positions // num_rows)
+        counted_R = row_R[row_R >= 0]
+        return (counted_R if len(counted_R) else row_R)[:1].expand(num_positions)

@@ -11,7 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from plop_dist.backends.hf.model import is_packed
 
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, position_ids: (batch, sequence) int64
+# input_ids, attention_mask, labels, position_ids: (batch, sequence) int64; what else the model reads, of any shape
+Batch = dict[str, Tensor]
+_OWN = ("input_ids", "attention_mask", "labels", "position_ids")
 IGNORED = -100  # the label that the loss skips
 
 
@@ -19,13 +21,12 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     """Return the arguments of a transformers model's forward pass for this micro-batch.
 
     Packed rows go without a mask: only then transformers keeps samples apart, by their position_ids. Padding, always on
-    the right, is out of the real tokens' sight even so.
+    the right, is out of the real tokens' sight even so. Beside images the model finds the positions by itself.
     """
-    inputs: dict[str, Any] = {
-        "input_ids": batch["input_ids"],
-        "position_ids": batch["position_ids"],
-        "use_cache": False,
-    }
+    further = {name: value for name, value in batch.items() if name not in _OWN}
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False, **further}
+    if not further:
+        inputs["position_ids"] = batch["position_ids"]
     if not is_packed(batch["position_ids"], batch["attention_mask"]):
         inputs["attention_mask"] = batch["attention_mask"]
     return inputs

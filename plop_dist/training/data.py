@@ -14,6 +14,7 @@ import torch
 
 from plop_dist import ranks
 from plop_dist.config.schema import Config, DataConfig, TrainConfig
+from plop_dist.data.images import refuse_images
 from plop_dist.data.rows import load_rows
 from plop_dist.data.texts import Row, fill, render, render_prompt, token_ids
 from plop_dist.errors import DataError
@@ -75,9 +76,11 @@ def split_rows(config: Config) -> tuple[RowSet, RowSet]:
 def encode(row_set: RowSet, train: TrainConfig, tokenizer: Any) -> list[Example]:
     """Return the tokenised rows, truncated to train.max_length, with an end-of-text token where one fits.
 
-    Raises DataError when a row's text does not begin with its prompt, and when no token is left in the loss.
+    Raises DataError when a row's text does not begin with its prompt, when no token is left in the loss, and for rows
+    with images.
     """
     data = row_set.data
+    refuse_images(row_set.rows, data)
     texts = [render(row, number, data, tokenizer) for number, row in row_set.numbered()]
     num_prompts = _count_prompts(row_set, texts, train, tokenizer)
     examples = []
@@ -97,8 +100,9 @@ def encode(row_set: RowSet, train: TrainConfig, tokenizer: Any) -> list[Example]
 def prompts_of(row_set: RowSet, train: TrainConfig, tokenizer: Any) -> list[str]:
     """Return each row's prompt: train.prompt_template, or what is scored of it (see render_prompt).
 
-    Raises DataError naming the row and the column that is missing.
+    Raises DataError naming the row and the column that is missing, and for rows with images.
     """
+    refuse_images(row_set.rows, row_set.data)
     return [
         render_prompt(row, number, row_set.data, train.prompt_template, tokenizer) for number, row in row_set.numbered()
     ]
@@ -162,16 +166,35 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
 def count_rows(data: Data, config: Config, num_steps: int) -> dict[str, float]:
     """Return on how much the losses of a training rest: held-out rows and, where the rows end, rows and epochs."""
     counts: dict[str, float] = {"num_held_out_rows": sum(len(batch["input_ids"]) for batch in data.held_out)}
-    if not isinstance(data, TrainingData):
+    if not isinstance(data, Endless):
         return counts
     train = config.train
     per_step = train.micro_batch_size * train.gradient_accumulation_steps * config.parallel.dp
-    num_rows = sum(map(len, data.sequences))
+    num_rows = sum(len(sequence) if isinstance(sequence, list) else 1 for sequence in data.sequences)
     return {"num_rows": num_rows, "num_epochs": num_steps * per_step / len(data.sequences), **counts}
 
 
-class TrainingData:
-    """The configured rows as micro-batches (see engine.Data): epochs without end, each in a shuffled order of its own.
+class Endless:
+    """Sequences of rows as micro-batches: epochs without end, each in a shuffled order of its own."""
+
+    def __init__(self, sequences: Sequence[Any], seed: int, size: int) -> None:
+        self.sequences, self._seed, self._size = sequences, seed, size
+        self._epoch, self._order = -1, list[int]()
+
+    def rows_of(self, index: int) -> list[Any]:
+        """Return the sequences of a micro-batch."""
+        return [self._at(position) for position in range(index * self._size, (index + 1) * self._size)]
+
+    def _at(self, position: int) -> Any:
+        epoch, index = divmod(position, len(self.sequences))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self.sequences)))
+            random.Random(f"{self._seed}:{epoch}").shuffle(self._order)
+        return self.sequences[self._order[index]]
+
+
+class TrainingData(Endless):
+    """The configured rows as micro-batches (see engine.Data), one example in a sequence, or several packed.
 
     held_out: every held-out row once, in file order.
     """
@@ -179,7 +202,7 @@ class TrainingData:
     def __init__(self, config: Config, tokenizer: Any) -> None:
         train_rows, held_out_rows = split_rows(config)
         train = config.train
-        self._seed, self._size, self._pad_id = train.seed, train.micro_batch_size, tokenizer.pad_token_id
+        self._pad_id, size = tokenizer.pad_token_id, train.micro_batch_size
         every = encode(train_rows, train, tokenizer)
         examples = [example for example in every if example.has_target]
         if len(examples) < len(every) and ranks.rank() == 0:
@@ -187,24 +210,13 @@ class TrainingData:
                 "%d of %d training rows are left out: none of their tokens is in the loss at train.max_length=%d.",
                 len(every) - len(examples), len(every), train.max_length,
             )  # fmt: skip
-        self.sequences = pack(examples, train.max_length) if train.packing else [[example] for example in examples]
-        self._epoch, self._order = -1, list[int]()
+        sequences = pack(examples, train.max_length) if train.packing else [[example] for example in examples]
+        super().__init__(sequences, train.seed, size)
         held_out = [[example] for example in encode(held_out_rows, train, tokenizer) if example.has_target]
         self.held_out = [
-            collate(held_out[start : start + self._size], self._pad_id) for start in range(0, len(held_out), self._size)
+            collate(held_out[start : start + size], self._pad_id) for start in range(0, len(held_out), size)
         ]
 
     def micro_batch(self, index: int) -> Batch:
         """Return the index-th train.micro_batch_size rows of the endless sequence of epochs, as collate does."""
         return collate(self.rows_of(index), self._pad_id)
-
-    def rows_of(self, index: int) -> list[list[Example]]:
-        """Return the rows of a micro-batch: one example each, or several where they are packed."""
-        return [self._at(position) for position in range(index * self._size, (index + 1) * self._size)]
-
-    def _at(self, position: int) -> list[Example]:
-        epoch, index = divmod(position, len(self.sequences))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(len(self.sequences)))
-            random.Random(f"{self._seed}:{epoch}").shuffle(self._order)
-        return self.sequences[self._order[index]]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from plop_dist.errors import ScoresError
+from plop_dist.registry import METHODS, load, needing_extras
 from plop_dist.values.expected import expected
 from plop_dist.values.files import json_bytes, no_pipe, read_json, write_together
 from plop_dist.values.sample_totals import SAMPLES_FILE, SampleTotals
@@ -19,6 +20,8 @@ SCORES_SCHEMA = "plop-dist/scores/1"
 
 Storage = Literal["linear", "conv1d", "fused", "expert_parameter", "router", "other"]
 Role = Literal["router", "recurrent", "kernel"]
+# What of a model that reads more than text a module belongs to; a model of text alone is all language.
+ModelPart = Literal["language", "vision", "audio", "projector"]
 # No linear is wider; parameters of 2^15 modules at the highest rank, 2^20, then still are whole numbers of 64 bits.
 Features = Annotated[int, Field(gt=0, le=1 << 26)]
 # No module's path comes near it; some exporters look at every part of a name.
@@ -33,6 +36,12 @@ class Value(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=False)
 
+    def __dir__(self) -> list[str]:
+        """Return the fields and what this package's classes define: what pydantic adds stays out of the way."""
+        own = (vars(cls) for cls in type(self).__mro__ if cls.__module__.split(".")[0] == "plop_dist")
+        names = {name for defined in own for name in defined if name[0] != "_" and not hasattr(BaseModel, name)}
+        return sorted({*type(self).model_fields, *names, *object.__dir__(object())})
+
 
 class Projection(Value):
     """One logical linear map of the model under its Hugging Face name, whatever the backend fuses or renames.
@@ -45,6 +54,7 @@ class Projection(Value):
 
     role: `router` (steers tokens to experts), `recurrent` (in a state-space, linear-attention or short-convolution
     layer), `kernel` (such a one whose weight is read past any adapter, so that PEFT refuses it), None for all others.
+    part: what the module belongs to; types of other parts than language begin with it (`vision.q_proj`).
     """
 
     fqn: Name
@@ -55,6 +65,7 @@ class Projection(Value):
     storage: Storage = "linear"
     stored_in: Name | None = None
     role: Role | None = None
+    part: ModelPart = "language"
 
     @property
     def holder(self) -> str:
@@ -165,6 +176,32 @@ class Scores(Value):
         copy = self.model_copy()
         copy._samples = samples
         return copy
+
+    def __str__(self) -> str:
+        return load(METHODS, "Scores.text")(self)
+
+    def __repr__(self) -> str:
+        return f"Scores({self.model.name_or_path}: {len(self.modules):,} modules of {len(self.types)} types)"
+
+    def _repr_html_(self) -> str:
+        return load(METHODS, "Scores.html")(self)
+
+    def to_pandas(self) -> Any:
+        """Return a pandas.DataFrame with a row per module: fqn, type, layer, sizes, tokens, gain, baseline, nfn.
+
+        Raises MissingExtraError where pandas is not installed.
+        """
+        with needing_extras("scores.to_pandas()"):
+            import pandas
+
+        return pandas.DataFrame([module.model_dump() for module in self.modules])
+
+    def plot(self, placement: Any = None) -> Any:
+        """Return the report's chart of NFN per type, to look at in a notebook or to save(path) as HTML.
+
+        placement: a Placement, whose types are marked.
+        """
+        return load(METHODS, "Scores.plot")(self, placement)
 
     def to_file(self, path: str | Path) -> None:
         """Write scores.json and the per-sample sums in samples.safetensors beside it: both, or neither."""

@@ -28,16 +28,21 @@ IMAGE = 120
 
 
 def gains_of(model: nn.Module, *batches: Mapping[str, Any]) -> dict[str, float]:
-    """Return the mean gain of every linear over the real tokens, (b, s), of the host's own forward pass."""
+    """Return the mean gain of every linear in the host's own forward pass: over the real tokens, (b, s).
+
+    In towers and projectors over all that they see.
+    """
     found: dict[str, list[Tensor]] = defaultdict(list)
     mask = torch.ones(1)
 
     def note(path: str) -> Any:
         def hook(module: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
             z_bsI = args[0].double()
-            if z_bsI.shape[:-1] == mask.shape:
-                out = z_bsI @ module.weight.detach().double().T
-                found[path].append((out.norm(dim=-1) / z_bsI.norm(dim=-1))[mask])
+            gains = (z_bsI @ module.weight.detach().double().T).norm(dim=-1) / z_bsI.norm(dim=-1)
+            if "vision_tower" in path or "projector" in path:
+                found[path].append(gains.flatten())
+            elif z_bsI.shape[:-1] == mask.shape:
+                found[path].append(gains[mask])
 
         return hook
 
@@ -99,7 +104,7 @@ def test_images_reach_the_forward() -> None:
     scores = plop_dist.score(model, [batch, {"input_ids": random_tokens(1, 4).clamp_max(119)}], num_directions=4)
     truth = gains_of(model, batch, {"input_ids": random_tokens(1, 4).clamp_max(119)})
     assert_gains(scores, truth)
-    assert any("language_model" in module.fqn for module in scores.modules)
+    assert {module.part for module in scores.modules} == {"language", "vision", "projector"}
 
 
 def test_lengths_of_packed_samples_keep_them_apart_without_positions() -> None:

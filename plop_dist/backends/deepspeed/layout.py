@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from plop_dist.backends.deepspeed.stack import check_stack
-from plop_dist.backends.hf.load import architecture
+from plop_dist.backends.hf.own_class import architecture
 from plop_dist.errors import LayoutError
 from plop_dist.values.mesh import nearest
 

@@ -14,8 +14,13 @@ from plop_dist.measure.weight import PlainReader, Stored, Weight, add_reader, re
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Tell whether a linear's output may be another than W z + b."""
-    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    """Tell whether a linear's forward is another than nn.Linear's, its class's or put on it later.
+
+    accelerate's, which brings weights and then calls the one that was there before, is none of its own.
+    """
+    put_on = vars(module).get("_old_forward", vars(module).get("forward"))
+    own = getattr(put_on, "__func__", None) or type(module).forward
+    return isinstance(module, nn.Linear) and own is not nn.Linear.forward
 
 
 # What torch's linear was given and gave: z (..., I), a matrix (O, I), and the product (..., O) without bias.

@@ -56,7 +56,7 @@ class StackedExpertSite:
     def __init__(self, experts: ExpertsModule, expert: int, stack: Stack, holder: StackHolder) -> None:
         self.blocks = _blocks(experts, expert, stack)
         self.projections = tuple(block.projection for block in self.blocks)
-        self.holder = holder
+        self.holder, self.holding_module = holder, experts.module
         self._experts, self._expert, self._stack = experts, expert, stack
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:

@@ -4,8 +4,9 @@ Everything is read from module attributes, never from parameter shapes, so that 
 ZeRO-3's zero.Init (where a released weight has shape (0,)) and under transformers' tensor parallelism.
 
 Types are last path components, the field's convention, so GPT-2's `c_proj` stands for both its attention and its MLP
-output, exactly as PEFT's `target_modules=["c_proj"]` adapts both. The one exception is the model's output head, which
-is always of type `lm_head`, whatever the family calls it (GPT-NeoX: `embed_out`).
+output, exactly as PEFT's `target_modules=["c_proj"]` adapts both. Exceptions are the model's output head, which is
+always of type `lm_head`, whatever the family calls it (GPT-NeoX: `embed_out`), and what is no part of the language
+model: a vision tower's types are its own (`vision.q_proj`).
 """
 
 # T tokens, I in_features, O out_features
@@ -21,12 +22,23 @@ from transformers.pytorch_utils import Conv1D
 
 from plop_dist.backends.hf.fused import parts_of
 from plop_dist.backends.hf.own_modules import named_modules, parameter_shape
+from plop_dist.backends.hf.parts import part_finder
+from plop_dist.backends.hf.quantized.readers import add_readers
 from plop_dist.backends.hf.roles import Roles
 from plop_dist.errors import ModelError
 from plop_dist.measure.blocks import Block, Rows
-from plop_dist.measure.weight import PlainReader, Stored, Weight, add_reader, is_packed, is_readable
+from plop_dist.measure.weight import (
+    PlainReader,
+    Stored,
+    Weight,
+    add_reader,
+    is_dense,
+    is_packed,
+    is_readable,
+    readable_methods,
+)
 from plop_dist.values.names import layer_index, module_type
-from plop_dist.values.scores import Projection, Role, Storage
+from plop_dist.values.scores import ModelPart, Projection, Role, Storage
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,8 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
             own_storage = "router" if type(module).__name__.endswith("Router") else "linear"
         elif isinstance(module, Conv1D):
             sizes, own_storage = (module.nx, module.nf), "conv1d"
+        elif _is_quantised_linear(module):
+            sizes, own_storage = _sizes(module), "linear"
         elif _is_router(module):
             found.append(_router(path, module))
             continue
@@ -75,12 +89,24 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
         else:
             blocks = tuple(_block(owner_path, part, rows, sizes, path, role) for part, rows in parts)
         found.append(LinearModule(path, module, blocks, is_transposed=own_storage == "conv1d"))
-    return found
+    part_of = part_finder(model)
+    return [_with_part(linear, part_of(linear.path)) for linear in found]
+
+
+def _with_part(linear: LinearModule, part: ModelPart) -> LinearModule:
+    """Return the linear as one of this part, in which types are other types than the language model's of that name."""
+    if part == "language":
+        return linear
+    blocks = []
+    for block in linear.blocks:
+        own = {"part": part, "type": f"{part}.{block.projection.type}"}
+        blocks.append(replace(block, projection=block.projection.model_copy(update=own)))
+    return replace(linear, blocks=tuple(blocks))
 
 
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is one that find_linears returns."""
-    return isinstance(module, nn.Linear | Conv1D) or _is_router(module)
+    return isinstance(module, nn.Linear | Conv1D) or _is_router(module) or _is_quantised_linear(module)
 
 
 def projection_of(
@@ -114,6 +140,17 @@ def _is_router(module: nn.Module) -> bool:
     return bool(_ROUTER.search(type(module).__name__)) and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
+def _sizes(module: Any) -> tuple[int, int]:
+    return (module.in_features, module.out_features)
+
+
+def _is_quantised_linear(module: Any) -> bool:
+    """Tell whether a module that is no nn.Linear stands for one, as some quantisers' do."""
+    stored = Stored(module)
+    is_sized = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return is_sized and is_readable(stored) and not is_dense(stored)
+
+
 def _block(owner_path: str, name: str, rows: Rows, sizes: tuple[int, int], stored_in: str, role: Role | None) -> Block:
     num_rows = sizes[1] // rows.period * rows.width
     return Block(projection_of(f"{owner_path}.{name}", sizes[0], num_rows, "fused", stored_in, role=role), rows)
@@ -144,7 +181,7 @@ def _refuse(path: str, module: nn.Module) -> None:
         kind = f"{type(module).__name__}, weight {getattr(getattr(module, 'weight', None), 'dtype', None)}"
         raise ModelError(
             f"Module '{path}' holds quantised weights ({kind}), whose norms cannot be read; load the model in float32, "
-            "bfloat16 or float16, without a quantization_config."
+            f"bfloat16 or float16, or quantised by {', '.join(readable_methods())}."
         )
 
 
@@ -159,3 +196,4 @@ class _Conv1DReader(PlainReader):
 
 
 add_reader(_Conv1DReader())
+add_readers()

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from plop_dist.backends.hf.built_whole import unpartitioned
 from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
+from plop_dist.backends.hf.memory import freed_at_once
+from plop_dist.backends.hf.model import quantization_of
+from plop_dist.backends.hf.own_class import build, own_class
+from plop_dist.backends.hf.placing import check_placed, is_placed, placing_options, plan_placing
 from plop_dist.backends.hf.quantization_patterns import check_quantization_patterns
+from plop_dist.backends.hf.quantized.bitsandbytes import keep_order_of_rows
+from plop_dist.backends.hf.quantized.loadable import check_loadable, is_mxfp4, loading_options
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.checkpoints.special_tokens import check_special_tokens
 from plop_dist.config.schema import ModelConfig
-from plop_dist.errors import ModelError, PlopError, as_cause, first_line
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
+from plop_dist.errors import MissingExtraError, ModelError, PlopError, as_cause, first_line
 
 
 def load_hf_config(model: ModelConfig) -> Any:
@@ -31,11 +35,6 @@ def load_hf_config(model: ModelConfig) -> Any:
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
         check_foreign_code(model, name, hf_config)
         return hf_config
-
-
-def architecture(hf_config: Any) -> str:
-    """Return the name of the class that the checkpoint was saved from."""
-    return (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
 
 
 def weights_dtype(model: ModelConfig, hf_config: Any) -> torch.dtype:
@@ -55,9 +54,36 @@ def load_tokenizer(model: ModelConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             resolve(model.name_or_path), trust_remote_code=model.trust_remote_code
         )
+    _give_padding_token(tokenizer)
+    return tokenizer
+
+
+def _give_padding_token(tokenizer: Any) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
+
+
+def load_processor(model: ModelConfig) -> Any:
+    """Return the model's processor, which reads images beside texts. Raises ModelError, MissingExtraError."""
+    from transformers import AutoProcessor
+
+    with _explained(model, "processor"):
+        name = resolve(model.name_or_path)
+        check_special_tokens(Path(name))
+        try:
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        except ImportError as error:
+            raise MissingExtraError(
+                f"the processor of model.name_or_path '{model.name_or_path}' needs another package "
+                f"({first_line(error)}): pip install 'plop-dist[vision]'"
+            ) from error
+    if not hasattr(processor, "tokenizer"):
+        raise ModelError(
+            f"model.name_or_path '{model.name_or_path}' has no processor for images and texts (AutoProcessor gives a "
+            f"{type(processor).__name__}); leave data.images_field out, or put the model's processor beside it."
+        )
+    _give_padding_token(processor.tokenizer)
+    return processor
 
 
 def check_vocabulary(model: ModelConfig, largest_id: int) -> None:
@@ -78,21 +104,23 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
     configuration alone. Raises ModelError when the directory is missing, a file is corrupt, or weights are missing
     from the checkpoint (which transformers would fill with random numbers).
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     options |= {"dtype": dtype, "output_loading_info": True}
-    with _explained(model, "model"), _freed_at_once():
+    with _explained(model, "model"), freed_at_once():
         hf_config = load_hf_config(model)
         check_quantization_patterns(
             hf_config,
             lambda: [name for name, _ in meta_model(model, hf_config).named_modules()],
             f"model.name_or_path '{model.name_or_path}'",
         )
+        check_loadable(model, hf_config)
+        options |= {**loading_options(model, hf_config), **placing_options(model)}
+        if is_placed(model):
+            plan_placing(model, meta_model(model, hf_config), weights_dtype(model, hf_config))
         if model.checkpoint is None and drop is None:
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code
-            loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(name, **options)
+            loaded, info = own_class(model, hf_config).from_pretrained(name, **options)
         else:
             loaded, info = _load_by_class(model, drop, options)
     missing = sorted(info.get("missing_keys") or [])
@@ -101,6 +129,12 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
             f"model.name_or_path '{model.name_or_path}' has no weights for {len(missing)} parameters, e.g. "
             f"'{missing[0]}'; they would be random. Point it at a complete checkpoint."
         )
+    check_placed(model, loaded, quantization_of(loaded))
+    keep_order_of_rows(loaded)
+    if is_mxfp4(hf_config):
+        loaded.to(
+            weights_dtype(model, hf_config)
+        )  # transformers 5.12 dequantises to bfloat16, whatever it was asked for
     return loaded.eval()
 
 
@@ -109,11 +143,9 @@ def meta_model(model: ModelConfig, hf_config: Any = None) -> torch.nn.Module:
 
     It is whole at ZeRO-3 too, where transformers partitions every other model that it builds.
     """
-    from transformers import AutoModelForCausalLM
-
     hf_config = hf_config or load_hf_config(model)
     with _explained(model, "architecture"), unpartitioned(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code).eval()
+        return build(model, hf_config).eval()
 
 
 def _load_by_class(
@@ -149,37 +181,6 @@ def _class_without(drop: Callable[[Any], None], model_class: Any) -> Any:
     # transformers would report every weight that is left out.
     fields["_keys_to_ignore_on_load_unexpected"] = [".*"]
     return type(model_class.__name__, (model_class,), fields)
-
-
-@contextmanager
-def _freed_at_once() -> Iterator[None]:
-    """Have the parameters that ZeRO-3 frees while it loads leave the process, one by one.
-
-    glibc raises its threshold for memory of its own mapping with every large block that is freed, and then keeps the
-    room between the shards: a rank grows by the whole model, though it never holds it.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 18)
-    try:
-        yield
-    finally:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc ends by itself: activations are not mapped anew each time
-
-
-@contextmanager
-def unpartitioned() -> Iterator[None]:
-    """Have transformers build whole models within the block, also where ZeRO-3 would partition them."""
-    from transformers.integrations import deepspeed
-
-    alive = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = alive
 
 
 def needs_head(exclude: list[str]) -> bool:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from plop_dist.backends.hf.built_whole import unpartitioned
 from plop_dist.backends.hf.experts import find_expert_sites
 from plop_dist.backends.hf.linears import find_linears
-from plop_dist.backends.hf.load import unpartitioned
 from plop_dist.backends.hf.own_modules import named_modules
 from plop_dist.backends.hf.sites import LinearSite
 from plop_dist.measure.collector import Collector

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.megatron.batch import Batching, Prepared
-from plop_dist.backends.megatron.checks import check_experts
+from plop_dist.backends.megatron.checks import check_called, check_experts
 from plop_dist.backends.megatron.chunk_sites import Logical, find_sites
 from plop_dist.backends.megatron.chunks import count_parameters, unwrap
 from plop_dist.backends.megatron.groups import read_groups, read_place
@@ -83,6 +83,7 @@ class MegatronModel:
 
         with self._headless(), self._shapes(prepared), torch.no_grad():
             run_schedule(self._chunks, prepared, call, cp_size=self._place.cp_size, forward_only=True)
+        check_called(self.sites)
 
     def watching(self) -> AbstractContextManager[Sequence[Projection]]:
         """Find nothing: the modules of Megatron-core all have sites."""

@@ -25,8 +25,9 @@ class Megatron(BackendRecord):
         "cp, where Transformer Engine is installed",
     )
     limits = (
-        "no families but those that Megatron-Bridge knows, and without Transformer Engine but a list of those checked",
+        "no families but those that were compared with transformers: more with Transformer Engine than without",
         "no tp that does not divide heads, key-value heads and MLP, nor pp the layers, nor ep the experts",
+        "no models that read more than text",
         "no tensor parallelism inside experts, and no packed rows under Transformer Engine's attention",
     )
     hosts = "Megatron's list of model chunks"
@@ -44,9 +45,11 @@ class Megatron(BackendRecord):
             )
 
     def check_model(self, hf_config: Any, config: Config) -> None:
-        """Raise LayoutError where an axis does not divide what it shards, naming the nearest sizes that do."""
+        """Raise LayoutError where an axis does not divide what it shards, and for models that read more than text."""
+        from plop_dist.backends.hf.layout import refuse_towers
         from plop_dist.backends.megatron.layout import check_layout
 
+        refuse_towers(hf_config, config, f"parallel.backend '{self.name}'")
         check_layout(hf_config, config.parallel)
 
     def load(self, config: Config) -> ScorableModel:

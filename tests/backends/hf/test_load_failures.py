@@ -34,7 +34,7 @@ def cut(folder: Path) -> None:
         (cut, "SafetensorError", r"its files are complete\.$"),
         (set_keys(hidden_size="wide"), "Strict", r"mend config\.json\.$"),
         (set_keys(hidden_act="bent"), "KeyError", r"does not make this model of its config\.json\.$"),
-        (set_keys(quantization_config={"quant_method": "hqq"}), "ImportError", r"install what it names\.$"),
+        (set_keys(attn_implementation="flash_attention_2"), "ImportError", r"install what it names\.$"),
     ],
 )
 def test_the_remedy_fits_what_is_wrong(

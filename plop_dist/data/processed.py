@@ -1,0 +1,159 @@
+"""Rows with images as the checkpoint's processor reads them: token ids with a place for each image, and features."""
+
+# b rows of a micro-batch, s tokens of its longest row
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plop_dist.config.schema import DataConfig
+from plop_dist.data.images import images_of, with_placeholders
+from plop_dist.data.texts import Row, messages_of, render
+from plop_dist.errors import DataError, MissingExtraError, first_line
+from plop_dist.measure.protocols import MicroBatch
+
+
+class ImageRows:
+    """Rows with images, read one by one: how many there are at once says memory, not the number of rows.
+
+    processor: the checkpoint's; max_length: what a row is cut to. first: the number of the first row, for messages.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], data: DataConfig, processor: Any, max_length: int, *, first: int = 1
+    ) -> None:
+        self.rows, self.data, self.processor, self.max_length, self.first = rows, data, processor, max_length, first
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def text(self, index: int, num_images: int) -> str:
+        """Return the row's text, with the processor's own placeholder for each image. Raises DataError."""
+        number, data = self.first + index, self.data
+        if data.messages_field is None:
+            return render(self.rows[index], number, data)
+        messages = with_placeholders(messages_of(self.rows[index], number, data), num_images)
+        try:
+            return self.processor.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # chat templates raise whatever their authors chose
+            raise DataError(
+                f"{data.path}: row {number}: the processor's chat template cannot render column "
+                f"'{data.messages_field}' ({str(error) or type(error).__name__}); it must take content parts."
+            ) from error
+
+    def read(self, indices: Sequence[int], *, end: str = "") -> dict[str, Tensor]:
+        """Return what the model reads of some rows: input_ids and attention_mask, (b, s), and the processor's rest.
+
+        end: what is appended to the texts. Keys with one entry per token are cut to max_length; padding is on the
+        tokenizer's side. Raises DataError where a text has no place for its images, an image lies beyond max_length, or
+        only some of the rows have images.
+        """
+        where = f"{self.data.path}: row {', '.join(str(self.first + index) for index in indices)}"
+        images = [images_of(self.rows[index], self.first + index, self.data) for index in indices]
+        counts = [len(one) for one in images]
+        if any(counts) and not all(counts):
+            raise DataError(f"{where}: only some of these rows have images; set train.micro_batch_size=1.")
+        texts = [self.text(index, count) for index, count in zip(indices, counts, strict=True)]
+        texts = [text if text.endswith(end) else text + end for text in texts]
+        options: dict[str, Any] = {"return_tensors": "pt", "padding": len(texts) > 1}
+        bos = getattr(self.processor.tokenizer, "bos_token", None)
+        if self.data.messages_field is not None and bos and texts[0].startswith(bos):
+            options["add_special_tokens"] = False  # as the processor's own apply_chat_template does
+        try:
+            found = dict(self.processor(text=texts, images=images if any(counts) else None, **options))
+        except torch.OutOfMemoryError:
+            raise
+        except ImportError as error:
+            raise MissingExtraError(
+                f"the processor needs another package ({first_line(error)}): pip install 'plop-dist[vision]'"
+            ) from error
+        except Exception as error:  # processors raise whatever their authors chose
+            raise DataError(
+                f"{where}: the processor cannot read text and {sum(counts)} images ({first_line(error)})."
+            ) from error
+        return self._cut(found, counts, where)
+
+    def is_placeholder(self, input_ids: Tensor) -> Tensor:
+        """Return which tokens, (..., s) bool, stand for a part of an image."""
+        marks = [torch.tensor(self.processor.create_mm_token_type_ids([row])[0]) for row in _rows(input_ids)]
+        return (torch.stack(marks) != 0).view(input_ids.shape)
+
+    def _cut(self, found: dict[str, Any], counts: Sequence[int], where: str) -> dict[str, Tensor]:
+        ids = found["input_ids"]
+        places = self.is_placeholder(ids)
+        if any(counts) and not bool(places.any(dim=1).all()):
+            raise DataError(
+                f"{where} has images, but the text has no place for them; put the processor's placeholder "
+                f"({_placeholder(self.processor)}) where each belongs, or use data.messages_field."
+            )
+        if bool(places[:, self.max_length :].any()):
+            last = int(places.any(dim=0).nonzero().max()) + 1
+            raise DataError(
+                f"{where}: images reach to token {last}, beyond the {self.max_length} of max_length, and no image is "
+                "cut; raise data.max_length (train.max_length in training), or make the images smaller."
+            )
+        length = ids.shape[1]
+        return {
+            name: value[:, : self.max_length] if name in _PER_TOKEN and value.shape[1] == length else value
+            for name, value in found.items()
+            if isinstance(value, Tensor)
+        }
+
+
+class ImageSamples(Sequence[list[int]]):
+    """The token ids of rows with images, as samples are handed around; batch() reads the images of one again."""
+
+    def __init__(self, rows: ImageRows) -> None:
+        self._rows = rows
+        self._ids: list[list[int]] = []
+        self._digest = hashlib.sha256()
+        self.num_images = 0
+        for index in range(len(rows)):
+            found = rows.read([index])
+            self._ids.append(found["input_ids"][0].tolist())
+            features = [value for _, value in sorted(found.items()) if value.is_floating_point()]
+            self.num_images += bool(features)
+            for value in features:
+                self._digest.update(value.float().contiguous().numpy().tobytes())
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._ids[index]
+
+    @property
+    def digest(self) -> str:
+        """What tells these images from others."""
+        return self._digest.hexdigest()[:16]
+
+    @property
+    def all_have_images(self) -> bool:
+        """Whether towers run for every sample, as they must where passes are collective over replicas."""
+        return self.num_images == len(self)
+
+    def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
+        """Return one sample as a micro-batch, or where there is none a filler that counts for nothing."""
+        found = self._rows.read(list(indices) or [0])
+        ids = found.pop("input_ids")
+        mask = found.pop("attention_mask", torch.ones_like(ids))
+        sample_ids = torch.full_like(ids, indices[0] if indices else -1)
+        return MicroBatch(ids, mask, sample_ids, None, found)
+
+
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+def _rows(input_ids: Tensor) -> list[list[int]]:
+    return input_ids.reshape(-1, input_ids.shape[-1]).tolist()
+
+
+def _placeholder(processor: Any) -> str:
+    # Gemma 3 writes a whole image where the token stands that begins one.
+    names = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
+    return " or ".join(dict.fromkeys(repr(name) for name in names if isinstance(name, str))) or "its image token"
