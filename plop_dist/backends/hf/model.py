@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +20,8 @@ from plop_dist.backends.hf.unscored import watching
 from plop_dist.errors import DataError, ModelError, first_line
 from plop_dist.measure.protocols import Groups, MicroBatch, PassingWeights, Site
 from plop_dist.values.scores import Projection
+
+log = logging.getLogger(__name__)
 
 
 class HFModel:
@@ -72,7 +75,7 @@ class HFModel:
         justified = _right_padded(micro_batch)
         mask, positions = justified.attention_mask, justified.position_ids
         if mask.shape[1] > self._longest_known and (mask.any(-1) & ~mask.bool().all(-1)).any():
-            self._check_padding(justified.input_ids[mask != 0], mask.shape[1])
+            self._check_padding(justified.input_ids[mask != 0], mask.shape[1], bool(micro_batch.extra))
         if positions is None or not is_packed(positions, mask):
             return
         packed = "a micro-batch has packed rows (position_ids that start again within a row)"
@@ -84,8 +87,11 @@ class HFModel:
                 "or pass one sample per row."
             )
 
-    def _check_padding(self, tokens: Tensor, length: int) -> None:
-        """Raise DataError if tokens see padding in rows of this length, or that cannot be told."""
+    def _check_padding(self, tokens: Tensor, length: int, has_more: bool) -> None:
+        """Raise DataError if tokens see padding in rows of this length, or that cannot be told.
+
+        has_more: whether there is more than text, without which some models do not run: then it is said in the log.
+        """
         config: Any = getattr(self.module, "config", None)
         kind = getattr(config, "model_type", None) or type(self.module).__name__
         rounded = 1 << (length - 1).bit_length()  # not anew for every longer batch
@@ -94,6 +100,10 @@ class HFModel:
         try:
             found = sees_padding(self.module, tokens, length, self.device, self._alike)
         except Exception as error:  # transformers, and whatever code comes with a model
+            if has_more:
+                log.warning("Whether %s sees padding is not known: its text does not run alone (%s).", kind, error)
+                self._longest_known = length
+                return
             raise DataError(
                 f"a micro-batch has padding, and whether it changes {kind}'s activations cannot be found out "
                 f"({type(error).__name__}: {first_line(error)}); {alone}"

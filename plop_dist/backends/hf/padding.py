@@ -107,6 +107,7 @@ def _build(model: Any, config: Any, device: torch.device) -> nn.Module:
     model_class = _own_class(model)
     for one in _configs(config):
         vars(one).pop("quantization_config", None)
+        one.dtype = torch.float32
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), unpartitioned(), _unheard():
         torch.manual_seed(0)
         with torch.device("meta"):
