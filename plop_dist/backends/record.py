@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from plop_dist.errors import ConfigError, PlopError
+from plop_dist.errors import ConfigError, LayoutError, PlopError
 from plop_dist.registry import BACKENDS, load, names
 
 if TYPE_CHECKING:
@@ -90,6 +90,10 @@ class BackendRecord:
         hf_config: the model's transformers configuration; no weights are there. Local.
         """
 
+    def takes_images(self, config: Config) -> bool:
+        """Tell whether rows with images are scored in this layout: whether towers are observed as exactly as text."""
+        return False
+
     def load(self, config: Config) -> ScorableModel:
         """Return the configured model as this rank sees it. torch.distributed is up if there are several ranks.
 
@@ -111,6 +115,16 @@ class BackendRecord:
         Or, from another package, the address of its own engine, "module:attribute".
         """
         return None
+
+
+def check_images(config: Config) -> None:
+    """Raise LayoutError where rows have images and the layout does not take them."""
+    backend = config.parallel.backend
+    if not load(BACKENDS, backend).takes_images(config):
+        raise LayoutError(
+            f"{config.data.path}: rows have images, which parallel.backend '{backend}' does not score in this layout; "
+            "use parallel.backend=transformers, or deepspeed with parallel.tp=1 and parallel.pp=1."
+        )
 
 
 def _takes(backend: str, config: Config) -> bool:

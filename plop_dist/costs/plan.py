@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from plop_dist.backends.record import check_images
 from plop_dist.config.schema import Config
 from plop_dist.costs.footprint import Shape, Stage, build_stages, on_one_rank
 from plop_dist.costs.training_memory import TrainingMemory, training_memory
@@ -188,6 +189,7 @@ def _look_at_images(config: Config, rows: Sequence[Row], num_rows: int) -> tuple
     """Return what is known of rows with images, and the processor, which has read them all as scoring will."""
     from plop_dist.backends.hf.load import load_processor
 
+    check_images(config)
     data, processor = config.data, load_processor(config.model)
     read = ImageRows(rows, data, processor, data.max_length)
     lengths = tuple(map(len, ImageSamples(read)))

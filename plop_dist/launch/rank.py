@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from plop_dist import ranks
+from plop_dist.backends.record import check_images
 from plop_dist.config.schema import Config
 from plop_dist.data.images import has_images
 from plop_dist.data.processed import ImageRows, ImageSamples
@@ -97,6 +98,7 @@ def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
     rows = select_rows(load_rows(data.path, data.split), data)
     samples: Sequence[list[int]]
     if has_images(rows, data):
+        check_images(config)
         samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length))
     else:
         samples = tokenize(rows, data, tokenizer)

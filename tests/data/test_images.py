@@ -79,10 +79,10 @@ def test_content_parts_say_where_images_are_and_which(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": parts}, ANSWER], "image": "a.png"}
     data = data_in(tmp_path, messages_field="messages", images_field="image")
     assert [image.size[0] for image in images_of(row, 1, data)] == [10, 30]
-    with pytest.raises(DataError, match="has 1 images without a path, and data.images_field gives 2"):
+    with pytest.raises(DataError, match=r"has 1 images without a path, and data\.images_field gives 2"):
         images_of({**row, "image": ["a.png", "a.png"]}, 1, data)
     open_ended = data_in(tmp_path, messages_field="messages")
-    with pytest.raises(DataError, match="has 1 images without a path, and data.images_field gives 0"):
+    with pytest.raises(DataError, match=r"has 1 images without a path, and data\.images_field gives 0"):
         images_of(row, 1, open_ended)
     linked = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}]}
     assert has_images([linked], open_ended)

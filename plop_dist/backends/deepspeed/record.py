@@ -57,6 +57,10 @@ class DeepSpeed(BackendRecord):
         if config.parallel.pp > 1:
             check_pp(hf_config, config.parallel.pp)
 
+    def takes_images(self, config: Config) -> bool:
+        """Take them at every ZeRO stage; AutoTP cuts fused linears of towers without regard to what they hold."""
+        return config.parallel.tp == config.parallel.pp == 1
+
     def load(self, config: Config) -> ScorableModel:
         """Return the loaded model. Raises ModelError or LayoutError. Collective over the world."""
         kind = "autotp" if config.parallel.tp > 1 else "pipeline" if config.parallel.pp > 1 else "zero"

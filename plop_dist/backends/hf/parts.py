@@ -40,7 +40,7 @@ def part_finder(model: nn.Module) -> Callable[[str], ModelPart]:
     def part_of(path: str) -> ModelPart:
         if is_head(path):
             return "language"
-        found = next((parts[above] for above in _upwards(path) if above in parts), None)
+        found: ModelPart | None = next((parts[above] for above in _upwards(path) if above in parts), None)
         if found is None:  # built from the configuration as a whole
             found = "projector" if has_between else "language"
         if found == "language" and _SENSES.search(path):  # Kosmos-2 builds image_to_text_projection as text attention
@@ -52,20 +52,20 @@ def part_finder(model: nn.Module) -> Callable[[str], ModelPart]:
 
 def other_parts(config: Any) -> set[ModelPart]:
     """Return the parts that a model of this configuration has besides its language model."""
-    return {part for _, part in _sections(config)} - {"language"}
+    return {part for _, part in _sections(config) if part != "language"}
 
 
 def _sections(config: Any) -> Iterator[tuple[type, ModelPart]]:
     """Yield the class of every section of a configuration, those inside sections too, with its part."""
     for name in getattr(config, "sub_configs", None) or ():
         section = getattr(config, name, None)
-        if not hasattr(section, "model_type"):
+        if section is None or not hasattr(section, "model_type"):
             continue
         said = f"{name} {section.model_type}"
-        own = next((part for part, pattern in _KINDS if pattern.search(said)), None)
-        inner = list(_sections(section))
+        own: ModelPart | None = next((part for part, pattern in _KINDS if pattern.search(said)), None)
         yield type(section), own or "language"
-        yield from ((kind, own or part) for kind, part in inner)
+        for kind, part in _sections(section):
+            yield kind, own or part
 
 
 def _of_section(module: nn.Module, sections: dict[type, ModelPart]) -> ModelPart | None:

@@ -37,6 +37,10 @@ class Transformers(BackendRecord):
             refuse_experts(hf_config, config)
             check_tp(hf_config, config.parallel.tp)
 
+    def takes_images(self, config: Config) -> bool:
+        """Take them in every layout: a plan that cuts a tower says how."""
+        return True
+
     def load(self, config: Config) -> ScorableModel:
         """Return the loaded model. Raises ModelError or LayoutError. Collective over the world."""
         with needing_extras(f"parallel.backend '{self.name}'"):
