@@ -6,7 +6,10 @@ Inside a job that already runs, whatever shards its model:
 
     scores = plop_dist.score(model, batches)              # collective: every rank calls it
     placement = plop_dist.place(scores, k=3)              # the three types with the lowest NFN
-    peft_config = placement.to_peft(r=16, lora_alpha=32)  # likewise to_megatron(), to_deepspeed()
+    model = placement.apply(model, r=16, lora_alpha=32)   # or placement.to_peft(...), to_megatron(), to_deepspeed()
+    plop_dist.save_adapter(model, "adapter")              # after training: PEFT's files
+
+With transformers' Trainer or TRL's: plop_dist.attach(trainer, k=3, r=16) before trainer.train().
 
 Without a job there is the command line, `plop-dist --help`. Importing this package imports no framework: not torch,
 Ray, DeepSpeed, Megatron or PEFT.
@@ -19,16 +22,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plop_dist.choose.place import place as place
+    from plop_dist.plugin.attach import attach as attach
+    from plop_dist.plugin.save import save_adapter as save_adapter
     from plop_dist.plugin.score import score as score
     from plop_dist.values.placement import Placement as Placement
     from plop_dist.values.scores import Scores as Scores
 
 __version__ = "0.1.0"
-__all__ = ["Placement", "Scores", "__version__", "place", "score"]
+__all__ = ["Placement", "Scores", "__version__", "attach", "place", "save_adapter", "score"]
 
 _HOME = {
     "score": "plop_dist.plugin.score",
     "place": "plop_dist.choose.place",
+    "attach": "plop_dist.plugin.attach",
+    "save_adapter": "plop_dist.plugin.save",
     "Placement": "plop_dist.values.placement",
     "Scores": "plop_dist.values.scores",
 }

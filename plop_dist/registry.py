@@ -113,6 +113,21 @@ EXTERNAL_ENGINES = Kind(
     },
 )
 
+# Methods of the values that floors above theirs carry out, by what they are called.
+METHODS = Kind(
+    "method",
+    None,
+    {
+        "Placement.apply": "plop_dist.plugin.apply:apply",
+        "Placement.explain": "plop_dist.report.notebook:placement_explained",
+        "Placement.html": "plop_dist.report.notebook:placement_html",
+        "Placement.text": "plop_dist.report.notebook:placement_text",
+        "Scores.html": "plop_dist.report.notebook:scores_html",
+        "Scores.plot": "plop_dist.report.notebook:scores_plot",
+        "Scores.text": "plop_dist.report.notebook:scores_text",
+    },
+)
+
 # Packages that need more than `import` to be imported here, and what does it.
 _IMPORTERS = {"megatron.bridge": "plop_dist.backends.megatron.bridge:import_bridge"}
 
@@ -125,6 +140,7 @@ _EXTRA_OF = {
     "peft": "train",
     "accelerate": "train",
     "datasets": "train",
+    "pandas": "train",
     "tensorboard": "loggers",
     "wandb": "loggers",
     "mlflow": "loggers",

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with adapters where PLoP puts them: the placement is a LoraConfig, the rest stays as it was.
+"""TRL's SFTTrainer with adapters where PLoP puts them: one line more, the rest stays as it was.
 
     python launchers/examples/trl_sft.py [DIRECTORY]
     torchrun --nproc-per-node 2 launchers/examples/trl_sft.py [DIRECTORY]
@@ -12,7 +12,6 @@ import sys
 
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -43,24 +42,12 @@ arguments = SFTConfig(
 )  # fmt: skip
 
 
-def collate(rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
-    """Return the padded tokens of some rows, which is all that scoring reads."""
-    return tokenizer([row["text"] for row in rows], padding=True, truncation=True, max_length=256, return_tensors="pt")
+trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
 
-
-# 64 rows are enough to choose by; every rank runs its share of them, and all come to the same placement.
-share = dataset.select(range(arguments.process_index, 64, arguments.world_size))
-scores = plop_dist.score(model, DataLoader(share, batch_size=8, collate_fn=collate))
-placement = plop_dist.place(scores, k=3)
+# The one line: 64 of the trainer's own rows, each rank its share, and all come to the same placement.
+placement = plop_dist.attach(trainer, k=3, num_samples=64, r=8, lora_alpha=16)
 print("LoRA on", ", ".join(placement.module_types))
 
-trainer = SFTTrainer(
-    model=model,
-    args=arguments,
-    train_dataset=dataset,
-    processing_class=tokenizer,
-    peft_config=placement.to_peft(r=8, lora_alpha=16),
-)
 trainer.train()
 trainer.save_model(directory)
 print(f"The adapter lies in {directory}; PeftModel.from_pretrained(base, {directory!r}) loads it.")

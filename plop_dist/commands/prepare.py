@@ -25,15 +25,17 @@ def init(
     from plop_dist.config import starter
     from plop_dist.data.columns import guess_text
 
-    own = "quickstart.yaml" if demo else f"{sample}.yaml" if sample else "config.yaml"
-    path, note = output or Path(own), None
     if (demo or sample) and (model or data):
         asked = "--demo" if demo else "--sample"
         raise ConfigError(f"{asked} brings its own model and data; leave out --model and --data.")
+    own, note = "config.yaml", None
     if demo or sample:
-        starter.write_new(path, starter.sample(sample) if sample else starter.quickstart())
+        own, text = starter.sample(sample) if sample else ("quickstart.yaml", starter.quickstart())
+        path = output or Path(own)
+        starter.write_new(path, text)
     elif model and data:
         keys, note = guess_text(data)
+        path = output or Path(own)
         run_dir = str(Path("runs", path.stem))
         values = {"run_dir": run_dir, "model.name_or_path": model, "data.path": data, **keys}
         starter.write_new(path, starter.starter(values))
@@ -45,7 +47,10 @@ def init(
     say(path)
     if note:
         say(f"note: {note}", to_stderr=True)
-    way_on("check", path)
+    if own.endswith(".py"):
+        way_on(path, program="python")
+    else:
+        way_on("check", path)
 
 
 @command(PREPARE)

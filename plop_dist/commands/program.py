@@ -84,12 +84,12 @@ def checked_config(path: Path, overrides: list[str] | None) -> Any:
     return load_config(path, overrides or [])
 
 
-def way_on(*next_command: object) -> None:
+def way_on(*next_command: object, program: str = "plop-dist") -> None:
     """Print the time it took and the next command to paste, unless -q."""
-    from plop_dist.report.closing import print_way_on
+    from plop_dist.report.closing import command_text, print_way_on
 
     if not talk.options.is_quiet:
-        print_way_on(_began, next_command)
+        print_way_on(_began, command_text(*next_command, program=program) if next_command else "")
 
 
 def speaks() -> bool:

@@ -53,6 +53,7 @@ def place(
     from plop_dist.report import closing, machine, terminal
     from plop_dist.rundir.layout import RunDir
     from plop_dist.rundir.stored_config import placement_config
+    from plop_dist.rundir.taken import taken
     from plop_dist.values.scores import Scores
 
     paths = RunDir(run_dir)
@@ -60,7 +61,8 @@ def place(
     decision = decide(scores, placement_config(paths, overrides or []))
     placement = placement_of(decision)
     if not dry_run:
-        placement.to_file(paths.placement)
+        with taken(paths.path, "place"):
+            placement.to_file(paths.placement)
     if as_json:
         machine.tell("place", **machine.placed(paths, placement, diagnose(scores, placement, decision), dry_run))
         return
@@ -98,6 +100,7 @@ def export(
     from plop_dist.rundir.layout import RunDir
     from plop_dist.rundir.made_from import placement_mark
     from plop_dist.rundir.stored_config import placement_config
+    from plop_dist.rundir.taken import taken
     from plop_dist.values.placement import Placement
 
     paths = RunDir(run_dir)
@@ -110,7 +113,8 @@ def export(
             print_fits(found, run_dir)
         return
     try:
-        written = write_export(placement, to, paths.exports, engine=engine, widen=widen, mark=mark)
+        with taken(paths.path, "export"):
+            written = write_export(placement, to, paths.exports, engine=engine, widen=widen, mark=mark)
     except ExportError as error:
         raise explained(error, placement, to, engine, placement_config(paths, []), str(run_dir)) from error
     if as_json:
@@ -132,10 +136,11 @@ def report(run_dir: given.RunDirectory) -> None:
     from plop_dist.report import closing, write_report
     from plop_dist.rundir.events import working
     from plop_dist.rundir.layout import RunDir
+    from plop_dist.rundir.taken import taken
     from plop_dist.values.placement import Placement
 
     paths = RunDir(run_dir)
-    with working("writing the report"):
+    with working("writing the report"), taken(paths.path, "report"):
         write_report(paths)
     if paths.placement.is_file():
         closing.print_of_older_scores(Placement.from_file(paths.placement), paths)

@@ -32,6 +32,7 @@ your own model and data into:
 - `moe`: a mixture of experts
 - `grpo`: GRPO with a reward on the final number
 - `hand-off`: the weights of a training job's checkpoint
+- `plugin`: a training script of your own (Python), with three lines for the placement
 
 Examples:
 

@@ -31,21 +31,22 @@ def quickstart() -> str:
 
 
 def samples() -> dict[str, str]:
-    """Return what each sample configuration is for, by name: the first line of its file."""
-    found = sorted(_samples().iterdir(), key=lambda file: file.name)
-    first = {file.name: file.read_text(encoding="utf-8").partition("\n")[0] for file in found}
-    return {name.removesuffix(".yaml"): line.lstrip("# ") for name, line in first.items() if name.endswith(".yaml")}
+    """Return what each sample is for, by name: the first line of its file, a configuration or a script."""
+    first = {name: file.read_text(encoding="utf-8").partition("\n")[0] for name, file in _samples().items()}
+    return {name: line.strip('# "') for name, line in first.items()}
 
 
-def sample(name: str) -> str:
-    """Return a sample configuration. Raises ConfigError, with what there is, for an unknown name."""
-    if name not in samples():
+def sample(name: str) -> tuple[str, str]:
+    """Return a sample's file name and text. Raises ConfigError, with what there is, for an unknown name."""
+    files_by_name = _samples()
+    if name not in files_by_name:
         raise ConfigError(f"--sample is '{name}', which is no sample. {suggest(name, samples())}")
-    return _samples().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return files_by_name[name].name, files_by_name[name].read_text(encoding="utf-8")
 
 
-def _samples() -> Traversable:
-    return files("plop_dist.config").joinpath("samples")
+def _samples() -> dict[str, Traversable]:
+    found = sorted(files("plop_dist.config").joinpath("samples").iterdir(), key=lambda file: file.name)
+    return {Path(file.name).stem: file for file in found if Path(file.name).suffix in (".yaml", ".py")}
 
 
 def write_new(path: Path, text: str) -> None:

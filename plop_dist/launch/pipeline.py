@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from plop_dist.rundir.events import EventWriter, both, working
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.stages import Stages
 from plop_dist.rundir.stored_config import kept_config
+from plop_dist.rundir.taken import taken
 from plop_dist.rundir.talk import kept_apart, rank_log
 from plop_dist.values.files import write_json
 
@@ -35,20 +37,27 @@ def run(config: Config, command: str) -> RunDir:
     wanted = ["score", "place", "export", *(["train"] if config.train.method != "none" else [])]
     if ranks.rank() == 0:
         stages.run_dir.check()
-    if any(map(stages.reason_to_run, wanted)):
-        before = _state(stages.run_dir.training_summary)
-        launch(stages, wanted, command)
-        if _state(stages.run_dir.training_summary) != before:  # else it names a script that this run has not written
-            run_job(stages)
-    report(stages.run_dir)
+    with _alone(stages.run_dir, "run"):
+        if any(map(stages.reason_to_run, wanted)):
+            before = _state(stages.run_dir.training_summary)
+            launch(stages, wanted, command)
+            if _state(stages.run_dir.training_summary) != before:  # else it names a script that another has written
+                run_job(stages)
+        report(stages.run_dir)
     return stages.run_dir
 
 
 def score(config: Config, command: str) -> RunDir:
     """Score, whether or not scores are there already, and return the run directory."""
     stages = Stages(config)
-    launch(stages, ["score"], command, force=True)
+    with _alone(stages.run_dir, "score"):
+        launch(stages, ["score"], command, force=True)
     return stages.run_dir
+
+
+def _alone(run_dir: RunDir, command: str) -> AbstractContextManager[None]:
+    """Return what has the run directory to this run; the ranks beside rank 0 are part of the same."""
+    return taken(run_dir.path, command) if ranks.rank() == 0 else nullcontext()
 
 
 def launch(stages: Stages, wanted: Sequence[str], command: str, *, force: bool = False) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from plop_dist.config.schema import EstimatorConfig
 from plop_dist.measure.collectives import Reducer
+from plop_dist.measure.draws import Draws
 from plop_dist.measure.norms import Baseline
-from plop_dist.measure.protocols import Site, Sited, WeightHolder
+from plop_dist.measure.protocols import Groups, Site, Sited, WeightHolder
 from plop_dist.measure.weight_sums import WeightSums, compute_sums
 
 _CHUNK_BYTES = 64 << 20  # how much of the row-parallel vectors is kept before they are reduced together
@@ -55,13 +56,17 @@ def compute_baselines(
     found: dict[str, Baseline] = {}
     pending: list[_Pending] = []
     num_bytes = done = 0
-    for holder, sites in _by_holder(model.sites):
+    by_holder = list(_by_holder(model.sites, model.groups))
+    draws = Draws(
+        estimator,
+        (projection for _, sites in by_holder for site, is_mine in sites if is_mine for projection in site.projections),
+    )
+    for holder, sites in by_holder:
         with holder.opened() if holder else nullcontext():
-            for number, site in sites:
-                index, count = model.groups.copies.get(site.group, (0, 1))
+            for site, is_mine in sites:
                 with site.weights() as weights:
-                    for weight in weights if number % count == index else ():
-                        sums = compute_sums(weight, estimator)
+                    for weight in weights if is_mine else ():
+                        sums = compute_sums(weight, estimator, draws)
                         pending.append(_Pending(weight.projection.fqn, site.group, weight.is_sharded, sums))
                         num_bytes += pending[-1].num_bytes
                 if num_bytes > _CHUNK_BYTES:
@@ -73,13 +78,17 @@ def compute_baselines(
     return _merge(found, reducer, fqns)
 
 
-def _by_holder(sites: Sequence[Site]) -> Iterator[tuple[WeightHolder | None, list[tuple[int, Site]]]]:
-    """Yield each holder once, with the numbered sites that share it; a site that shares nothing alone."""
-    groups: dict[int, tuple[WeightHolder | None, list[tuple[int, Site]]]] = {}
+def _by_holder(sites: Sequence[Site], groups: Groups) -> Iterator[tuple[WeightHolder | None, list[tuple[Site, bool]]]]:
+    """Yield each holder once, with the sites that share it; a site that shares nothing alone.
+
+    Beside each site: whether its weights are this rank's to sum up, and not those of another that holds copies of them.
+    """
+    shared: dict[int, tuple[WeightHolder | None, list[tuple[Site, bool]]]] = {}
     for number, site in enumerate(sites):
+        index, count = groups.copies.get(site.group, (0, 1))
         key = id(site if site.holder is None else site.holder)
-        groups.setdefault(key, (site.holder, []))[1].append((number, site))
-    yield from groups.values()
+        shared.setdefault(key, (site.holder, []))[1].append((site, number % count == index))
+    yield from shared.values()
 
 
 def _settle(pending: Sequence[_Pending], reducer: Reducer) -> dict[str, Baseline]:

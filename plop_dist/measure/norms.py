@@ -75,6 +75,19 @@ def column_sq(wu_OK: Tensor) -> Tensor:
     return x_K
 
 
+def column_sq_float32(wu_OK: Tensor) -> Tensor:
+    """Return the squared norms of the columns like column_sq, in half of its time, to float32's precision."""
+    if wu_OK.device.type != "cpu" or wu_OK.dtype != torch.float32:
+        return column_sq(wu_OK)
+    sq_OK = wu_OK.square()
+    whole = len(sq_OK) // _ROW_VALUES * _ROW_VALUES
+    x_K = sq_OK[:whole].view(-1, _ROW_VALUES, sq_OK.shape[1]).sum(dim=1).sum(dim=0, dtype=torch.float64)
+    x_K += sq_OK[whole:].sum(dim=0, dtype=torch.float64)
+    # As in weight_sq_float32: what float32 lost below 1e-38 is nothing beside this, and nothing has overflowed.
+    least, most = x_K.aminmax()
+    return x_K if 1e-25 * len(sq_OK) < float(least) and float(most) < math.inf else column_sq(wu_OK)
+
+
 def _double_pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the rows of a matrix, or the entries of a vector, in turn as float64, always in the same memory."""
     per_row = tensor[0].numel() if tensor.dim() > 1 else 1
@@ -101,7 +114,7 @@ def directions(seed: int, fqn: str, num_directions: int, in_features: int) -> Te
     key = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
     u_KI = torch.randn(num_directions, in_features, generator=generator, dtype=torch.float32)
-    return u_KI / torch.linalg.vector_norm(u_KI, dim=1, keepdim=True)
+    return u_KI.div_(torch.linalg.vector_norm(u_KI, dim=1, keepdim=True))
 
 
 def gaussian(x_K: Tensor) -> Baseline:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plop_dist.config.schema import EstimatorConfig
 from plop_dist.measure import norms
+from plop_dist.measure.draws import Draws
 from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import LocalWeight
 from plop_dist.measure.weight import Weight
@@ -48,7 +49,7 @@ class WeightSums:
 
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)  # a host's autocast must not round what belongs to the weight alone
-def compute_sums(local: LocalWeight, estimator: EstimatorConfig) -> WeightSums:
+def compute_sums(local: LocalWeight, estimator: EstimatorConfig, draws: Draws) -> WeightSums:
     """Return one local weight's sums. Local; reads the weight once (`exact` of wide weights: once per pair of blocks).
 
     Its columns stand for local.in_index of the directions where they are a shard.
@@ -61,7 +62,7 @@ def compute_sums(local: LocalWeight, estimator: EstimatorConfig) -> WeightSums:
         is_wide = not local.is_sharded and weight.shape[0] < weight.shape[1]
         gram = _gram_of_rows(weight) if is_row or is_wide else _gram_of_columns(weight)
         return WeightSums((_weight_sq(weight), gram), lambda _, parts: norms.exact(parts[1], in_features))
-    u_KI = norms.directions(estimator.seed, local.projection.fqn, estimator.num_directions, in_features)
+    u_KI = draws.of(local.projection)
     parts = _products(weight, u_KI[:, local.in_index]) if is_row else _product_norms(weight, u_KI)
 
     def estimate(weight_sq: float, parts: Sequence[Tensor]) -> Baseline:
@@ -106,7 +107,7 @@ def _product_norms(weight: Weight, u_KI: Tensor) -> tuple[Tensor, Tensor]:
         x_K = torch.zeros(len(u_KI), dtype=torch.float64, device=weight.device)
         for w_oI in float_blocks(weight):
             weight_sq += norms.weight_sq_float32(w_oI)
-            x_K += norms.column_sq(w_oI.to(dtype) @ u_IK)
+            x_K += norms.column_sq_float32(w_oI.to(dtype) @ u_IK)
         if x_K.isfinite().all() or not weight_sq.isfinite():
             break  # else the weight is finite, but too large for its products in float32
     return weight_sq, x_K

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from plop_dist.backends.hosts import is_a
 from plop_dist.backends.record import Found, accepted
 from plop_dist.errors import ModelError
 from plop_dist.registry import BACKENDS, load, names
@@ -18,6 +19,8 @@ def find(model: Any) -> Found:
     every module that is called like its own. A list of one module is that module.
     Raises ModelError for what is no model of a known kind, LayoutError for sharding that hides the features.
     """
+    while is_a(model, "_FabricModule"):  # Lightning Fabric's shell, around whatever its strategy has made
+        model = model._forward_module
     if isinstance(model, list | tuple | nn.ModuleList):
         model = model[0] if len(model) == 1 else list(model)
     for name in reversed(names(BACKENDS)):

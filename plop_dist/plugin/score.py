@@ -23,6 +23,7 @@ from plop_dist.plugin.host_batches import share
 from plop_dist.plugin.host_state import undisturbed
 from plop_dist.plugin.own_forward import Forward, Mask, OwnForward, RawReader
 from plop_dist.plugin.reading import Reader
+from plop_dist.plugin.replicas import check_replicas
 from plop_dist.values.names import path_matches
 from plop_dist.values.sample_totals import SampleTotals
 from plop_dist.values.scores import Scores
@@ -82,6 +83,7 @@ def score(
         else:
             scorable, reader = OwnForward(scorable, model, forward), RawReader(mask, share_of_rank)
         reducer = Reducer(scorable.groups)
+        check_replicas(found.roots, scorable.groups, reducer)
         per_step = scorable.micro_batches_per_step
         host = share(lambda: reader.read(batches), scorable.groups, per_step, reducer)
         _check_sites(scorable, reducer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from plop_dist.report.grid import show_line
@@ -48,20 +47,20 @@ def print_files(*paths: Path) -> None:
             show_line(path_from_here(path), is_whole=True)
 
 
-def print_way_on(began: float, next_command: Sequence[object] = ()) -> None:
+def print_way_on(began: float, next_command: str = "") -> None:
     """Print to stderr the time since `began` (of time.monotonic) and the command that comes next, ready to paste."""
     say(f"took {duration_text(time.monotonic() - began)}", to_stderr=True)
     if next_command:
-        say(f"Next: {command_text(*next_command)}", to_stderr=True)
+        say(f"Next: {next_command}", to_stderr=True)
 
 
-def command_text(*arguments: object) -> str:
-    """Return a command line of plop-dist as a shell reads it.
+def command_text(*arguments: object, program: str = "plop-dist") -> str:
+    """Return a command line as a shell reads it.
 
     >>> command_text("place", Path("runs/my run"))
     "plop-dist place 'runs/my run'"
     """
-    return shlex.join(["plop-dist", *(str(argument) for argument in arguments)])
+    return shlex.join([program, *(str(argument) for argument in arguments)])
 
 
 def path_from_here(path: Path) -> str:

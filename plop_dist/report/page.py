@@ -51,6 +51,19 @@ def write_report(run_dir: RunDir) -> Path:
     read, RunDirError for a link: what it leads to is not the run's, and the page is passed on.
     """
     refuse_links(run_dir.path, besides=LINKED)
+    environment = page_environment()
+    parts = {name: environment.get_template(f"{file}.j2").render() for name, file in _PARTS.items()}
+    page = environment.get_template("report.html.j2").render(
+        **{name: Markup(text) for name, text in parts.items()},
+        hashes={name: _hash(text) for name, text in parts.items()},
+        **build_context(run_dir),
+    )
+    write_text(run_dir.report, page)
+    return run_dir.report
+
+
+def page_environment() -> jinja2.Environment:
+    """Return what renders the page's templates, with their filters."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("plop_dist.report", "templates"),
         autoescape=True,
@@ -67,14 +80,7 @@ def write_report(run_dir: RunDir) -> Path:
         label=label,
         command=lambda arguments: command_text(*arguments),
     )
-    parts = {name: environment.get_template(f"{file}.j2").render() for name, file in _PARTS.items()}
-    page = environment.get_template("report.html.j2").render(
-        **{name: Markup(text) for name, text in parts.items()},
-        hashes={name: _hash(text) for name, text in parts.items()},
-        **build_context(run_dir),
-    )
-    write_text(run_dir.report, page)
-    return run_dir.report
+    return environment
 
 
 def build_context(run_dir: RunDir) -> dict[str, Any]:

@@ -29,6 +29,14 @@ PROBABILITY_MEANS = "P(chosen): the share of these resamples in which the type, 
 
 def print_types(scores: Scores, placement: Placement | None = None, console: Console | None = None) -> None:
     """Print the types, lowest NFN first: NFN, interval, modules and, with a placement, what is chosen at which cost."""
+    show(types_grid(scores, placement), console)
+    show_line(NFN_MEANS, console)
+    if placement is not None:
+        show_line(choice_summary(placement), console)
+
+
+def types_grid(scores: Scores, placement: Placement | None = None) -> Grid:
+    """Return the table of types, lowest NFN first."""
     grid = Grid(f"NFN per module type · {scores.model.name_or_path}", ["type", ">NFN", ">95% interval", ">modules"])
     chosen = {} if placement is None else _chosen_cells(placement)
     if placement is not None:
@@ -40,10 +48,7 @@ def print_types(scores: Scores, placement: Placement | None = None, console: Con
             if row[4]:
                 grid.highlighted.add(len(grid.rows))
         grid.rows.append(row)
-    show(grid, console)
-    show_line(NFN_MEANS, console)
-    if placement is not None:
-        show_line(_summary(placement), console)
+    return grid
 
 
 def print_explanation(explanation: Explanation, console: Console | None = None) -> None:
@@ -156,7 +161,8 @@ def _chosen_cells(placement: Placement) -> dict[str, tuple[str, str]]:
     }
 
 
-def _summary(placement: Placement) -> str:
+def choice_summary(placement: Placement) -> str:
+    """Return in one line what is chosen, how much it trains, and how sure the choice is."""
     confidence = placement.selection_confidence
     sure = "" if confidence is None else f", the same in {confidence:.1%} of bootstrap resamples"
     return (

@@ -53,7 +53,12 @@ class RunDir:
                 probe.flush()
                 os.fsync(probe.fileno())
         except OSError as error:
-            raise RunDirError(
-                f"run_dir '{self.path}' cannot be written ({error.strerror or error}); make it writable, free space, "
-                "or choose another run_dir."
-            ) from error
+            raise unwritable(self.path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> RunDirError:
+    """Return the error for a run directory that cannot be made or written."""
+    return RunDirError(
+        f"run_dir '{path}' cannot be written ({error.strerror or error}); make it writable, free space, or choose "
+        "another run_dir."
+    )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from plop_dist.errors import ScoresError
-from plop_dist.registry import EXPORTERS, load, missing_extra
+from plop_dist.registry import EXPORTERS, METHODS, load, missing_extra
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.files import write_json
 from plop_dist.values.scores import ModuleScore, Projection, Scores, Value, read_value
@@ -51,6 +51,11 @@ class Placement(Value):
         return self._source
 
     @property
+    def has_source(self) -> bool:
+        """Whether the scores it was drawn from are at hand."""
+        return self._source is not None
+
+    @property
     def is_of_older_scores(self) -> bool:
         """Whether the scores beside it have become others since; not known of placements that keep no digest."""
         return self.scores_digest not in (None, self.source.digest)
@@ -76,6 +81,23 @@ class Placement(Value):
     def rank_of(self, module: Projection) -> int:
         """Return the LoRA rank of one module: its own path's entry in rank_pattern, its type's, or the common rank."""
         return self.rank_pattern.get(module.fqn, self.rank_pattern.get(module.type, self.rank))
+
+    def __str__(self) -> str:
+        return load(METHODS, "Placement.text")(self)
+
+    def __repr__(self) -> str:
+        types = ", ".join(self.module_types)
+        return f"Placement({types}: {len(self.modules):,} modules, rank {self.rank})"
+
+    def _repr_html_(self) -> str:
+        return load(METHODS, "Placement.html")(self)
+
+    def explain(self) -> Any:
+        """Return why each type is in or out, to look at: printed in a shell, shown in a notebook.
+
+        Raises ScoresError where the scores that it was drawn from are not at hand.
+        """
+        return load(METHODS, "Placement.explain")(self)
 
     def to_file(self, path: str | Path) -> None:
         """Write placement.json atomically."""
@@ -146,6 +168,19 @@ class Placement(Value):
         Raises ExportError when its substring match would adapt others.
         """
         return _config("deepspeed", self, options)
+
+    def apply(self, model: Any, **options: Any) -> Any:
+        """Put the adapters on a host's model and return what is trained from here on. Collective over the world.
+
+        model: as plop_dist.score takes it: plain or in DDP (a PEFT model, in a new DDP), under fully_shard (the same
+        module), a DeepSpeed engine of ZeRO 0 to 3 (a new engine). Only adapters need gradients in what comes back;
+        give its optimizer those. All ranks begin with rank 0's adapters. options go to LoraConfig (r, lora_alpha,
+        lora_dropout, use_rslora, use_dora, ...), without them the placement's rank and alpha.
+
+        Raises LayoutError where the layout takes adapters only before the model is wrapped, saying how, or where the
+        ranks' placements differ; ModelError for a model that has adapters; ExportError, PlacementError as to_peft.
+        """
+        return load(METHODS, "Placement.apply")(self, model, **options)
 
 
 @dataclass(frozen=True)

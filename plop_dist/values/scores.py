@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from plop_dist.errors import ScoresError
+from plop_dist.registry import METHODS, load, needing_extras
 from plop_dist.values.expected import expected
 from plop_dist.values.files import json_bytes, no_pipe, read_json, write_together
 from plop_dist.values.sample_totals import SAMPLES_FILE, SampleTotals
@@ -33,6 +34,12 @@ class Value(BaseModel):
     """What all values have in common: immutable, and fields that this version does not know are passed over."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=False)
+
+    def __dir__(self) -> list[str]:
+        """Return the fields and what this package's classes define: what pydantic adds stays out of the way."""
+        own = (vars(cls) for cls in type(self).__mro__ if cls.__module__.split(".")[0] == "plop_dist")
+        names = {name for defined in own for name in defined if name[0] != "_" and not hasattr(BaseModel, name)}
+        return sorted({*type(self).model_fields, *names, *object.__dir__(object())})
 
 
 class Projection(Value):
@@ -160,6 +167,32 @@ class Scores(Value):
         copy = self.model_copy()
         copy._samples = samples
         return copy
+
+    def __str__(self) -> str:
+        return load(METHODS, "Scores.text")(self)
+
+    def __repr__(self) -> str:
+        return f"Scores({self.model.name_or_path}: {len(self.modules):,} modules of {len(self.types)} types)"
+
+    def _repr_html_(self) -> str:
+        return load(METHODS, "Scores.html")(self)
+
+    def to_pandas(self) -> Any:
+        """Return a pandas.DataFrame with a row per module: fqn, type, layer, sizes, tokens, gain, baseline, nfn.
+
+        Raises MissingExtraError where pandas is not installed.
+        """
+        with needing_extras("scores.to_pandas()"):
+            import pandas
+
+        return pandas.DataFrame([module.model_dump() for module in self.modules])
+
+    def plot(self, placement: Any = None) -> Any:
+        """Return the report's chart of NFN per type, to look at in a notebook or to save(path) as HTML.
+
+        placement: a Placement, whose types are marked.
+        """
+        return load(METHODS, "Scores.plot")(self, placement)
 
     def to_file(self, path: str | Path) -> None:
         """Write scores.json and the per-sample sums in samples.safetensors beside it: both, or neither."""

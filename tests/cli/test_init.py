@@ -21,6 +21,7 @@ from tests.cli.cases import assert_one_message, plop_dist
 from tests.models import save_tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+EXAMPLES = CONFIGS.parent / "launchers" / "examples"
 
 
 @pytest.fixture
@@ -177,10 +178,11 @@ def test_samples_are_listed_and_are_the_checkout_s(here: Path) -> None:
         assert f" {name}" in nothing.err
         assert f"`{name}`" in COMMANDS["init"]
         assert text
-        assert (CONFIGS / f"{name}.yaml").is_symlink(), "two copies"
+        own = EXAMPLES / "pytorch_loop.py" if name == "plugin" else CONFIGS / f"{name}.yaml"
+        assert own.is_symlink(), "two copies"
         assert plop_dist("init", "--sample", name).status == 0
-        assert Path(f"{name}.yaml").read_text() == (CONFIGS / f"{name}.yaml").read_text()
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*samples(), "quickstart"}
+        assert Path(f"{name}{own.suffix}").read_text() == own.read_text()
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} | {"plugin"} == {*samples(), "quickstart"}
     assert_one_message(plop_dist("init", "--sample", "mo"), "Did you mean 'moe'?", "hand-off")
 
 

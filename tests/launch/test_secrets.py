@@ -9,6 +9,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,8 @@ import psutil
 import pytest
 
 from tests.launch.cluster_case import BIN, environment, make_case, processes_with, run, session
+
+Answer = tuple[int, str, int, bytes]  # port, path, status, body
 
 SECRETS = {
     "HF_TOKEN": "hf_" + "Secret" * 6,
@@ -99,9 +102,12 @@ def test_two_ranks_show_no_token_and_their_daemons_answer_nobody(tmp_path: Path)
     config = case.write("run", train={**train, "prompt_template": "{question} "})
     mark = f"PLOP_DIST_TEST_{uuid.uuid4().hex}"
     seen: set[bytes] = set()
-    answers: dict[tuple[int, str], tuple[int, bytes]] = {}
+    asking: dict[int, Future[list[Answer]]] = {}
     before = set(Path("/tmp/ray").glob("session_2*"))
-    with session([str(BIN / "plop-dist"), "run", str(config)], environment(**SECRETS, **{mark: "1"})) as process:
+    with (
+        ThreadPoolExecutor(max_workers=32) as pool,  # what does not speak HTTP makes one wait
+        session([str(BIN / "plop-dist"), "run", str(config)], environment(**SECRETS, **{mark: "1"})) as process,
+    ):
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             for pid in processes_with(mark):
@@ -110,10 +116,8 @@ def test_two_ranks_show_no_token_and_their_daemons_answer_nobody(tmp_path: Path)
                     ports = {at.laddr.port for at in psutil.Process(pid).net_connections() if at.status == "LISTEN"}
                 except (OSError, psutil.Error):
                     continue  # it has ended meanwhile
-                for port in ports:
-                    for path in ("/api/jobs/", "/nodes?view=summary", "/metrics", "/logs", "/"):
-                        if (port, path) not in answers:
-                            answers[port, path] = asked(port, path)
+                for port in ports - asking.keys():
+                    asking[port] = pool.submit(asked, port)
             time.sleep(0.3)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, out + err
@@ -127,16 +131,21 @@ def test_two_ranks_show_no_token_and_their_daemons_answer_nobody(tmp_path: Path)
         for path in folder.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 assert found_in(path.read_bytes()) == [], path
-    assert 401 in {status for status, _ in answers.values()}, "nobody asked for a token"
-    for (port, path), (status, body) in answers.items():
+    answers = [answer for future in asking.values() for answer in future.result()]
+    assert 401 in {status for _, _, status, _ in answers}, f"none of {sorted(asking)} asked for a token"
+    for port, path, status, body in answers:
         # Ray's exporters of metrics answer whatever they are asked with their numbers.
         assert status in (0, 401) or body.startswith(b"# HELP "), (port, path, body[:300])
         assert found_in(body) == []
 
 
-def asked(port: int, path: str) -> tuple[int, bytes]:
-    """Return the status and body with which a port answers who has no token; status 0 where that is no HTTP."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+def asked(port: int) -> list[Answer]:
+    """Return what a port answers who has no token; status 0 where that is no HTTP."""
+    return [(port, path, *answer_of(port, path)) for path in ("/api/jobs/", "/nodes?view=summary", "/metrics", "/")]
+
+
+def answer_of(port: int, path: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()

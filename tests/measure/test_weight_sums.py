@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from plop_dist.config.schema import EstimatorConfig
 from plop_dist.measure import norms, weight_sums
+from plop_dist.measure.draws import Draws
 from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import LocalWeight
 from plop_dist.measure.weight import Weight
@@ -34,7 +35,8 @@ def local(weight: Weight | Tensor, **shard: Any) -> LocalWeight:
 
 
 def baseline(weight: Weight | Tensor, estimator: str) -> Baseline:
-    sums = compute_sums(local(weight), EstimatorConfig(baseline=estimator, num_directions=K))
+    config = EstimatorConfig(baseline=estimator, num_directions=K)
+    sums = compute_sums(local(weight), config, Draws(config))
     return sums.finish(sums.parts)
 
 
@@ -91,7 +93,8 @@ def test_sums_of_shards_add_up(estimator: str, num_shards: int, is_row: bool, bl
     for rank in range(num_shards):
         own = slice(rank * width, (rank + 1) * width)
         part = weight_OI[:, own] if is_row else weight_OI[own]
-        shards.append(compute_sums(local(part, I=24, is_sharded=True, in_index=own if is_row else None), config))
+        shard = local(part, I=24, is_sharded=True, in_index=own if is_row else None)
+        shards.append(compute_sums(shard, config, Draws(config)))
     parts = [sum(tensors[1:], tensors[0]) for tensors in zip(*(shard.parts for shard in shards), strict=True)]
     found, expected = shards[0].finish(parts), in_float64(weight_OI, estimator)
     assert found.value == pytest.approx(expected.value, rel=1e-6)

@@ -69,6 +69,17 @@ def test_a_list_of_one_module_is_that_module() -> None:
         assert detect.find(given).roots == (model,)
 
 
+def test_fabrics_shell_is_looked_through() -> None:
+    class _FabricModule(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._forward_module = self._original_module = module
+
+    model = tiny("llama")
+    found = detect.find(_FabricModule(model))
+    assert (found.roots, found.wrapper) == ((model,), "plain")
+
+
 def test_wrappers_of_other_kinds_are_refused_by_name() -> None:
     class FullyShardedDataParallel(nn.Module):
         def forward(self, input_ids: Any, attention_mask: Any) -> None: ...

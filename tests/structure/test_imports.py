@@ -34,9 +34,9 @@ ON_USE = ("canonical_lora.py", "training/trl/grpo.py", "training/trl/sft.py")  #
 
 
 def files() -> dict[str, Path]:
-    """Return every module of the package by its dotted name below plop_dist."""
+    """Return every module of the package by its dotted name below plop_dist; a sample script is none of them."""
     found = {}
-    for path in sorted(ROOT.rglob("*.py")):
+    for path in sorted(set(ROOT.rglob("*.py")) - set(ROOT.glob("config/samples/*"))):
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found

@@ -1,0 +1,189 @@
+"""Who writes into a run directory: one command at a time, from whatever host, and nobody who has ended.
+
+A file names who has it. It is made by a hard link, which is there or not on every file system, NFS included, and is
+touched every few seconds: whoever cannot look at the process itself, being on another host, sees by that whether it
+still lives. No clock is compared with that of another host.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from plop_dist.errors import RunDirError
+from plop_dist.rundir.layout import unwritable
+
+TAKEN = "in_use.json"
+BEAT_S = 5.0
+WATCHED_S = 4 * BEAT_S  # without a beat in this time the writer has ended
+
+
+@contextmanager
+def taken(path: Path, command: str) -> Iterator[None]:
+    """Have a run directory, which is made, to this process alone for the length of a block.
+
+    command: which of the program's, for the message. Raises RunDirError, naming host, process and since when, where
+    another process has it; one that has ended is passed over, on another host after WATCHED_S without a sign of it.
+    """
+    file, own = path / TAKEN, _own(command)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        while not (_made(file, own) or _passed_over(file, own)):
+            pass
+    except OSError as error:
+        raise unwritable(path, error) from error
+    ended = threading.Event()
+    threading.Thread(target=_beat, args=(file, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if _read(file).get("token") == own["token"]:
+            with suppress(OSError):
+                file.unlink()
+
+
+def _own(command: str) -> dict[str, Any]:
+    return {
+        "token": uuid.uuid4().hex,
+        "command": command,
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "began": _start_of(os.getpid()),
+        "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": _machine(),
+    }
+
+
+def _machine() -> str:
+    """Return what processes have in common that see each other's ids: one boot of one kernel, one namespace."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _made(file: Path, own: dict[str, Any]) -> bool:
+    """Tell whether the file could be made, which it can only where it is not there."""
+    with _draft(file, own) as draft:
+        return _linked(draft, file)
+
+
+def _passed_over(file: Path, own: dict[str, Any]) -> bool:
+    """Put this process's file in the place of one whose process has ended; False: look again.
+
+    Raises RunDirError where that process lives. Of several that find the same file one may replace it: who makes the
+    claim on it, and still finds it then.
+    """
+    other = _read(file)
+    if _lives(file, other):
+        raise RunDirError(
+            f"run_dir '{file.parent}' is in use by {_said(other)}; wait for it, end it, or choose another run_dir."
+        )
+    claim = file.with_name(f".{file.name}.{hashlib.sha256(repr(other).encode()).hexdigest()[:16]}")
+    with _draft(file, own) as draft:
+        if not _linked(draft, claim):
+            if not _changes(claim):  # who made it was killed in between
+                claim.unlink(missing_ok=True)
+            return False
+        try:
+            if _read(file) != other:
+                return False
+            os.replace(draft, file)
+            return True
+        finally:
+            claim.unlink(missing_ok=True)
+
+
+@contextmanager
+def _draft(file: Path, own: dict[str, Any]) -> Iterator[Path]:
+    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump(own, stream)
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _linked(draft: Path, file: Path) -> bool:
+    try:
+        os.link(draft, file)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _lives(file: Path, other: dict[str, Any]) -> bool:
+    if other.get("machine") == _machine() and isinstance(other.get("process"), int):
+        return _is_running(other["process"]) and _start_of(other["process"]) == other.get("began")
+    return _changes(file) and _beats(file) is not None
+
+
+def _changes(file: Path) -> bool:
+    """Tell whether something happens to a file within WATCHED_S."""
+    before, until = _beats(file), time.monotonic() + WATCHED_S
+    while time.monotonic() < until:
+        time.sleep(BEAT_S / 4)
+        if _beats(file) != before:
+            return True
+    return False
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's, or no number of a process
+        return True
+    return True
+
+
+def _start_of(process: int) -> str | None:
+    """Return when a process began, in the kernel's ticks, so that another one with its number is told from it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _said(other: dict[str, Any]) -> str:
+    command, host = str(other.get("command", "another command"))[:40], str(other.get("host", "an unknown host"))[:80]
+    return f"plop-dist {command} (host {host}, process {other.get('process')}, since {other.get('since')})"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return what the file says, nothing where it is not there, is no such file, or leads elsewhere."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor) as stream:
+            found = json.loads(stream.read(4096))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _beats(file: Path) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _beat(file: Path, ended: threading.Event) -> None:
+    while not ended.wait(BEAT_S):
+        with suppress(OSError):
+            os.utime(file, follow_symlinks=False)
