@@ -90,8 +90,11 @@ class BackendRecord:
         hf_config: the model's transformers configuration; no weights are there. Local.
         """
 
-    def takes_images(self, config: Config) -> bool:
-        """Tell whether rows with images are scored in this layout: whether towers are observed as exactly as text."""
+    def reads_singly(self, config: Config) -> bool:
+        """Tell whether the layout takes samples that are more than a line of text: images beside it, two texts.
+
+        Whether towers, encoders and cross-attention are observed as exactly as a decoder.
+        """
         return False
 
     def load(self, config: Config) -> ScorableModel:
@@ -117,12 +120,12 @@ class BackendRecord:
         return None
 
 
-def check_images(config: Config) -> None:
-    """Raise LayoutError where rows have images and the layout does not take them."""
+def check_singly(config: Config, what: str) -> None:
+    """Raise LayoutError where rows have `what`, so that each is read by itself, and the layout does not take them."""
     backend = config.parallel.backend
-    if not load(BACKENDS, backend).takes_images(config):
+    if not load(BACKENDS, backend).reads_singly(config):
         raise LayoutError(
-            f"{config.data.path}: rows have images, which parallel.backend '{backend}' does not score in this layout; "
+            f"{config.data.path}: rows have {what}, which parallel.backend '{backend}' does not score in this layout; "
             "use parallel.backend=transformers, or deepspeed with parallel.tp=1 and parallel.pp=1."
         )
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plop_dist.backends.record import check_images
+from plop_dist.backends.record import check_singly
 from plop_dist.config.schema import Config
 from plop_dist.costs.footprint import Shape, Stage, build_stages, on_one_rank
 from plop_dist.costs.training_memory import TrainingMemory, training_memory
 from plop_dist.costs.verdict import DataFacts, Verdict, is_on_hub, judge
 from plop_dist.data.images import has_images, images_of
+from plop_dist.data.pairs import PairSamples
 from plop_dist.data.processed import ImageRows, ImageSamples
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import select_rows, tokenize
@@ -80,7 +81,7 @@ def build_plan(config: Config) -> Plan:
     text = hf_config.get_text_config()
     load(BACKENDS, config.parallel.backend).check_model(hf_config, config)
     notes: list[str] = []
-    data, facts, tokenizer = _look_at_data(config, notes)
+    data, facts, tokenizer = _look_at_data(config, hf_config.is_encoder_decoder)
     model = meta_model(config.model, hf_config)
     stored = check_stored_weights(config.model, model)
     absent = [note for note in stored if note.startswith("No weights")]
@@ -124,7 +125,8 @@ def build_plan(config: Config) -> Plan:
 
 
 def _kind(hf_config: Any) -> dict[str, Any]:
-    return {"model_type": hf_config.model_type}
+    is_pair = {"is_encoder_decoder": True} if hf_config.is_encoder_decoder else {}
+    return {"model_type": hf_config.model_type, **is_pair}
 
 
 def _layout_text(config: Config) -> str:
@@ -155,7 +157,7 @@ def _types(projections: list[Projection], config: Config, shape: Shape) -> tuple
     )
 
 
-def _look_at_data(config: Config, notes: list[str]) -> tuple[DataPlan, DataFacts | None, Any]:
+def _look_at_data(config: Config, is_encoder_decoder: bool) -> tuple[DataPlan, DataFacts | None, Any]:
     """Return what is known of the data, and the tokenizer, None where there is none or nothing to tokenise."""
     data = config.data
     if is_on_hub(data.path):
@@ -176,6 +178,11 @@ def _look_at_data(config: Config, notes: list[str]) -> tuple[DataPlan, DataFacts
             return DataPlan(data.path, len(rows), None, None, None), facts, None
         texts = [render(row, number, data) for number, row in enumerate(rows[:_NUM_RENDERED], start=1)]
         return DataPlan(data.path, len(rows), None, None, _short(texts[0])), facts, None
+    if is_encoder_decoder:
+        check_singly(config, "two texts, the encoder's and the decoder's")
+        pairs = PairSamples(rows, data, config.train.prompt_template, tokenizer)
+        plan = DataPlan(data.path, len(rows), sum(map(len, pairs)), max(map(len, pairs)), render(rows[0], 1, data))
+        return plan, DataFacts(len(every), None), tokenizer
     if has_images(rows, data):
         return _look_at_images(config, rows, len(every))
     whole = [len(sample) for sample in tokenize(rows, data.model_copy(update={"max_length": _UNCUT}), tokenizer)]
@@ -189,7 +196,7 @@ def _look_at_images(config: Config, rows: Sequence[Row], num_rows: int) -> tuple
     """Return what is known of rows with images, and the processor, which has read them all as scoring will."""
     from plop_dist.backends.hf.load import load_processor
 
-    check_images(config)
+    check_singly(config, "images")
     data, processor = config.data, load_processor(config.model)
     read = ImageRows(rows, data, processor, data.max_length)
     lengths = tuple(map(len, ImageSamples(read)))

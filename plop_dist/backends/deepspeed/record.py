@@ -57,7 +57,7 @@ class DeepSpeed(BackendRecord):
         if config.parallel.pp > 1:
             check_pp(hf_config, config.parallel.pp)
 
-    def takes_images(self, config: Config) -> bool:
+    def reads_singly(self, config: Config) -> bool:
         """Take them at every ZeRO stage; AutoTP cuts fused linears of towers without regard to what they hold."""
         return config.parallel.tp == config.parallel.pp == 1
 

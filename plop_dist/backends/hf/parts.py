@@ -50,6 +50,31 @@ def part_finder(model: nn.Module) -> Callable[[str], ModelPart]:
     return part_of
 
 
+# Of paths in a decoder, in lower case: attention to what an encoder has read.
+_CROSS = re.compile(r"cross|enc_?dec|encoder_attn|encoder_attention")
+
+
+def stream_finder(model: Any) -> Callable[[str], str | None]:
+    """Return the function that tells the stream of an encoder-decoder model's module by its path.
+
+    "encoder", "decoder" or "cross" (its k and v see the encoder's tokens, its q and o the decoder's); None for heads,
+    and in all other models.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return lambda path: None
+    sides = {id(model.get_encoder()): "encoder", id(model.get_decoder()): "decoder"}
+    found = {path: sides[id(module)] for path, module in model.named_modules() if id(module) in sides and path}
+
+    def stream_of(path: str) -> str | None:
+        above = next((above for above in _upwards(path) if above in found), None)
+        if above is None:
+            return None
+        is_cross = found[above] == "decoder" and _CROSS.search(path.removeprefix(above).lower())
+        return "cross" if is_cross else found[above]
+
+    return stream_of
+
+
 def other_parts(config: Any) -> set[ModelPart]:
     """Return the parts that a model of this configuration has besides its language model."""
     return {part for _, part in _sections(config) if part != "language"}

@@ -37,7 +37,7 @@ class Transformers(BackendRecord):
             refuse_experts(hf_config, config)
             check_tp(hf_config, config.parallel.tp)
 
-    def takes_images(self, config: Config) -> bool:
+    def reads_singly(self, config: Config) -> bool:
         """Take them in every layout: a plan that cuts a tower says how."""
         return True
 
