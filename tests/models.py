@@ -60,9 +60,7 @@ def tiny(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides), dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            spoil(name, parameter, seed)
+    spoil_all(model, seed)
     return model.eval()
 
 
@@ -107,6 +105,13 @@ def random_tokens(batch: int, length: int, *, seed: int = 0) -> Tensor:
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every nn.Linear of the model by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def spoil_all(model: nn.Module, seed: int = 0) -> None:
+    """Overwrite a model's weights by unequal, badly scaled and correlated ones, the same for the same names."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spoil(name, parameter, seed)
 
 
 def spoil(name: str, parameter: Tensor, seed: int) -> None:

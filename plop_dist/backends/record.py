@@ -97,6 +97,19 @@ class BackendRecord:
         """
         return False
 
+    def takes_quantized(self, config: Config) -> bool:
+        """Tell whether this layout can hold quantised weights: whole on every rank. Reads nothing."""
+        return False
+
+    def check_quantized(self, config: Config, where: str, kind: str) -> None:
+        """Raise LayoutError, naming where the kind of quantisation comes from, for a layout that cannot hold it."""
+        if not self.takes_quantized(config):
+            raise LayoutError(
+                f"{where} is {kind}, but parallel.backend '{self.name}' shards no quantised weights in this layout "
+                f"({config.parallel.layout.product_text}, zero_stage {config.parallel.zero_stage}); use "
+                "parallel.backend=transformers with tp 1, or deepspeed with tp 1, pp 1 and zero_stage up to 2."
+            )
+
     def load(self, config: Config) -> ScorableModel:
         """Return the configured model as this rank sees it. torch.distributed is up if there are several ranks.
 

@@ -19,7 +19,8 @@ from plop_dist.values.scores import LeftOut, ModuleScore, Projection
 
 # Input and output embeddings under names other than lm_head, which the default `exclude` covers.
 _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "embed_out", "wte", "wpe", "word_embeddings", "tok_embeddings"})
-# What steers tokens to experts. Frameworks leave it without an adapter, and so does a policy unless `include` names it.
+# What steers tokens to experts, where the backend does not say so (role). Frameworks leave it without an adapter, and
+# so does a policy unless `include` names it.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 # DeepSeek V3.2's selection of tokens: its output is a top-k.
 _INDEXER = "indexer"
@@ -151,9 +152,11 @@ def _reason_out(
         return None
     parts = module.fqn.split(".")
     # GraniteMoE's and Hunyuan's are linears inside a module of that name (router.layer, gate.wg).
-    is_router = module.storage == "router" or (has_experts and not _ROUTERS.isdisjoint(parts[-2:]))
-    if is_router:
+    is_named = has_experts and not _ROUTERS.isdisjoint(parts[-2:])
+    if module.role == "router" or module.storage == "router" or is_named:
         return "router of experts; only placement.include chooses it"
+    if module.role == "kernel":
+        return "read by a kernel past any adapter, which PEFT refuses; only placement.include chooses it"
     if _INDEXER in parts:
         return "picks tokens for sparse attention, where no gradient reaches it; only placement.include chooses it"
     return None

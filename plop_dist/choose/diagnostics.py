@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ from plop_dist.choose.decision import Decision, resolve_policy
 from plop_dist.choose.policy import policy_of
 from plop_dist.values.adapter_ranks import oversized_ranks
 from plop_dist.values.placement import Placement
-from plop_dist.values.scores import ModuleScore, Scores
+from plop_dist.values.scores import LeftOut, ModuleScore, Scores
 
 NEAR_ONE = 0.1
 MIN_IN_FEATURES = 1000
@@ -139,12 +140,33 @@ def _skipped(scores: Scores) -> list[Diagnostic]:
 
 
 def _left_out(scores: Scores) -> list[Diagnostic]:
-    if not scores.left_out:
+    unknown = [entry for entry in scores.left_out if entry.reason == "unknown_kind"]
+    others = [entry for entry in scores.left_out if entry.reason != "unknown_kind"]
+    return [*_unknown(unknown), *_without_score(others)]
+
+
+def _unknown(weights: Sequence[LeftOut]) -> list[Diagnostic]:
+    """Say which weights nothing here can score, so that no policy can weigh them: they may be most of the model."""
+    if not weights:
         return []
-    counts = Counter(module.reason for module in scores.left_out)
+    by_type: dict[str, list[LeftOut]] = defaultdict(list)
+    for weight in weights:
+        by_type[weight.type].append(weight)
+    named = ", ".join(f"{members[0].fqn} ({len(members)} of type {name})" for name, members in sorted(by_type.items()))
+    text = (
+        f"Weights that multiply activations in a manner that is not known here are neither scored nor ever chosen: "
+        f"{named}. Whether adapters would pay there is not known."
+    )
+    return [Diagnostic("warning", text)]
+
+
+def _without_score(modules: Sequence[LeftOut]) -> list[Diagnostic]:
+    if not modules:
+        return []
+    counts = Counter(module.reason for module in modules)
     reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(counts.items()))
     harmless = set(counts) == {"no_tokens"}
-    text = f"{len(scores.left_out)} modules have no score ({reasons}), among them {scores.left_out[0].fqn}."
+    text = f"{len(modules)} modules have no score ({reasons}), among them {modules[0].fqn}."
     return [Diagnostic("note" if harmless else "warning", text)]
 
 

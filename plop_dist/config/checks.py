@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from plop_dist.config.schema import Config, DataConfig, ParallelConfig, PlacementConfig, TrainConfig
+from plop_dist.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, PlacementConfig, TrainConfig
 from plop_dist.errors import ConfigError, LayoutError, suggest
 from plop_dist.registry import BACKENDS, POLICIES, REWARDS, load, names
 from plop_dist.values.secret_texts import REDACTED, names_secret, secret_part, without_secrets
@@ -26,6 +26,9 @@ def check_consistency(config: Config, source: str) -> None:
     parallel, workers = config.parallel, config.cluster.num_workers
     record = load(BACKENDS, parallel.backend)
     record.check(config, source)
+    if config.model.quantization is not None:
+        record.check_quantized(config, f"{source}: model.quantization", config.model.quantization["quant_method"])
+    _check_placing(config, source)
     if config.train.method == "sft" and record.training_engine(config) is None:
         raise ConfigError(
             f"{source}: train.method is sft, but parallel.backend '{parallel.backend}' trains nothing in this layout; "
@@ -47,6 +50,38 @@ def check_section(section: Any, source: str) -> None:
     check = _CHECKS.get(type(section))
     if check is not None:
         check(section, source)
+
+
+def _check_model(model: ModelConfig, source: str) -> None:
+    if model.quantization is not None and model.checkpoint is not None:
+        raise ConfigError(
+            f"{source}: model.quantization and model.checkpoint are given together, but a checkpoint's weights are "
+            "read as they are; leave one of them out."
+        )
+
+
+def _check_placing(config: Config, source: str) -> None:
+    """Raise ConfigError for weights that are to lie elsewhere in a run that needs them where it is."""
+    keys = [key for key in ("device_map", "max_memory", "offload_folder") if getattr(config.model, key) is not None]
+    if not keys:
+        return
+    named, parallel = f"{source}: model.{keys[0]} is given", config.parallel
+    if parallel.backend != "transformers" or parallel.world_size > 1:
+        raise ConfigError(
+            f"{named}, which is for one process of parallel.backend transformers, but parallel is {parallel.backend} "
+            f"with {parallel.world_size} ranks; leave one of the two out."
+        )
+    if config.train.method != "none":
+        raise ConfigError(
+            f"{named}, but train.method is {config.train.method}, which needs the whole model; set train.method=none, "
+            "and train elsewhere with an export."
+        )
+    if config.model.checkpoint is not None:
+        raise ConfigError(
+            f"{named}, but model.checkpoint is read into memory; point model.name_or_path at the whole model instead."
+        )
+    if keys == ["offload_folder"]:
+        raise ConfigError(f"{named} without model.max_memory or model.device_map, so that nothing is offloaded.")
 
 
 def _check_parallel(parallel: ParallelConfig, source: str) -> None:
@@ -104,6 +139,7 @@ def _check_train(train: TrainConfig, source: str) -> None:
 
 
 _CHECKS: dict[type[BaseModel], Callable[[Any, str], None]] = {
+    ModelConfig: _check_model,
     DataConfig: _check_data,
     ParallelConfig: _check_parallel,
     PlacementConfig: _check_placement,

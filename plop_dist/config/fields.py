@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -48,6 +49,59 @@ def _refuse_long_paths(value: str) -> str:
 
 
 Location = Annotated[str, AfterValidator(_refuse_long_paths)]
+
+
+def _named_method(value: dict[str, Any]) -> dict[str, Any]:
+    method = value.get("quant_method")
+    if not isinstance(method, str) or not method:
+        raise ConfigError(
+            "quant_method is missing; say which kind it is, e.g. {quant_method: bitsandbytes, load_in_4bit: true}."
+        )
+    return value
+
+
+Quantization = Annotated[dict[str, Any], AfterValidator(_named_method)]
+
+
+_SIZE = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?B)?", re.IGNORECASE)
+
+
+def _memory_by_device(value: Any) -> Any:
+    # pydantic has an error of its own for each kind of key and of value, under names that are no keys.
+    if not isinstance(value, dict):
+        raise ValueError("sizes by device, e.g. {0: 20GB, cpu: 60GB}")
+    found: dict[int | str, int | str] = {}
+    for device, size in value.items():
+        number = _device_number(device)
+        if number is None and device not in ("cpu", "disk", "mps"):
+            raise ValueError("the numbers of GPUs, cpu and disk, e.g. {0: 20GB, cpu: 60GB}")
+        if isinstance(size, bool) or not isinstance(size, int | str) or not _SIZE.fullmatch(str(size)):
+            raise ValueError("a size or a number of bytes for each device, e.g. {0: 20GB, cpu: 60GB}")
+        found[device if number is None else number] = size
+    return found
+
+
+def _device_map(value: Any) -> Any:
+    is_name = value in ("auto", "balanced", "balanced_low_0", "sequential")
+    is_mapping = isinstance(value, dict) and all(
+        isinstance(path, str) and (_device_number(device) is not None or isinstance(device, str))
+        for path, device in value.items()
+    )
+    if value is not None and not is_mapping and not (isinstance(value, str) and is_name):
+        raise ValueError(
+            "auto, balanced, balanced_low_0, sequential, or devices by path, e.g. {model: 0, lm_head: cpu}"
+        )
+    return value
+
+
+def _device_number(device: Any) -> int | None:
+    if isinstance(device, bool) or not isinstance(device, int | str):
+        return None
+    return int(device) if str(device).isascii() and str(device).isdecimal() and len(str(device)) < 4 else None
+
+
+MaxMemory = Annotated[dict[int | str, int | str], BeforeValidator(_memory_by_device)]
+DeviceMap = Annotated[str | dict[str, int | str] | None, BeforeValidator(_device_map)]
 
 
 def _number_or_auto(value: Any) -> Any:

@@ -18,6 +18,7 @@ from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, UserError
 
 _S = TypeVar("_S", bound=BaseModel)
+_REPLACED = ("model.quantization", "model.max_memory")  # half of another kind's mapping would mean nothing
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -122,7 +123,8 @@ def _read_tree(file: Path, overrides: Sequence[str], *, is_stored: bool | None =
     for override in overrides:
         key, value = split_override(override)
         with _named(f"{file}: the override '{override}' does not fit (a list is given whole: export.targets=[peft])"):
-            OmegaConf.update(tree, key, value, merge=isinstance(value, dict) and bool(value))
+            is_merged = isinstance(value, dict) and bool(value) and key not in _REPLACED
+            OmegaConf.update(tree, key, value, merge=is_merged)
     with _named(f"{file} cannot be resolved"):
         return follow(tree)
 

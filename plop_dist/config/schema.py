@@ -23,14 +23,17 @@ from plop_dist.config.fields import (
     Count,
     CountOfSeveral,
     CountOrZero,
+    DeviceMap,
     Dtype,
     Location,
+    MaxMemory,
     NameOf,
     NameOrFunction,
     NumpySeed,
     Parameters,
     Positive,
     PositiveOrZero,
+    Quantization,
     Rank,
     Real,
     Seconds,
@@ -42,6 +45,7 @@ from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES, 
 from plop_dist.values.mesh import Layout
 
 _SHORTEST_HIDDEN = 4  # characters; a shorter value stands in other words too
+_LATER_KEYS = frozenset({"quantization", "device_map", "max_memory", "offload_folder"})
 
 
 class _Section(BaseModel):
@@ -75,6 +79,29 @@ class ModelConfig(_Section):
         description="Checkpoint directory of a training job, of any layout, whose weights are taken: DeepSpeed's (ZeRO "
         "or universal; backends transformers and deepspeed) or Megatron's torch_dist (backend megatron).",
     )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="Quantise on load: transformers' quantization_config, e.g. {quant_method: bitsandbytes, "
+        "load_in_4bit: true}; null: as the checkpoint is.",
+    )
+
+    device_map: DeviceMap = Field(
+        default=None,
+        description="Where accelerate puts the modules: auto, or paths with cpu, disk or a GPU's number; for models "
+        "larger than the memory (one process).",
+    )
+    max_memory: MaxMemory | None = Field(
+        default=None, description="Most memory by device for device_map, e.g. {0: 20GB, cpu: 60GB}; the rest on disk."
+    )
+    offload_folder: Location | None = Field(
+        default=None, min_length=1, description="Where weights go that cannot be read from the checkpoint as they are."
+    )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Finished stages of run directories from before there were these keys stay as they are.
+        tree = handler(self)
+        return {key: value for key, value in tree.items() if value is not None or key not in _LATER_KEYS}
 
 
 class DataConfig(_Section):

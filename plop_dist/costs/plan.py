@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plop_dist.backends.record import check_singly
 from plop_dist.config.schema import Config
@@ -22,6 +22,9 @@ from plop_dist.registry import BACKENDS, load
 from plop_dist.values.adapter_size import num_trainable_parameters
 from plop_dist.values.names import natural_key
 from plop_dist.values.scores import ModelInfo, Projection
+
+if TYPE_CHECKING:
+    from plop_dist.backends.hf.placing import Placing
 
 _NUM_RENDERED = 8
 _UNCUT = 2**31 - 1
@@ -74,12 +77,15 @@ def build_plan(config: Config) -> Plan:
     """
     from plop_dist.backends.hf.layout import num_experts
     from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+    from plop_dist.backends.hf.placing import is_placed, plan_placing
+    from plop_dist.backends.hf.quantized.loadable import check_quantized
     from plop_dist.backends.hf.stored_weights import check_stored_weights
     from plop_dist.backends.hf.whole import whole_sites
 
     hf_config = load_hf_config(config.model)
     text = hf_config.get_text_config()
     load(BACKENDS, config.parallel.backend).check_model(hf_config, config)
+    check_quantized(config, hf_config)
     notes: list[str] = []
     data, facts, tokenizer = _look_at_data(config, hf_config.is_encoder_decoder)
     model = meta_model(config.model, hf_config)
@@ -107,6 +113,10 @@ def build_plan(config: Config) -> Plan:
     info = ModelInfo(name_or_path=config.model.name_or_path, architecture=type(model).__name__, **_kind(hf_config))
     verdict = judge(config, projections, info, facts, tokenizer, absent)
     stages = build_stages(model, projections, config.parallel, shape)
+    if is_placed(config.model):
+        num_samples = data.num_samples or config.data.num_samples
+        placing = plan_placing(config.model, model, dtype)
+        notes.append(_reading(placing, num_samples, config.data.batch_size, stages[0].activation_bytes))
     return Plan(
         model=config.model.name_or_path,
         architecture=type(model).__name__,
@@ -122,6 +132,22 @@ def build_plan(config: Config) -> Plan:
         verdict=verdict,
         training=training_memory(config, stages, shape, text.vocab_size, verdict.parameters),
     )
+
+
+def _reading(placing: Placing, num_samples: int, batch_size: int, activation_bytes: int) -> str:
+    """Return what is read from disk, and the most that is in memory at once, as a sentence."""
+    num_passes = -(-num_samples // batch_size)
+    times = "once" if num_passes == 1 else f"{num_passes} times"
+    kept = " and ".join(f"{_gigabytes(size)} on {device}" for device, size in sorted(placing.by_device.items()))
+    peak = _gigabytes(placing.resident + activation_bytes)
+    read = f"{_gigabytes(placing.disk)} of weights lie on disk and are read {times} (data.num_samples / "
+    total = f"data.batch_size), {_gigabytes(num_passes * placing.disk)} in all" if placing.disk else ""
+    where = f"{read}{total}; {kept} stay" if placing.disk else f"All weights fit: {kept}; nothing is read from disk"
+    return f"{where}. At most {peak} of weights and activations are in memory at once, beside the program's own."
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def _kind(hf_config: Any) -> dict[str, Any]:

@@ -70,6 +70,13 @@ class Targets:
         return num_trainable_parameters(parts, lambda part: rank_of[part.fqn])
 
 
+def modules_above(path: str) -> Iterator[str]:
+    """Yield the paths of the modules that a module or parameter lies in, the nearest first."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
 def known_projections(placement: Placement) -> tuple[Projection, ...]:
     """Return every projection of the model that scoring saw, with or without a score."""
     return (*placement.source.modules, *placement.source.left_out)
@@ -126,8 +133,8 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
     # A module that only holds a parameter is none that PEFT can wrap (GraniteMoE: experts are an input_linear too).
     modules = {path for path, is_parameter in known if not is_parameter}
     modules.update(path.rpartition(".")[0] for path in parameters)
-    # Nor is one around a linear, which PEFT would be asked to wrap instead (Gemma 4's q_proj, around q_proj.linear).
-    modules.update(above for path in by_holder for above in _above(path))
+    # Nor a module around a linear (Gemma 4's ClippableLinear), whose name would match first.
+    modules.update(above for path in by_holder for above in modules_above(path))
     return Targets(
         holders=tuple(holders),
         modules=shortest_names((holder.peft_path for holder in holders if not holder.is_parameter), modules),
@@ -139,12 +146,6 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
         widened=tuple(widened),
         notes=notes,
     )
-
-
-def _above(path: str) -> Iterator[str]:
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _in_peft(path: str, parts: list[Projection], has_experts: bool) -> tuple[str, bool]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
 from plop_dist.errors import ConfigError
-from plop_dist.exporters.holders import PASSED_BY_OUT_PROJ, RENAMED_BESIDE_EXPERTS
+from plop_dist.exporters.holders import PASSED_BY_OUT_PROJ, RENAMED_BESIDE_EXPERTS, modules_above
 from plop_dist.exporters.rank_pattern import RankPattern, as_peft_matches
 from plop_dist.exporters.stand_in import stand_in
 from plop_dist.exporters.suffixes import matcher
@@ -68,12 +68,12 @@ def _plainly(fields: Mapping[str, Any], by_holder: Holders, model_type: str | No
     targets = fields.get("target_modules") or ()
     if "layers_to_transform" in fields or fields.get("target_parameters") or targets == "all-linear":
         return None
-    odd = {"expert_parameter", "router"}
+    odd = {"expert_parameter", "router", "other"}
     if model_type in PASSED_BY_OUT_PROJ or any(part.storage in odd for parts in by_holder.values() for part in parts):
         return None
     is_target = re.compile(targets).fullmatch if isinstance(targets, str) else matcher(targets)
     is_left_out = _left_out(fields)
-    above = {module for path in by_holder for module in _modules_above(path)}
+    above = {module for path in by_holder for module in modules_above(path)}
     if any(is_target(module) for module in above):
         return None
     found = {path: path for path in by_holder if is_target(path) and not is_left_out(path)}
@@ -103,17 +103,11 @@ def _texts(by_holder: Holders) -> set[str]:
     """Return everything that PEFT matches with a pattern: modules, parameters, and its own names for experts."""
     found = set()
     for path, parts in by_holder.items():
-        found.update(_modules_above(path))
+        found.update(modules_above(path))
         found.update((path, f"{path}.weight"))
         if parts[0].storage == "expert_parameter":
             found.update(f"{path.rpartition('.')[0]}.{name}" for name in RENAMED_BESIDE_EXPERTS)
     return found
-
-
-def _modules_above(path: str) -> Iterator[str]:
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _refuse_too_many(fields: Mapping[str, Any], num_texts: int, where: str) -> None:
@@ -145,11 +139,11 @@ def _ask_by_kind(
 
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for path, parts in by_holder.items():
-        above = tuple(marks(module) for module in _modules_above(path))
+        above = tuple(marks(module) for module in modules_above(path))
         kind = (parts[0].storage, path.rpartition(".")[2], marks(path), is_parameter(_parameter(path, parts)), above)
         kinds.setdefault(kind, []).append(path)
     asked = {alike[0]: by_holder[alike[0]] for alike in kinds.values()}
-    texts = {text for path, parts in asked.items() for text in (path, _parameter(path, parts), *_modules_above(path))}
+    texts = {text for path, parts in asked.items() for text in (path, _parameter(path, parts), *modules_above(path))}
     paths, added = _ask(_by_whole_paths(fields, texts), asked, model_type, where)
     return {
         holder: holder + paths[alike[0]].removeprefix(alike[0])

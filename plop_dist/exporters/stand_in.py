@@ -59,6 +59,8 @@ def _add(model: Any, path: str, parts: list[Projection]) -> None:
     if parts[0].storage == "expert_parameter":
         num_experts = len({expert_index(part.fqn) for part in parts})
         parent.register_parameter(name, nn.Parameter(torch.empty(num_experts, out_features, in_features)))
+    elif parts[0].storage == "other":
+        parent.register_parameter(name, nn.Parameter(torch.empty(out_features, in_features)))
     elif parts[0].storage == "router":
         router = nn.Module()
         router.register_parameter("weight", nn.Parameter(torch.empty(out_features, in_features)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from logging import ERROR, getLogger
 from typing import Any
 
 from plop_dist import ranks
@@ -59,6 +60,8 @@ def _run_stage(stage: str, stages: Stages, notify: Notify, force: bool) -> None:
 
 def score(stages: Stages, notify: Notify) -> Scores:
     """Score the configured model on the configured data; rank 0 writes scores.json. Collective over all ranks."""
+    from plop_dist.backends.hf.load import load_hf_config
+    from plop_dist.backends.hf.quantized.loadable import check_quantized
     from plop_dist.measure.run import score_model
 
     config = stages.config
@@ -68,6 +71,7 @@ def score(stages: Stages, notify: Notify) -> Scores:
     tokenizer, samples = _tokenized(config)
     notify("status", text=_samples_text(samples, config.data.num_samples))
     notify("phase", text=f"loading {kept['model']['name_or_path']} with {config.parallel.backend}")
+    check_quantized(config, load_hf_config(config.model))
     model: ScorableModel = load(BACKENDS, config.parallel.backend).load(config)
     scores = score_model(
         model,
@@ -211,6 +215,10 @@ _STAGES: dict[str, Callable[[Stages, Notify], Any]] = {
 }
 
 
+# What these say as they are imported concerns those who build them.
+_TALKATIVE = ("bitsandbytes", "torch.utils._pytree", "torch.utils.cpp_extension")
+
+
 def _be_quiet() -> None:
     """Keep other packages' bars and deprecation notes out of a log that people read."""
     import warnings
@@ -219,6 +227,10 @@ def _be_quiet() -> None:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for name in _TALKATIVE:
+        getLogger(name).setLevel(ERROR)
+    # transformers on how compressed-tensors' checkpoints are loaded here.
+    warnings.filterwarnings("ignore", message="You passed `quantization_config` or equivalent")
 
 
 def _by_hand(stages: Stages) -> str:

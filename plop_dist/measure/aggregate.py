@@ -63,6 +63,7 @@ def build_scores(
     totals: SampleTotals,
     baselines: Mapping[str, Baseline],
     *,
+    unknown: Sequence[Projection] = (),
     model: Mapping[str, Any],
     data: Mapping[str, Any],
     estimator: Mapping[str, Any],
@@ -72,6 +73,7 @@ def build_scores(
 ) -> Scores:
     """Return the Scores of a finished collection; deterministic, so that every rank builds the same.
 
+    unknown: weights that multiply activations though no site holds them.
     Raises NonFiniteWeightsError, ModelError or DataError when not one module could be scored.
     """
     modules, left_out = score_modules(projections, totals, baselines)
@@ -105,7 +107,7 @@ def build_scores(
         parallel=dict(parallel),
         modules=modules,
         types=tuple(sorted(types, key=lambda entry: (entry.nfn, entry.type))),
-        left_out=left_out,
+        left_out=(*left_out, *(LeftOut(**one.model_dump(), reason="unknown_kind") for one in unknown)),
         versions=dict(versions),
         timing=dict(timing),
     )

@@ -9,9 +9,10 @@ copies of the same weights share the work, and a parameter in which several proj
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -20,14 +21,14 @@ from plop_dist.config.schema import EstimatorConfig
 from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.draws import Draws
 from plop_dist.measure.norms import Baseline
-from plop_dist.measure.protocols import Groups, Site, Sited, WeightHolder
+from plop_dist.measure.protocols import Groups, PassingWeights, Site, Sited, WeightHolder
 from plop_dist.measure.weight_sums import WeightSums, compute_sums
 
 _CHUNK_BYTES = 64 << 20  # how much of the row-parallel vectors is kept before they are reduced together
 
 
 @dataclass(frozen=True)
-class _Pending:
+class Taken:
     """One projection's sums before the reduction over its feature group."""
 
     fqn: str
@@ -41,34 +42,62 @@ class _Pending:
         return sum(part.numel() * part.element_size() for part in self.sums.parts) if self.is_sharded else 0
 
 
+class PassedSums:
+    """The sums of weights that are there only while their modules run, each taken when it first comes by."""
+
+    def __init__(self, passing: PassingWeights | None, estimator: EstimatorConfig) -> None:
+        self.found: dict[Site, list[Taken]] = {}
+        self._passing, self._estimator = passing, estimator
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Take what comes by for the length of a block."""
+        remove = self._passing.attach(self._take) if self._passing is not None else lambda: None
+        try:
+            yield
+        finally:
+            remove()
+
+    def _take(self, site: Site) -> None:
+        if site not in self.found:
+            self.found[site] = _take(site, self._estimator, Draws(self._estimator))
+
+
 def compute_baselines(
     model: Sited,
     estimator: EstimatorConfig,
     reducer: Reducer,
     fqns: Sequence[str],
     advance: Callable[[int], None] = lambda _: None,
+    passed: Mapping[Site, Sequence[Taken]] = MappingProxyType({}),
 ) -> dict[str, Baseline]:
     """Return b(W) of every path in `fqns`, on every rank. Collective over the world.
 
     A weight with NaN or infinite entries gives a Baseline whose value is NaN; a zero weight gives 0.
-    `advance` is told how many sites are done (progress).
+    `advance` is told how many sites are done (progress). passed: the sums of sites that have been taken in passing
+    (PassedSums).
     """
     found: dict[str, Baseline] = {}
-    pending: list[_Pending] = []
+    pending: list[Taken] = []
     num_bytes = done = 0
     by_holder = list(_by_holder(model.sites, model.groups))
     draws = Draws(
         estimator,
-        (projection for _, sites in by_holder for site, is_mine in sites if is_mine for projection in site.projections),
+        (
+            projection
+            for _, sites in by_holder
+            for site, is_mine in sites
+            if is_mine and site not in passed
+            for projection in site.projections
+        ),
     )
     for holder, sites in by_holder:
-        with holder.opened() if holder else nullcontext():
+        is_needed = holder is not None and not all(site in passed for site, _ in sites)
+        with holder.opened() if holder is not None and is_needed else nullcontext():
             for site, is_mine in sites:
-                with site.weights() as weights:
-                    for weight in weights if is_mine else ():
-                        sums = compute_sums(weight, estimator, draws)
-                        pending.append(_Pending(weight.projection.fqn, site.group, weight.is_sharded, sums))
-                        num_bytes += pending[-1].num_bytes
+                taken = passed[site] if site in passed else _take(site, estimator, draws, is_mine=is_mine)
+                pending += taken if is_mine else ()
+                num_bytes += sum(item.num_bytes for item in taken)
                 if num_bytes > _CHUNK_BYTES:
                     found |= _settle(pending, reducer)
                     pending, num_bytes = [], 0
@@ -76,6 +105,15 @@ def compute_baselines(
                 advance(done)
     found |= _settle(pending, reducer)
     return _merge(found, reducer, fqns)
+
+
+def _take(site: Site, estimator: EstimatorConfig, draws: Draws, *, is_mine: bool = True) -> list[Taken]:
+    """Return the sums of a site's weights; of one that another rank reads none. Collective as site.weights() is."""
+    with site.weights() as weights:
+        return [
+            Taken(weight.projection.fqn, site.group, weight.is_sharded, compute_sums(weight, estimator, draws))
+            for weight in (weights if is_mine else ())
+        ]
 
 
 def _by_holder(sites: Sequence[Site], groups: Groups) -> Iterator[tuple[WeightHolder | None, list[tuple[Site, bool]]]]:
@@ -91,7 +129,7 @@ def _by_holder(sites: Sequence[Site], groups: Groups) -> Iterator[tuple[WeightHo
     yield from shared.values()
 
 
-def _settle(pending: Sequence[_Pending], reducer: Reducer) -> dict[str, Baseline]:
+def _settle(pending: Sequence[Taken], reducer: Reducer) -> dict[str, Baseline]:
     """Return the finished baselines: one collective per feature group and dtype for all that are pending."""
     whole = [list(item.sums.parts) for item in pending]
     for name in dict.fromkeys(item.group for item in pending if item.is_sharded):

@@ -166,6 +166,12 @@ class Reducer:
                     )
         return tuple(found[fqn][1] for fqn in sorted(found, key=natural_key))
 
+    def merge_unknown(self, own: Sequence[Projection]) -> tuple[Projection, ...]:
+        """Return what any rank has found beside its sites, each path once, in natural order. Collective."""
+        every = self.gather_objects(tuple(own), "merge of weights without a site")
+        found = {projection.fqn: projection for projections in every for projection in projections}
+        return tuple(found[fqn] for fqn in sorted(found, key=natural_key))
+
     def merge_totals(self, owned: SampleTotals, fqns: Sequence[str], sample_ids: np.ndarray) -> SampleTotals:
         """Return the totals of all modules and these samples from what each rank owns. Collective over the world.
 

@@ -54,7 +54,7 @@ class Collector:
     def __init__(self, model: ScorableModel, reducer: Reducer | None = None) -> None:
         self.model = model
         self.reducer = reducer or Reducer(model.groups)
-        self.last_site = "no module yet"
+        self.last_site: str | None = None
         self._notes: dict[int, _Notes] = {}
         self._current = 0
         self._kept = NoteStorage()

@@ -155,6 +155,16 @@ class Site(Protocol):
         ...
 
 
+class PassingWeights(Protocol):
+    """Weights that are there only while their modules run, as where they lie on disk between forward passes."""
+
+    sites: Sequence[Site]
+
+    def attach(self, take: Callable[[Site], None]) -> Callable[[], None]:
+        """Have take(site) called in every forward pass while a site's weights() cost nothing; returns what ends it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Groups:
     """The process groups of the axes that matter here; a missing name means one rank on that axis.
@@ -190,7 +200,10 @@ class Sited(Protocol):
 
 
 class ScorableModel(Protocol):
-    """A loaded model as one rank sees it; what a backend returns and what the plugin wraps a host's model in."""
+    """A loaded model as one rank sees it; what a backend returns and what the plugin wraps a host's model in.
+
+    It may have `passing`, PassingWeights: the baselines of those sites are then computed during the pass, not before.
+    """
 
     sites: Sequence[Site]
     groups: Groups
@@ -231,6 +244,13 @@ class ScorableModel(Protocol):
         """Run the model without gradients, hiding the pipeline schedule; collective over the replica's ranks.
 
         Calls begin(i) on this rank right before its own part of micro-batch i runs.
+        """
+        ...
+
+    def watching(self) -> AbstractContextManager[Sequence[Projection]]:
+        """Give what holds, after the block, the weights of no site that forward() has multiplied activations by in it.
+
+        They are reported without a score; nothing, for a framework whose models hold no others. Local.
         """
         ...
 

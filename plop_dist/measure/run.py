@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ import torch.distributed as dist
 
 from plop_dist.choose.decision import selection_confidence
 from plop_dist.config.schema import EstimatorConfig, PlacementConfig
-from plop_dist.errors import PlopError, WorkerError
+from plop_dist.errors import ModelError, PlopError, WorkerError
 from plop_dist.measure.aggregate import build_scores, score_modules
-from plop_dist.measure.baseline import compute_baselines
+from plop_dist.measure.baseline import PassedSums, compute_baselines
 from plop_dist.measure.collectives import Reducer, attempt
 from plop_dist.measure.collector import Collector
 from plop_dist.measure.norms import Baseline
@@ -30,6 +31,9 @@ STABLE_CONFIDENCE = 0.99
 # How much more samples there must be before it is asked again whether the choice is stable: a bootstrap costs as much
 # as it has samples, so that asking after every step would cost the square of their number.
 STABLE_GROWTH = 1.04
+
+# What a model raises about its inputs before any of its modules has seen them.
+_OF_INPUTS = (TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 Notify = Callable[..., None]
 
@@ -75,29 +79,39 @@ def score_model(
     projections = reducer.merge_projections(model.sites)
     fqns = [projection.fqn for projection in projections]
     num_sites = len(model.sites)
-    baselines = compute_baselines(
-        model, estimator, reducer, fqns, lambda done: notify("baseline", done=done, total=num_sites)
-    )
+    passing = getattr(model, "passing", None)
+    passed = PassedSums(passing, estimator)
+
+    @cache
+    def baselines() -> dict[str, Baseline]:
+        done_to = lambda done: notify("baseline", done=done, total=num_sites)  # noqa: E731
+        return compute_baselines(model, estimator, reducer, fqns, done_to, passed.found)
+
+    if passing is None:
+        baselines()
     after_baselines = time.perf_counter()
 
     def is_stable(totals: SampleTotals) -> bool:
-        return _is_stable(projections, totals, baselines, placement)
+        return _is_stable(projections, totals, baselines(), placement)
 
     stop = is_stable if estimator.stop_when_stable else None
-    totals, num_used = _collect(Collector(model, reducer), run, fqns, stop, notify)
-    totals = totals.observed()
+    with passed.attached():
+        found = _collect(Collector(model, reducer), run, fqns, stop, notify)
+    totals = found.totals.observed()
+    baselines()
     timing = {
         "baseline_seconds": round(after_baselines - started, 3),
         "forward_seconds": round(time.perf_counter() - after_baselines, 3),
         "num_collectives": reducer.traffic.num_collectives,
         "num_reduced_bytes": reducer.traffic.num_bytes,
     }
-    data = {**info["data"], "num_samples": num_used, "stopped_early": num_used < run.num_samples}
-    data["num_tokens"] = _count_tokens(projections, totals)
+    data = {**info["data"], "num_samples": found.num_samples, "stopped_early": found.num_samples < run.num_samples}
+    data["num_tokens"] = _num_tokens(run, found.num_steps, reducer) or _most_tokens(projections, totals)
     return build_scores(
         projections,
         totals,
-        baselines,
+        baselines(),
+        unknown=found.unknown,
         model=info["model"],
         data=data,
         estimator=estimator.model_dump(),
@@ -107,7 +121,7 @@ def score_model(
     )
 
 
-def _count_tokens(projections: Sequence[Projection], totals: SampleTotals) -> int:
+def _most_tokens(projections: Sequence[Projection], totals: SampleTotals) -> int:
     """Return how many tokens of text the widest-fed module saw; what towers see is counted in their modules."""
     of_text = {projection.fqn for projection in projections if projection.part == "language"}
     per_module_M = (totals.num_tokens + totals.num_skipped).sum(axis=1)
@@ -120,28 +134,55 @@ def _check(model: ScorableModel, run: Pass) -> None:
             model.check(micro_batch)
 
 
+def _num_tokens(run: Pass, num_steps: int, reducer: Reducer) -> int | None:
+    """Return how many tokens the batches of these steps hold, or None for batches that do not say. Collective.
+
+    Not what a module sees, which may be called several times for a token, or never.
+    """
+    ids = [micro_batch.sample_ids for step in range(num_steps) for micro_batch in run.micro_batches(step)]
+    own = None if any(one.dim() == 1 for one in ids) else sum(int((one >= 0).sum()) for one in ids)
+    counts = dict(reducer.gather_objects((reducer.groups.replica, own), "count of tokens"))
+    return None if None in counts.values() else sum(filter(None, counts.values()))
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """What the steps gave, merged over all ranks. unknown: weights that multiply activations without a site."""
+
+    totals: SampleTotals
+    num_samples: int
+    num_steps: int
+    unknown: tuple[Projection, ...]
+
+
 def _collect(
     collector: Collector,
     run: Pass,
     fqns: Sequence[str],
     is_stable: Callable[[SampleTotals], bool] | None,
     notify: Notify,
-) -> tuple[SampleTotals, int]:
-    """Return the sums of all ranks over all steps, or until `is_stable`, and of how many samples. Collective.
+) -> _Collected:
+    """Return the sums of all ranks over all steps, or until `is_stable`. Collective.
 
-    The first steps come from the log where it has them.
+    The first steps come from the log where it has them; the last always runs, and shows which weights have no site.
     """
     reducer = collector.reducer
-    step = _agreed_start(run.log, reducer)
+    step = _agreed_start(run, reducer)
     parts = run.log.read(step)  # this rank's sums that are not merged yet
     merged: list[SampleTotals] = []  # those of all ranks
     num_used = next_check = 0
+    unknown: tuple[Projection, ...] | None = None
     if step:
         num_used = run.samples_after(step - 1)
         notify("resumed", done=num_used, total=run.num_samples)
     with collector.attached():
         while step < run.num_steps:
-            parts.append(_step(collector, run, step))
+            if unknown is None:
+                with collector.model.watching() as seen:
+                    parts.append(_step(collector, run, step))
+                unknown = reducer.merge_unknown(seen)
+            else:
+                parts.append(_step(collector, run, step))
             run.log.write(step, parts[-1])
             num_used = run.samples_after(step)
             step += 1
@@ -156,11 +197,12 @@ def _collect(
             num_used = run.num_samples
     if parts or not merged:
         merged.append(reducer.merge_totals(add_totals(parts, collector.owned), fqns, np.arange(run.num_samples)))
-    return add_totals(merged, fqns), num_used
+    return _Collected(add_totals(merged, fqns), num_used, step, unknown or ())
 
 
-def _agreed_start(log: ProgressLog, reducer: Reducer) -> int:
-    return min(reducer.gather_objects(log.num_done(), "agreement on the first step"))
+def _agreed_start(run: Pass, reducer: Reducer) -> int:
+    done = min(reducer.gather_objects(run.log.num_done(), "agreement on the first step"))
+    return max(0, min(done, run.num_steps - 1))
 
 
 def _merge_seen(reducer: Reducer, owned: SampleTotals, fqns: Sequence[str]) -> SampleTotals:
@@ -176,10 +218,15 @@ def _step(collector: Collector, run: Pass, step: int) -> SampleTotals:
     except PlopError:
         raise
     except Exception as error:
+        if collector.last_site is None and isinstance(error, _OF_INPUTS):
+            raise ModelError(
+                f"the model does not run on the batches as they are: {type(error).__name__}: {error}. Give it what it "
+                "asks for (plop_dist.score takes further keys), or choose a model that reads text alone."
+            ) from error
         this_rank = dist.get_rank() if dist.is_initialized() else 0
         raise WorkerError(
             f"rank {this_rank}: scoring step {step + 1} of {run.num_steps} failed after module "
-            f"'{collector.last_site}': {type(error).__name__}: {error}"
+            f"'{collector.last_site or 'no module yet'}': {type(error).__name__}: {error}"
         ) from error
 
 

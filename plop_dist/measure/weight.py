@@ -31,12 +31,15 @@ class Weight:
 
     shape, dtype, device: of all of it. read(start, stop): its rows from start to stop, (stop - start, I), dense and of
     a floating dtype; a view where it is stored so, made anew (dequantised, copied from disk) where it is not.
+    rounding: how far from W z, of its norm, the module's own output may be because its kernel rounds what it is given
+    (int8 activations).
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
     read: Callable[[int, int], Tensor]
+    rounding: float = 0.0
 
     @classmethod
     def of(cls, weight_OI: Tensor) -> Weight:
@@ -45,6 +48,25 @@ class Weight:
         return cls(
             (num_rows, num_columns), weight_OI.dtype, weight_OI.device, lambda start, stop: weight_OI[start:stop]
         )
+
+    @classmethod
+    def unpacked(
+        cls,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        unpack: Callable[[], Tensor],
+        rounding: float = 0.0,
+    ) -> Weight:
+        """Return a weight that can only be dequantised whole: by unpack(), once, when its first rows are read."""
+        kept: list[Tensor] = []
+
+        def read(start: int, stop: int) -> Tensor:
+            if not kept:
+                kept.append(unpack())
+            return kept[0][start:stop]
+
+        return cls(shape, dtype, device, read, rounding)
 
     def dense(self) -> Tensor:
         """Return all rows, (O, I)."""
@@ -60,7 +82,8 @@ class Weight:
     def narrow(self, start: int, stop: int) -> Weight:
         """Return the weight of the output features from start to stop."""
         shape = (stop - start, self.shape[1])
-        return Weight(shape, self.dtype, self.device, lambda first, last: self.read(start + first, start + last))
+        rows = lambda first, last: self.read(start + first, start + last)  # noqa: E731
+        return Weight(shape, self.dtype, self.device, rows, self.rounding)
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,11 @@ class Stored:
 
 
 class Reader(Protocol):
-    """Reads the weights of modules of its kind. A quantiser's is one such object, given to `add_reader`."""
+    """Reads the weights of modules of its kind. A quantiser's is one such object, given to `add_reader`.
+
+    It may have `methods`, the quant_methods of transformers' configurations whose modules it reads: others are refused
+    before anything is loaded.
+    """
 
     def knows(self, stored: Stored) -> bool:
         """Tell whether this weight is of its kind, by classes and dtypes alone: the values may not be there (meta)."""
@@ -104,11 +131,11 @@ def add_reader(reader: Reader) -> None:
 
 def find_weight(stored: Stored) -> Weight:
     """Return a module's weight without reading its values yet. Local. Raises ModelError where no reader knows it."""
-    reader = _reader_of(stored)
+    reader = reader_of(stored)
     if reader is None:
         raise ModelError(
             f"The {stored.name} of {_where(stored)} is {_kind(stored)}, whose values nothing here can read; load the "
-            "model in float32, bfloat16 or float16, without a quantization_config."
+            f"model in float32, bfloat16 or float16, or quantised by {', '.join(readable_methods()) or 'none'}."
         )
     return reader.read(stored)
 
@@ -120,7 +147,17 @@ def read_weight(module: nn.Module, path: str = "") -> Tensor:
 
 def is_readable(stored: Stored) -> bool:
     """Tell whether some reader knows this weight; also where its values are not there (meta device, ZeRO-3)."""
-    return _reader_of(stored) is not None
+    return reader_of(stored) is not None
+
+
+def is_dense(stored: Stored) -> bool:
+    """Tell whether the attribute holds the weight's values themselves, by which nn.Linear multiplies."""
+    return isinstance(reader_of(stored), PlainReader)
+
+
+def readable_methods() -> tuple[str, ...]:
+    """Return the quant_methods of transformers whose modules some reader reads, in alphabetical order."""
+    return tuple(sorted({method for reader in _READERS for method in getattr(reader, "methods", ())}))
 
 
 def local(tensor: Any) -> Tensor:
@@ -165,7 +202,8 @@ _QUANTISERS = ("bitsandbytes", "auto_gptq", "gptqmodel", "awq", "hqq", "aqlm", "
 _READERS: list[Reader] = [PlainReader()]
 
 
-def _reader_of(stored: Stored) -> Reader | None:
+def reader_of(stored: Stored) -> Reader | None:
+    """Return the reader that knows this weight, None where none does."""
     return next((reader for reader in reversed(_READERS) if reader.knows(stored)), None)
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from plop_dist.errors import DataError
 from plop_dist.measure.protocols import MicroBatch, ScorableModel
 from plop_dist.plugin.reading import Local, read_ahead, token_tensors
+from plop_dist.values.scores import Projection
 
 _BATCH = "batch"  # the host's own, as a further input of the micro-batch
 
@@ -53,6 +55,10 @@ class OwnForward:
         for index, micro_batch in enumerate(micro_batches):
             begin(index)
             self._forward(self._host, micro_batch.extra[_BATCH])
+
+    def watching(self) -> AbstractContextManager[Sequence[Projection]]:
+        """Find what the model finds."""
+        return self._model.watching()
 
     def release(self) -> None:
         """Give back what the model gives back."""

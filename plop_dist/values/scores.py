@@ -18,7 +18,8 @@ from plop_dist.values.visible import may_hide_something
 
 SCORES_SCHEMA = "plop-dist/scores/1"
 
-Storage = Literal["linear", "conv1d", "fused", "expert_parameter", "router"]
+Storage = Literal["linear", "conv1d", "fused", "expert_parameter", "router", "other"]
+Role = Literal["router", "recurrent", "kernel"]
 # What of a model that reads more than text a module belongs to; a model of text alone is all language.
 ModelPart = Literal["language", "vision", "audio", "projector"]
 # No linear is wider; parameters of 2^15 modules at the highest rank, 2^20, then still are whole numbers of 64 bits.
@@ -48,8 +49,12 @@ class Projection(Value):
     in_features and out_features are global. `storage` says how the Hugging Face model holds the weight: `linear` (its
     own nn.Linear at `fqn`), `conv1d` (its own module, weight transposed), `fused` (rows of the larger linear at
     `stored_in`), `expert_parameter` (one slice of the 3-D parameter at `stored_in`),
-    `router` (the weight of a module at `fqn` that does or keeps more than W z, so that no adapter fits it). `part` says
-    what the module belongs to; types of other parts than language begin with it (`vision.q_proj`).
+    `router` (the weight of a module at `fqn` that does or keeps more than W z, so that no adapter fits it), `other`
+    (the parameter at `stored_in`, of a kind that is not known).
+
+    role: `router` (steers tokens to experts), `recurrent` (in a state-space, linear-attention or short-convolution
+    layer), `kernel` (such a one whose weight is read past any adapter, so that PEFT refuses it), None for all others.
+    part: what the module belongs to; types of other parts than language begin with it (`vision.q_proj`).
     """
 
     fqn: Name
@@ -59,6 +64,7 @@ class Projection(Value):
     out_features: Features
     storage: Storage = "linear"
     stored_in: Name | None = None
+    role: Role | None = None
     part: ModelPart = "language"
 
     @property
@@ -85,11 +91,14 @@ class ModuleScore(Projection):
 class LeftOut(Projection):
     """A projection without a score and the reason.
 
-    No token, only non-finite tokens, non-finite or zero weights, or a module that does not do W z on each token (it
-    pools, sees other things than the text's tokens, or applies parts of W).
+    No token, only non-finite tokens, non-finite or zero weights, a module that does not do W z on each token (it
+    pools, sees other things than the text's tokens, or applies parts of W), or a weight that multiplies activations
+    and is stored or used in a manner that is not known.
     """
 
-    reason: Literal["no_tokens", "non_finite_activations", "non_finite_weights", "zero_weights", "not_per_token"]
+    reason: Literal[
+        "no_tokens", "non_finite_activations", "non_finite_weights", "zero_weights", "not_per_token", "unknown_kind"
+    ]
     num_skipped_tokens: int = 0
 
 

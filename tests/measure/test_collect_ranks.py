@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,9 @@ class FakeModel:
             if self._routes:
                 assert self.sites[0].recorder is not None
                 self.sites[0].recorder.record_routing("router", routing_map(dist.get_rank()))
+
+    def watching(self) -> AbstractContextManager[Sequence[Projection]]:
+        return nullcontext(())
 
     def release(self) -> None: ...
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -140,6 +140,9 @@ class ScriptedModel:
             begin(index)
             for site in self.sites:
                 site.run(index)
+
+    def watching(self) -> AbstractContextManager[Sequence[Projection]]:
+        return nullcontext(())
 
     def release(self) -> None: ...
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.config.schema import Config, ModelConfig
 from plop_dist.errors import ModelError
 from plop_dist.measure.protocols import Groups, MicroBatch, Site
+from plop_dist.values.scores import Projection
 
 
 def load(config: Config) -> PipelineModel:
@@ -156,6 +157,10 @@ class PipelineModel:
                 sent.append((hidden, dist.isend(hidden, dst=self._next, group=self._pp_group)))
         for _, work in sent:
             work.wait()
+
+    def watching(self) -> AbstractContextManager[Sequence[Projection]]:
+        """Find nothing: plain stacks hold linears alone."""
+        return nullcontext(())
 
     def release(self) -> None:
         """Give back nothing: a stage without an engine holds its weights alone."""

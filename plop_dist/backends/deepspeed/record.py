@@ -61,6 +61,10 @@ class DeepSpeed(BackendRecord):
         """Take them at every ZeRO stage; AutoTP cuts fused linears of towers without regard to what they hold."""
         return config.parallel.tp == config.parallel.pp == 1
 
+    def takes_quantized(self, config: Config) -> bool:
+        """ZeRO does where it leaves the weights whole."""
+        return config.parallel.tp == config.parallel.pp == 1 and config.parallel.zero_stage <= 2
+
     def load(self, config: Config) -> ScorableModel:
         """Return the loaded model. Raises ModelError or LayoutError. Collective over the world."""
         kind = "autotp" if config.parallel.tp > 1 else "pipeline" if config.parallel.pp > 1 else "zero"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from plop_dist.backends.hf import tp_plan
 from plop_dist.backends.hf.load import load_model, needs_head
 from plop_dist.backends.hf.model import HFModel, pick_device
+from plop_dist.backends.hf.placing import is_placed
 from plop_dist.backends.hf.whole import whole_model
 from plop_dist.config.schema import Config
 
@@ -16,5 +17,7 @@ def load(config: Config) -> HFModel:
     """
     if config.parallel.tp > 1:
         return tp_plan.load(config)
-    module = load_model(config.model).to(pick_device())
+    module = load_model(config.model)
+    if not is_placed(config.model):
+        module = module.to(pick_device())
     return whole_model(module, needs_head(config.placement.exclude))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.hf.expert_modules import ExpertsModule, Stack
-from plop_dist.backends.hf.linears import parameter_shape
+from plop_dist.backends.hf.offload import is_away, while_there
+from plop_dist.backends.hf.own_modules import parameter_shape
 from plop_dist.backends.hf.registered_experts import RegisteredExperts, is_registered
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.weight import find_weight
@@ -92,6 +93,8 @@ class _Repeated(ExpertsModule):
     """
 
     def _begin(self) -> Callable[[], None]:
+        if is_away(self.module):
+            return while_there(self.module, before=self._note)
         return self.module.register_forward_pre_hook(self._note).remove
 
     def _inputs(self, expert: int, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from plop_dist.backends.hf.expert_kinds import experts_module
 from plop_dist.backends.hf.expert_modules import ExpertsModule, Stack
-from plop_dist.backends.hf.linears import named_modules, parameter_shape, projection_of
+from plop_dist.backends.hf.linears import projection_of
+from plop_dist.backends.hf.own_modules import named_modules, parameter_shape
 from plop_dist.errors import LayoutError, ModelError
 from plop_dist.measure.blocks import Block, Rows
 from plop_dist.measure.norms import local_sq_norm
@@ -21,8 +21,6 @@ from plop_dist.measure.protocols import LocalWeight, Recorder
 from plop_dist.measure.weight import Gather, Weight, find_weight, is_readable
 
 _LOCKED = "deepgemm_megamoe"
-
-log = logging.getLogger(__name__)
 
 
 class StackHolder:
@@ -58,7 +56,7 @@ class StackedExpertSite:
     def __init__(self, experts: ExpertsModule, expert: int, stack: Stack, holder: StackHolder) -> None:
         self.blocks = _blocks(experts, expert, stack)
         self.projections = tuple(block.projection for block in self.blocks)
-        self.holder = holder
+        self.holder, self.holding_module = holder, experts.module
         self._experts, self._expert, self._stack = experts, expert, stack
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
@@ -90,7 +88,6 @@ def find_expert_sites(model: nn.Module, gather: Gather | None = None) -> list[St
     for path, module in modules.items():
         experts = experts_module(path, module, modules)
         if experts is None:
-            _warn_unknown(path, module)
             continue
         _refuse(path, module, experts)
         held = [(stack, StackHolder(experts, stack, gather), _shape(experts, stack)[0]) for stack in experts.stacks]
@@ -142,17 +139,3 @@ def _refuse(path: str, module: Any, experts: ExpertsModule) -> None:
             f"Experts '{path}' are sharded by transformers' tensor parallelism, where no expert's output is whole on "
             "any rank; use parallel.tp=1, or backend megatron with parallel.ep."
         )
-
-
-def _warn_unknown(path: str, module: nn.Module) -> None:
-    """Say which 3-D parameters nothing can be read from: experts of an unknown kind."""
-    for name, parameter in module.named_parameters(recurse=False):
-        is_convolution = isinstance(module, nn.modules.conv._ConvNd)
-        if (
-            len(parameter_shape(parameter)) == 3
-            and not is_convolution
-            and "expert" in f"{path} {type(module).__name__}".lower()
-        ):
-            log.warning(
-                "'%s.%s' (%s) is not scored: its experts are of an unknown kind.", path, name, type(module).__name__
-            )

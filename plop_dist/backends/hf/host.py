@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from plop_dist.backends.hf import tp_plan
 from plop_dist.backends.hf.load import needs_head
 from plop_dist.backends.hf.model import HFModel
+from plop_dist.backends.hf.own_modules import without_adapters
 from plop_dist.backends.hf.whole import whole_model
 from plop_dist.backends.hosts import bare
 from plop_dist.backends.record import Found
@@ -22,6 +23,7 @@ def find(module: nn.Module) -> Found:
     Raises LayoutError for DTensors that nothing known has made.
     """
     module, wrapper = bare(module)
+    module = without_adapters(module)
     if (getattr(module, "_tp_size", None) or 1) > 1:  # transformers 5.12 keeps plain local weights, not DTensors
         return Found("transformers", "tp_plan", (module,), lambda exclude: tp_plan.wrap(module, exclude))
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):

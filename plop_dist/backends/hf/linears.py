@@ -21,12 +21,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from plop_dist.backends.hf.fused import parts_of
+from plop_dist.backends.hf.own_modules import named_modules, parameter_shape
 from plop_dist.backends.hf.parts import part_finder, stream_finder
+from plop_dist.backends.hf.quantized.readers import add_readers
+from plop_dist.backends.hf.roles import Roles
 from plop_dist.errors import ModelError
 from plop_dist.measure.blocks import Block, Rows
-from plop_dist.measure.weight import PlainReader, Stored, Weight, add_reader, is_packed, is_readable
-from plop_dist.values.names import layer_index, module_type, unwrapped
-from plop_dist.values.scores import ModelPart, Projection, Storage
+from plop_dist.measure.weight import (
+    PlainReader,
+    Stored,
+    Weight,
+    add_reader,
+    is_dense,
+    is_packed,
+    is_readable,
+    readable_methods,
+)
+from plop_dist.values.names import layer_index, module_type
+from plop_dist.values.scores import ModelPart, Projection, Role, Storage
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,11 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
     """Return every linear module of the model in definition order, each once; the output head too, embeddings not.
 
     Routers too, which transformers keeps as a bare parameter. Experts kept as 3-D parameters: see experts.
-    Raises ModelError if weights are quantised in a way that nothing here can read, or the model carries PEFT adapters.
+    Raises ModelError if weights are quantised in a way that nothing here can read. Adapters of PEFT's are passed over.
     """
     modules = named_modules(model)
     head = _output_head(model)
+    roles = Roles(modules)
     found = []
     for path, module in modules.items():
         _refuse(path, module)
@@ -58,18 +71,23 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
             own_storage = "router" if type(module).__name__.endswith("Router") else "linear"
         elif isinstance(module, Conv1D):
             sizes, own_storage = (module.nx, module.nf), "conv1d"
+        elif _is_quantised_linear(module):
+            sizes, own_storage = _sizes(module), "linear"
         elif _is_router(module):
             found.append(_router(path, module))
             continue
         else:
             continue
+        if not all(sizes):
+            continue
+        role = roles.role_of(path, sizes[1])
         owner_path, _, name = path.rpartition(".")
         parts = parts_of(modules[owner_path], name, sizes[1])
         if parts is None:
-            whole = projection_of(path, *sizes, own_storage, type_name="lm_head" if module is head else None)
+            whole = projection_of(path, *sizes, own_storage, type_name="lm_head" if module is head else None, role=role)
             blocks: tuple[Block, ...] = (Block(whole),)
         else:
-            blocks = tuple(_block(owner_path, part, rows, sizes, path) for part, rows in parts)
+            blocks = tuple(_block(owner_path, part, rows, sizes, path, role) for part, rows in parts)
         found.append(LinearModule(path, module, blocks, is_transposed=own_storage == "conv1d"))
     part_of, stream_of = part_finder(model), stream_finder(model)
     return [_with_part(linear, part_of(linear.path), stream_of(linear.path)) for linear in found]
@@ -87,6 +105,11 @@ def _with_part(linear: LinearModule, part: ModelPart, stream: str | None) -> Lin
     return replace(linear, blocks=tuple(blocks))
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is one that find_linears returns."""
+    return isinstance(module, nn.Linear | Conv1D) or _is_router(module)
+
+
 def projection_of(
     fqn: str,
     in_features: int,
@@ -95,6 +118,7 @@ def projection_of(
     stored_in: str | None = None,
     *,
     type_name: str | None = None,
+    role: Role | None = None,
 ) -> Projection:
     """Return the projection of a path, with global sizes; its type is the last component, or type_name."""
     return Projection(
@@ -105,6 +129,7 @@ def projection_of(
         out_features=out_features,
         storage=storage,
         stored_in=stored_in,
+        role=role,
     )
 
 
@@ -116,9 +141,20 @@ def _is_router(module: nn.Module) -> bool:
     return bool(_ROUTER.search(type(module).__name__)) and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
-def _block(owner_path: str, name: str, rows: Rows, sizes: tuple[int, int], stored_in: str) -> Block:
+def _sizes(module: Any) -> tuple[int, int]:
+    return (module.in_features, module.out_features)
+
+
+def _is_quantised_linear(module: Any) -> bool:
+    """Tell whether a module that is no nn.Linear stands for one, as some quantisers' do."""
+    stored = Stored(module)
+    is_sized = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return is_sized and is_readable(stored) and not is_dense(stored)
+
+
+def _block(owner_path: str, name: str, rows: Rows, sizes: tuple[int, int], stored_in: str, role: Role | None) -> Block:
     num_rows = sizes[1] // rows.period * rows.width
-    return Block(projection_of(f"{owner_path}.{name}", sizes[0], num_rows, "fused", stored_in), rows)
+    return Block(projection_of(f"{owner_path}.{name}", sizes[0], num_rows, "fused", stored_in, role=role), rows)
 
 
 def _router(path: str, module: Any) -> LinearModule:
@@ -129,20 +165,10 @@ def _router(path: str, module: Any) -> LinearModule:
     num_experts, hidden_size = parameter_shape(module.weight)
     tensors = {name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     if tensors <= {"weight", "bias"}:
-        projection = projection_of(path, hidden_size, num_experts, "expert_parameter", f"{path}.weight")
+        projection = projection_of(path, hidden_size, num_experts, "expert_parameter", f"{path}.weight", role="router")
     else:
-        projection = projection_of(path, hidden_size, num_experts, "router")
+        projection = projection_of(path, hidden_size, num_experts, "router", role="router")
     return LinearModule(path, module, (Block(projection),))
-
-
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every module by its path in the model as it was before it was compiled or checkpointed."""
-    return {unwrapped(path): module for path, module in model.named_modules()}
-
-
-def parameter_shape(parameter: Any) -> tuple[int, ...]:
-    """Return a parameter's global shape, also where ZeRO-3 has released it and its own shape is (0,)."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -152,17 +178,11 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 def _refuse(path: str, module: nn.Module) -> None:
     """Raise ModelError for modules whose linear map is not one plain weight."""
-    if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-        raise ModelError(
-            f"Module '{path}' already carries a PEFT adapter; score the base model: call merge_and_unload() or "
-            "unload() on the PEFT model first."
-        )
-    is_linear = isinstance(module, nn.Linear | Conv1D) or _is_router(module)
-    if (is_linear or is_packed(module)) and not is_readable(Stored(module)):
+    if (is_linear(module) or is_packed(module)) and not is_readable(Stored(module)):
         kind = f"{type(module).__name__}, weight {getattr(getattr(module, 'weight', None), 'dtype', None)}"
         raise ModelError(
             f"Module '{path}' holds quantised weights ({kind}), whose norms cannot be read; load the model in float32, "
-            "bfloat16 or float16, without a quantization_config."
+            f"bfloat16 or float16, or quantised by {', '.join(readable_methods())}."
         )
 
 
@@ -177,3 +197,4 @@ class _Conv1DReader(PlainReader):
 
 
 add_reader(_Conv1DReader())
+add_readers()

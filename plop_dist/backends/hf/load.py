@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,15 +11,18 @@ import torch
 
 from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
+from plop_dist.backends.hf.memory import freed_at_once
+from plop_dist.backends.hf.model import quantization_of
 from plop_dist.backends.hf.own_class import build, own_class
+from plop_dist.backends.hf.placing import check_placed, is_placed, placing_options, plan_placing
 from plop_dist.backends.hf.quantization_patterns import check_quantization_patterns
+from plop_dist.backends.hf.quantized.bitsandbytes import keep_order_of_rows
+from plop_dist.backends.hf.quantized.loadable import check_loadable, is_mxfp4, loading_options
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.deepspeed import find_weights
 from plop_dist.checkpoints.special_tokens import check_special_tokens
 from plop_dist.config.schema import ModelConfig
 from plop_dist.errors import MissingExtraError, ModelError, PlopError, as_cause, first_line
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def load_hf_config(model: ModelConfig) -> Any:
@@ -103,13 +105,17 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
     """
     dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     options |= {"dtype": dtype, "output_loading_info": True}
-    with _explained(model, "model"), _freed_at_once():
+    with _explained(model, "model"), freed_at_once():
         hf_config = load_hf_config(model)
         check_quantization_patterns(
             hf_config,
             lambda: [name for name, _ in meta_model(model, hf_config).named_modules()],
             f"model.name_or_path '{model.name_or_path}'",
         )
+        check_loadable(model, hf_config)
+        options |= {**loading_options(model, hf_config), **placing_options(model)}
+        if is_placed(model):
+            plan_placing(model, meta_model(model, hf_config), weights_dtype(model, hf_config))
         if model.checkpoint is None and drop is None:
             name = resolve(model.name_or_path)
             options["trust_remote_code"] = model.trust_remote_code
@@ -122,6 +128,12 @@ def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **
             f"model.name_or_path '{model.name_or_path}' has no weights for {len(missing)} parameters, e.g. "
             f"'{missing[0]}'; they would be random. Point it at a complete checkpoint."
         )
+    check_placed(model, loaded, quantization_of(loaded))
+    keep_order_of_rows(loaded)
+    if is_mxfp4(hf_config):
+        loaded.to(
+            weights_dtype(model, hf_config)
+        )  # transformers 5.12 dequantises to bfloat16, whatever it was asked for
     return loaded.eval()
 
 
@@ -171,24 +183,6 @@ def _class_without(drop: Callable[[Any], None], model_class: Any) -> Any:
 
 
 @contextmanager
-def _freed_at_once() -> Iterator[None]:
-    """Have the parameters that ZeRO-3 frees while it loads leave the process, one by one.
-
-    glibc raises its threshold for memory of its own mapping with every large block that is freed, and then keeps the
-    room between the shards: a rank grows by the whole model, though it never holds it.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 18)
-    try:
-        yield
-    finally:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc ends by itself: activations are not mapped anew each time
-
-
-@contextmanager
 def _unpartitioned() -> Iterator[None]:
     from transformers.integrations import deepspeed
 
@@ -225,14 +219,27 @@ def _explained(model: ModelConfig, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated kinds
-        said = first_line(error)
-        if "trust_remote_code" in str(error):
-            said = (
-                "it needs Python code that comes with it; read it, and set model.trust_remote_code=true if you trust it"
-            )
-        elif "Couldn't instantiate the backend tokenizer" in said:
-            said = "there are no tokenizer files, e.g. tokenizer.json"
         raise ModelError(
-            f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {said}); check "
-            "that the directory or id exists and its files are complete."
+            f"model.name_or_path '{name}': the {what} cannot be loaded ({type(error).__name__}: {first_line(error)}); "
+            f"{_remedy(error)}."
         ) from as_cause(error)
+
+
+def _remedy(error: Exception) -> str:
+    """Return what to do about what transformers raised, by its kind: few of them speak of the files."""
+    said, kinds = str(error), {cls.__name__ for cls in type(error).__mro__}
+    if "trust_remote_code" in said:
+        return "it needs Python code that comes with it; read it, and set model.trust_remote_code=true if you trust it"
+    if "Couldn't instantiate the backend tokenizer" in said:
+        return "there are no tokenizer files, e.g. tokenizer.json; save the tokenizer beside the model"
+    if "ImportError" in kinds:
+        return "install what it names"
+    if kinds & {"OSError", "EOFError", "UnpicklingError", "SafetensorError", "HfHubHTTPError", "HFValidationError"}:
+        return "check that the directory or id exists and its files are complete"
+    if "PytorchStreamReader" in said or "JSONDecodeError" in kinds:
+        return "a file is damaged; fetch it again"
+    if "size mismatch" in said or "mismatched" in said:
+        return "the weights are those of another configuration; check config.json"
+    if "StrictDataclass" in type(error).__name__:
+        return "mend config.json"
+    return "its files are there, but this version of transformers does not make this model of its config.json"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from plop_dist.backends.hf.offload import execution_device
+from plop_dist.backends.hf.unscored import watching
 from plop_dist.errors import DataError, ModelError
-from plop_dist.measure.protocols import Groups, MicroBatch, Site
+from plop_dist.measure.protocols import Groups, MicroBatch, PassingWeights, Site
+from plop_dist.values.scores import Projection
 
 # Families whose forward pass gives a row's tokens other activations when padding stands beside them (transformers 5).
 _SEE_PADDING = frozenset({"doge", "nemotron_h", "zamba2"})
@@ -22,8 +27,8 @@ class HFModel:
 
     module: the transformers model that owns the sites. call: what runs the forward pass (the module itself, its base
     model without the head, or an engine around it). num_parameters: of the whole model.
-    release: ends what loading made. An encoder-decoder model takes micro-batches of one sample, with `labels`, from
-    which it makes what its decoder reads.
+    release: ends what loading made. passing: see ScorableModel. An encoder-decoder model takes micro-batches of one
+    sample, with `labels`, from which it makes what its decoder reads.
     """
 
     micro_batches_per_step = 1
@@ -38,19 +43,21 @@ class HFModel:
         with_head: bool = False,
         num_parameters: int | None = None,
         release: Callable[[], None] = lambda: None,
+        passing: PassingWeights | None = None,
     ) -> None:
         self.module = module
         self.sites = sites
         self.groups = groups or Groups()
         self.release = release
-        self.device = next(module.parameters()).device
+        self.passing = passing
+        self.device = execution_device(module)
         self._call = call or (module if with_head else headless(module))
         self._whole = call or module
         self._with_head = with_head
         self._reads_pairs = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
         self._takes_positions = "position_ids" in _parameters_of(self._call)
         self._taken: dict[str, bool | None] = {}  # asked of every batch, and the answer looks at every module
-        self._num_parameters = num_parameters or sum(parameter.numel() for parameter in module.parameters())
+        self._num_parameters = num_parameters or count_parameters(module)
 
     def check(self, micro_batch: MicroBatch) -> None:
         """Raise DataError for a micro-batch in which transformers would let a sample see more than itself.
@@ -158,16 +165,40 @@ class HFModel:
         places = torch.arange(positions.shape[1], device=positions.device)
         return bool(((positions != places) & (micro_batch.attention_mask != 0)).any())
 
+    def watching(self) -> AbstractContextManager[list[Projection]]:
+        """Give a list that holds, after the block, the weights of no site that forward() multiplied by in it."""
+        return watching(self.module)
+
     def describe(self) -> dict[str, Any]:
-        """Return architecture, model_type, number of parameters of the whole model, and dtype."""
+        """Return architecture, model_type, number of parameters of the whole model, dtype, and what quantised it."""
         dtype = next(parameter.dtype for parameter in self.module.parameters() if parameter.is_floating_point())
+        method = quantization_of(self.module)
         return {
             **({"is_encoder_decoder": True} if self._reads_pairs else {}),
+            **({} if method is None else {"quantization": method}),
             "architecture": type(self.module).__name__,
             "model_type": getattr(getattr(self.module, "config", None), "model_type", None),
             "num_parameters": self._num_parameters,
             "dtype": str(dtype).removeprefix("torch."),
         }
+
+
+def quantization_of(module: nn.Module) -> str | None:
+    """Return the quant_method of a model whose weights are quantised, None where they are plain."""
+    quantizer = getattr(module, "hf_quantizer", None)
+    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
+        return None
+    method = quantizer.quantization_config.quant_method
+    return str(getattr(method, "value", method))
+
+
+def count_parameters(module: Any) -> int:
+    """Return how many parameters a model has; a quantised one those that it had before, which its bytes do not tell."""
+    if quantization_of(module) is not None:
+        config = copy.deepcopy(module.config)
+        with torch.device("meta"):
+            module = type(module)(config)
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _mask(micro_batch: MicroBatch) -> Tensor | None:

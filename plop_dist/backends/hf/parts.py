@@ -1,7 +1,8 @@
 """Which part of a model a module belongs to: its language model, a tower for images or sounds, or what joins them.
 
-Transformers builds each part from a section of the configuration (`vision_config`), which its modules keep: so it is
-the name of that section that says it, and names of modules only where no section does.
+And to which stream of an encoder-decoder model. Transformers builds each part from a section of the configuration
+(`vision_config`), which its modules keep: so it is the name of that section that says it, and names of modules only
+where no section does.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ def part_finder(model: nn.Module) -> Callable[[str], ModelPart]:
 
     Heads are language, whatever the configuration says: what stands outside the base model, and the output embedding.
     """
-    sections = dict(_sections(getattr(model, "config", None)))
+    sections: dict[type[Any], ModelPart] = dict(_sections(getattr(model, "config", None)))
     if not sections:
         return lambda path: "language"
-    parts = {path: part for path, module in model.named_modules() if (part := _of_section(module, sections))}
+    parts: dict[str, ModelPart] = {
+        path: part for path, module in model.named_modules() if (part := _of_section(module, sections))
+    }
     is_head = _head_finder(model)
     has_between = len(set(sections.values()) | {"language"}) > 1 and "language" in sections.values()
 
@@ -80,16 +83,17 @@ def other_parts(config: Any) -> set[ModelPart]:
     return {part for _, part in _sections(config) if part != "language"}
 
 
-def _sections(config: Any) -> Iterator[tuple[type, ModelPart]]:
+def _sections(config: Any) -> Iterator[tuple[type[Any], ModelPart]]:
     """Yield the class of every section of a configuration, those inside sections too, with its part."""
     for name in getattr(config, "sub_configs", None) or ():
-        section = getattr(config, name, None)
-        if section is None or not hasattr(section, "model_type"):
+        section: Any = getattr(config, name, None)
+        if not hasattr(section, "model_type"):
             continue
         said = f"{name} {section.model_type}"
         own: ModelPart | None = next((part for part, pattern in _KINDS if pattern.search(said)), None)
+        inner: list[tuple[type[Any], ModelPart]] = list(_sections(section))
         yield type(section), own or "language"
-        for kind, part in _sections(section):
+        for kind, part in inner:
             yield kind, own or part
 
 

@@ -41,6 +41,10 @@ class Transformers(BackendRecord):
         """Take them in every layout: a plan that cuts a tower says how."""
         return True
 
+    def takes_quantized(self, config: Config) -> bool:
+        """Whole replicas do."""
+        return config.parallel.tp == 1
+
     def load(self, config: Config) -> ScorableModel:
         """Return the loaded model. Raises ModelError or LayoutError. Collective over the world."""
         with needing_extras(f"parallel.backend '{self.name}'"):

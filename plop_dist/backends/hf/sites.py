@@ -4,17 +4,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
+from plop_dist.backends.hf.computed_weights import Product, has_own_forward, is_computed, note_products
 from plop_dist.backends.hf.linears import LinearModule
+from plop_dist.backends.hf.offload import is_away, while_there
+from plop_dist.errors import ModelError
 from plop_dist.measure.blocks import Block
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.protocols import LocalWeight, Part, Recorder
-from plop_dist.measure.weight import Gather, Stored, find_weight, local, read_weight
+from plop_dist.measure.weight import Gather, Stored, find_weight, is_dense, local
+
+_ROUNDING = 0.02  # of the norm of W z: what 16 bits and another order of summation may change
+_ROUTER = re.compile(r"[rR]outer$")  # of experts: returns scores, and is read by what it multiplies by
 
 
 class LinearSite:
@@ -42,7 +49,9 @@ class LinearSite:
         gather: Gather | None = None,
         observe_last: bool = False,
     ) -> None:
-        self.path, self.module, self._base = linear.path, linear.module, wrapped(linear.module)
+        self.path, self.module = linear.path, linear.module
+        self._base: Any = wrapped(linear.module)
+        self.holding_module = self._base
         self.blocks: Sequence[Block] = linear.blocks
         self.projections = tuple(block.projection for block in linear.blocks)
         self.group, self.holder = group, None
@@ -50,15 +59,19 @@ class LinearSite:
         self._is_sharded, self._in_index = is_sharded, in_index
         self._gather = gather
         self._observe_last = observe_last
-        # A router may return scores, a quantised linear rounds: believed once its output is W z, else we multiply.
+        # A router may return scores, a quantised linear may round or normalise first: what torch is asked to multiply
+        # counts, or where that is not seen, the output is believed once it is W z.
         is_whole = in_part is Part.WHOLE and out_part is Part.WHOLE
-        self._must_prove = is_whole and _has_own_forward(linear.module)
+        is_known = not has_own_forward(linear.module) and is_dense(Stored(self._base))
+        self._must_prove = is_whole and self._base is self.module and not is_known
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
         """Install the hook and return the function that removes it.
 
         Collective for a wrapped module whose parameters are partitioned.
         """
+        handles: list[Any] = []
+        products: list[list[Product]] = []  # of the call that is being observed, the last one
         kept = None
         if self._gather is not None and self._base is not self.module and self._base.bias is not None:
             # A wrapper ends after its inner module did, which by then has given its parameters back.
@@ -66,6 +79,10 @@ class LinearSite:
                 kept = bias.detach().clone()
 
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if products and len(products[-1]) == 1:
+                z_seen, _weight, y_seen = products[-1][0]
+                self._record(recorder, z_seen, y_seen)
+                return
             z = args[0] if args else next(iter(kwargs.values()))
             y = local(output[0] if isinstance(output, tuple) else output)
             bias = getattr(self._base, "bias", None) if kept is None else kept
@@ -74,29 +91,62 @@ class LinearSite:
             if bias is not None:
                 y = y - local(bias)
             if self._must_prove:
-                fits = z.shape[-1] == self.projections[0].in_features
-                product = self._product(local(z)) if fits else None
-                if product is None or (y.shape != product.shape and not isinstance(output, tuple)):
-                    recorder.record_unreadable(self)  # DeepSeek-V4's grouped linear: a part of W for each part of z
+                proven = self._prove(local(z), y, is_first_of_several=isinstance(output, tuple))
+                if proven is None:
+                    recorder.record_unreadable(self)
                     return
-                self._must_prove = not _is_near(y, product)
-                y = product
-            recorder.record(
-                self,
-                recorder.sq_norm(local(z)),
-                [local_sq_norm(block.take(y)) for block in self.blocks],
-                in_part=self._in_part,
-                out_part=self._out_part,
-                leading_shape=z.shape[:-1],
-            )
+                y = proven
+            self._record(recorder, z, y)
 
+        if is_away(self.module):
+            return while_there(self.module, after=observe)
         # Before DeepSpeed's own post-forward hook, which releases the parameters (and with them the bias) at stage 3.
         prepend = not self._observe_last
-        return self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True).remove
+        handles.append(self.module.register_forward_hook(observe, prepend=prepend, with_kwargs=True))
+        if self._must_prove and is_computed(self.module):
+            shape = (sum(one.out_features for one in self.projections), self.projections[0].in_features)
+            handles += note_products(self.module, shape, products)
 
-    def _product(self, z: Tensor) -> Tensor:
-        """Return W z, (..., O). The weight is whole while its module's forward runs, under ZeRO-3 and FSDP too."""
-        return nn.functional.linear(z, read_weight(self._base, self.path).to(z.dtype))
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
+
+    def _record(self, recorder: Recorder, z: Tensor, y: Tensor) -> None:
+        recorder.record(
+            self,
+            recorder.sq_norm(local(z)),
+            [local_sq_norm(block.take(y)) for block in self.blocks],
+            in_part=self._in_part,
+            out_part=self._out_part,
+            leading_shape=z.shape[:-1],
+        )
+
+    def _prove(self, z: Tensor, y: Tensor, *, is_first_of_several: bool) -> Tensor | None:
+        """Return W z, (..., O): y, once it is shown to be that, or the product of a router, which returns scores.
+
+        The weight is whole while its module's forward runs, under ZeRO-3 and FSDP too. None where the module takes
+        other shapes: DeepSeek-V4's grouped linear multiplies each part of z by a part of W. Raises ModelError for any
+        other module whose output is not W z.
+        """
+        if z.shape[-1] != self.projections[0].in_features:
+            return None
+        weight = find_weight(Stored(self._base, path=self.path))
+        product = nn.functional.linear(z, weight.dense().to(z.dtype))
+        if y.shape != product.shape and not is_first_of_several:
+            return None
+        if not product.isfinite().all():
+            return y
+        if _is_near(y, product, max(_ROUNDING, weight.rounding)):
+            self._must_prove = False
+            return y
+        if is_first_of_several or _ROUTER.search(type(self._base).__name__):
+            return product
+        raise ModelError(
+            f"Module '{self.path}' ({type(self._base).__name__}) returns something else than its weight times its "
+            "input, so that it has no norms to compare; load the model without what replaced its linears."
+        )
 
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
@@ -114,11 +164,7 @@ def wrapped(module: Any) -> Any:
     return getattr(module, "base_layer", None) or getattr(module, "to_wrap", None) or module
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-
-
-def _is_near(y: Tensor, expected: Tensor) -> bool:
+def _is_near(y: Tensor, expected: Tensor, most: float) -> bool:
     if y.shape != expected.shape:
         return False
-    return bool((y.float() - expected.float()).norm() <= 0.02 * expected.float().norm())
+    return bool((y.float() - expected.float()).norm() <= most * expected.float().norm())

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from plop_dist.backends.hf.silence import unheard
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.checkpoints.safetensors_headers import INDEX_FILE, PICKLED, WEIGHTS_FILE, StoredTensor, read_headers
 from plop_dist.config.schema import ModelConfig
@@ -71,7 +71,7 @@ def compare(twin: torch.nn.Module, headers: Mapping[str, StoredTensor]) -> Diffe
     """Return what transformers finds wrong with these tensors as the weights of `twin`; nothing is allocated."""
     found = Difference()
     model_class: Any = _class_without_memory(type(twin), found)
-    with _unheard():
+    with unheard():
         model_class.from_pretrained(
             None,
             config=copy.deepcopy(twin.config),
@@ -130,22 +130,6 @@ class _StoredSlice:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(self.shape, dtype=dtype or torch.float32, device="meta")
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """Keep transformers from showing bars, and from logging what is said in our own words."""
-    from transformers.utils import logging
-
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
 
 
 def _message(name: str, found: Difference, headers: Mapping[str, StoredTensor]) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from plop_dist.backends.hf.experts import find_expert_sites
 from plop_dist.backends.hf.linears import LinearModule, find_linears
 from plop_dist.backends.hf.model import HFModel
+from plop_dist.backends.hf.offload import OffloadedWeights, fetched, is_offloaded
 from plop_dist.backends.hf.sites import LinearSite
 from plop_dist.measure.protocols import Groups, Site
 from plop_dist.measure.weight import Gather
@@ -34,9 +35,12 @@ def whole_model(
     gather: gives whole parameters where they are partitioned between forward passes (ZeRO-3), which are collective
     then. twin: see whole_sites. call, num_parameters: see HFModel.
     """
+    is_away = gather is None and is_offloaded(module)
+    sites = whole_sites(module, with_head, fetched(module) if is_away else gather, twin)
     return HFModel(
         module,
-        whole_sites(module, with_head, gather, twin),
+        sites,
+        passing=OffloadedWeights(module, sites) if is_away else None,
         groups=replica_per_rank(uniform=gather is not None),
         call=call,
         with_head=with_head,

@@ -21,16 +21,20 @@ from plop_dist.backends.megatron.bridge import import_auto_bridge
 from plop_dist.backends.megatron.checkpoint import load_checkpoint
 from plop_dist.backends.megatron.checks import (
     check_attention,
-    check_family,
     check_projections,
     check_weights,
 )
 from plop_dist.backends.megatron.chunk_sites import Logical
+from plop_dist.backends.megatron.families import check_family
+from plop_dist.backends.megatron.fusions import switch_off
 from plop_dist.backends.megatron.layout import check_layout
 from plop_dist.backends.megatron.local_layers import use_local_layers
 from plop_dist.backends.megatron.model import MegatronModel
 from plop_dist.backends.megatron.names import bridge_names, conventional_names
+from plop_dist.backends.megatron.renamed import as_modules
+from plop_dist.backends.megatron.rotary import complete_yarn
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
+from plop_dist.backends.megatron.wide_norms import share_wide_norms
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, ModelError, PlopError
@@ -52,7 +56,7 @@ def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, wi
     hf_config = load_hf_config(config.model)
     whole = meta_model(config.model, hf_config)
     known = {item.fqn: item for site in whole_sites(whole, with_head) for item in site.projections}
-    names = bridge_names(bridge._model_bridge.mapping_registry())
+    names = as_modules(bridge_names(bridge._model_bridge.mapping_registry()), whole, known)
     model = MegatronModel(
         chunks,
         Logical(names, known, hf_config.vocab_size, with_head),
@@ -94,6 +98,7 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
         )
         provider = bridge.to_megatron_provider(load_weights=False)
         check_family(hf_config, config)
+        complete_yarn(provider, hf_config)
         configure(provider, config, dtype)
         if config.model.checkpoint is None:
             provider.register_pre_wrap_hook(lambda chunks: _load_weights(bridge, chunks, config))
@@ -105,6 +110,8 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
         )
     if config.model.checkpoint is not None:
         load_checkpoint(chunks, Path(config.model.checkpoint))
+    for chunk in chunks:
+        share_wide_norms(chunk)
     check_attention(hf_config, meta_model(config.model, hf_config), chunks, config)
     return [chunk.eval() for chunk in chunks], bridge
 
@@ -168,10 +175,13 @@ def configure(provider: Any, config: Config, dtype: torch.dtype) -> None:
     provider.moe_z_loss_coeff = None
     provider.gradient_accumulation_fusion = False
     provider.mtp_num_layers = None
+    provider.moe_input_jitter_eps = None  # noise that only training wants
     provider.should_pad_vocab = True
     provider.make_vocab_size_divisible_by = 1
     if not has_transformer_engine():
         use_local_layers(provider)
+    if not torch.cuda.is_available() or not has_transformer_engine():
+        switch_off(provider, "No CUDA" if has_transformer_engine() else "No Transformer Engine")
     provider.perform_initialization = False  # every weight is loaded
     provider.finalize()
 

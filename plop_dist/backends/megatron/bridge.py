@@ -52,6 +52,7 @@ def import_bridge() -> Any:
 
     megatron-core is imported before the stub, so that it keeps its local layers. Raises ImportError.
     """
+    has_transformer_engine()  # before Megatron asks
     importlib.import_module("megatron.core")
     if not torch.cuda.is_available():
         cpu.prepare()
@@ -60,7 +61,10 @@ def import_bridge() -> Any:
     if not has_transformer_engine():
         logger.warning("Transformer Engine is not installed: Megatron-Bridge is imported with a stub in its place.")
     with _quietly():
-        return importlib.import_module("megatron.bridge") if has_transformer_engine() else _import_with_stub()
+        bridge = importlib.import_module("megatron.bridge") if has_transformer_engine() else _import_with_stub()
+    if not torch.cuda.is_available():
+        cpu.prepare_bridge()
+    return bridge
 
 
 def _import_with_stub() -> types.ModuleType:

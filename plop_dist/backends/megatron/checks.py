@@ -4,8 +4,6 @@ Bridge only warns about weights without a place, and not at all about the fields
 read; either would give wrong scores in silence.
 """
 
-# s positions, D rotary dimensions
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -13,32 +11,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.megatron.chunks import unwrap
-from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
+from plop_dist.backends.megatron.rotary import check_rotary
+from plop_dist.backends.megatron.sites import MegatronSite
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, ModelError
-
-# Families whose logits were found equal to transformers' with Megatron's own layers, i.e. without Transformer Engine.
-LOCAL_FAMILIES = (
-    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "GemmaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
-    "NemotronForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
-)  # fmt: skip
+from plop_dist.measure.protocols import Site
 
 _ELSEWHERE = "use parallel.backend=deepspeed or transformers for it"
-
-
-def check_family(hf_config: Any, config: Config) -> None:
-    """Raise ModelError if the family needs Transformer Engine's layers and they are not installed."""
-    if has_transformer_engine() or architecture(hf_config) in LOCAL_FAMILIES:
-        return
-    raise ModelError(
-        f"model.name_or_path '{config.model.name_or_path}' is a {architecture(hf_config)}: Megatron's layers without "
-        f"Transformer Engine (CUDA only, not installed here) are known to be right for {', '.join(LOCAL_FAMILIES)} "
-        f"alone; {_ELSEWHERE}."
-    )
 
 
 def check_experts(config: Any) -> None:
@@ -66,6 +49,22 @@ def check_experts(config: Any) -> None:
     if config.moe_shared_expert_overlap:
         raise ModelError(
             "moe_shared_expert_overlap is on: shared experts then leave their sums to another stream; turn it off."
+        )
+
+
+def check_called(sites: Sequence[Site]) -> None:
+    """Raise ModelError where a linear that is watched saw nothing of a forward pass that has just run. Local.
+
+    Its weight is then used without it: absorbed into another product, or fused with another layer.
+    """
+    watched = [site for site in sites if isinstance(site, MegatronSite) and site.num_calls is not None]
+    silent = [site for site in watched if site.num_calls == 0]
+    if silent:
+        site = silent[0]
+        raise ModelError(
+            f"'{site.projections[0].fqn}' is a {type(site.module).__name__} whose weight Megatron uses without calling "
+            f"it ({len(silent)} of {len(watched)} linears here), so that what it computes is not seen; use "
+            "parallel.backend=deepspeed or transformers, or switch the fusion of this layer off."
         )
 
 
@@ -137,7 +136,7 @@ def check_attention(hf_config: Any, hf_model: nn.Module, chunks: Sequence[nn.Mod
     for chunk in map(unwrap, chunks):
         _check_tied(hf_config, chunk, config)
         _check_windows(hf_config, chunk, length, config)
-        _check_rotary(hf_model, chunk, length, config)
+        check_rotary(hf_model, chunk, length, config)
 
 
 def _check_tied(hf_config: Any, chunk: Any, config: Config) -> None:
@@ -174,42 +173,6 @@ def _window(text: Any, layer: int) -> int | None:
     if types:
         return window if types[layer] == "sliding_attention" else None
     return window if getattr(text, "use_sliding_window", True) else None
-
-
-def _check_rotary(hf_model: nn.Module, chunk: nn.Module, length: int, config: Config) -> None:
-    theirs: Any = next((m for name, m in hf_model.named_modules() if name.endswith("rotary_emb")), None)
-    ours: Any = next((m for m in chunk.modules() if "RotaryEmbedding" in type(m).__name__), None)
-    if theirs is None or ours is None or not hasattr(theirs, "inv_freq"):
-        return  # no rotary embedding, or one per kind of layer, which families' own layers take care of
-    rotary = type(theirs)(theirs.config)  # with numbers, off the meta device
-    if type(ours).__name__ == "RotaryEmbedding" and rotary.inv_freq.shape == ours.inv_freq.shape:
-        # Megatron fixes what it does not read (llama3's original length) and scales positions where others scale this.
-        ours.inv_freq = rotary.inv_freq.float().to(ours.inv_freq.device)
-        ours.seq_len_interpolation_factor = None
-    expected = _transformers_cosines(rotary, length)
-    try:
-        found = _megatron_cosines(ours, length)
-    except TypeError:  # fields of YaRN that Bridge has left unset
-        found = torch.zeros(0)
-    if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-4):
-        raise ModelError(
-            f"model.name_or_path '{config.model.name_or_path}': its rotary embedding ({theirs.config.rope_parameters}) "
-            f"is another in Megatron; {_ELSEWHERE}."
-        )
-
-
-def _megatron_cosines(rotary: Any, length: int) -> Tensor:
-    """Return the sorted cosines of every position, (s, D), whatever the order of dimensions."""
-    angles, scale = rotary(length), 1.0
-    if isinstance(angles, tuple):
-        angles, scale = angles
-    return (angles.flatten(1).float().cos() * scale).sort(dim=-1).values.cpu()
-
-
-def _transformers_cosines(rotary: Any, length: int) -> Tensor:
-    found = rotary(torch.zeros(1), torch.arange(length)[None])
-    cosines = torch.cat([found.real, found.real], dim=-1) if torch.is_tensor(found) else found[0]
-    return cosines[0].float().sort(dim=-1).values
 
 
 def gather_set(items: Iterable[str]) -> set[str]:

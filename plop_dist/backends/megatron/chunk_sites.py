@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from plop_dist.backends.megatron.classes import check_router, linear_kind
 from plop_dist.backends.megatron.groups import Place
 from plop_dist.backends.megatron.modules import weight_of
 from plop_dist.backends.megatron.names import (
     HFNames,
     NamedLinear,
     find_named_linears,
-    linear_kind,
+    find_shared_gates,
     logical_projection,
     router_fqn,
 )
+from plop_dist.backends.megatron.shared_gate import GATE, SharedGateSite
 from plop_dist.backends.megatron.sites import MegatronSite, RoutedSite, RouterSite, Splits
 from plop_dist.measure.blocks import Block
 from plop_dist.measure.protocols import Routing, Site
@@ -61,6 +63,10 @@ class _ChunkSites:
                 yield self._site(linear)
             elif self._logical.with_head:
                 yield self._head_site(linear)
+        for module, fqn in find_shared_gates(self._chunk, self._logical.names):
+            num_gates, hidden_size = module.get_parameter(GATE).shape
+            projection = logical_projection(fqn, hidden_size, num_gates, self._logical.known)
+            yield SharedGateSite(module, projection, is_sequence_parallel=self._place.is_sequence_parallel)
 
     def _site(self, linear: NamedLinear) -> Site:
         if linear.expert is not None:
@@ -76,6 +82,7 @@ class _ChunkSites:
     def _router_site(self, linear: NamedLinear, name: str) -> RouterSite:
         """Return the site of the router that feeds an expert."""
         router = self._modules[linear.path.partition(".experts.")[0]].router
+        check_router(router, name)
         fqn = router_fqn(name, self._logical.names)
         num_experts, hidden_size = router.weight.shape
         projection = logical_projection(fqn, hidden_size, num_experts, self._logical.known)

@@ -45,6 +45,13 @@ def _patch_cuda_calls() -> list[str]:
     return ["torch.cuda device, stream and copy calls", "pipeline schedule counters", "random state tracker"]
 
 
+def prepare_bridge() -> None:
+    """Point at the CPU what asks for CUDA in Megatron-Bridge, which must be imported."""
+    from megatron.bridge.models.minimax_m2 import minimax_m2_bridge
+
+    minimax_m2_bridge.torch = _TorchOnCpu(torch)
+
+
 class _Stream:
     """Stands for the one stream of a CPU."""
 
@@ -62,7 +69,7 @@ _CPU_STREAM = _Stream()
 
 
 class _TorchOnCpu:
-    """The torch module with `zeros` and `ones` on the CPU, for modules of Megatron that ask for device="cuda"."""
+    """The torch module with `zeros`, `ones` and `device` on the CPU, for modules of Megatron that ask for "cuda"."""
 
     def __init__(self, module: Any):
         self._module = module
@@ -75,6 +82,9 @@ class _TorchOnCpu:
 
     def ones(self, *size: Any, **kwargs: Any) -> Tensor:
         return self._module.ones(*size, **_on_cpu(kwargs))
+
+    def device(self, *_: Any, **__: Any) -> torch.device:
+        return torch.device("cpu")
 
 
 def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,23 +10,11 @@ from torch import Tensor
 
 from plop_dist.backends.megatron.norm import apply_norm
 
-# What needs Transformer Engine, Apex or a CUDA kernel of Megatron's.
-_FUSIONS = (
-    "bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm", "bias_dropout_fusion", "apply_rope_fusion",
-    "cross_entropy_loss_fusion", "moe_permute_fusion", "moe_router_fusion", "memory_efficient_layer_norm",
-    "moe_grouped_gemm",
-)  # fmt: skip
-
 
 def use_local_layers(provider: Any) -> None:
-    """Have a Bridge provider build these layers, and fuse nothing."""
-    from megatron.core.transformer.enums import AttnBackend
-
-    provider.attention_backend = AttnBackend.auto  # families that ask for flash attention ask Transformer Engine
+    """Have a Bridge provider build these layers."""
     provider.transformer_layer_spec = block_spec
-    for fusion in _FUSIONS:
-        if hasattr(provider, fusion):
-            setattr(provider, fusion, False)
+    provider.moe_grouped_gemm = False
 
 
 def block_spec(provider: Any, vp_stage: int | None = None) -> Any:

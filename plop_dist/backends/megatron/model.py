@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.megatron.batch import Batching, Prepared
-from plop_dist.backends.megatron.checks import check_experts
+from plop_dist.backends.megatron.checks import check_called, check_experts
 from plop_dist.backends.megatron.chunk_sites import Logical, find_sites
 from plop_dist.backends.megatron.chunks import count_parameters, unwrap
 from plop_dist.backends.megatron.groups import read_groups, read_place
 from plop_dist.backends.megatron.schedule import run_schedule
 from plop_dist.measure.protocols import MicroBatch, Site
+from plop_dist.values.scores import Projection
 
 
 class MegatronModel:
@@ -82,6 +83,11 @@ class MegatronModel:
 
         with self._headless(), self._shapes(prepared), torch.no_grad():
             run_schedule(self._chunks, prepared, call, cp_size=self._place.cp_size, forward_only=True)
+        check_called(self.sites)
+
+    def watching(self) -> AbstractContextManager[Sequence[Projection]]:
+        """Find nothing: the modules of Megatron-core all have sites."""
+        return nullcontext(())
 
     def describe(self) -> dict[str, Any]:
         """Return architecture, model_type (None without Bridge), number of parameters of the whole model, and dtype."""

@@ -7,14 +7,18 @@ brings, the names that Llama, Qwen and DeepSeek share are used.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from plop_dist.backends.megatron.classes import linear_kind
 from plop_dist.backends.megatron.modules import grouped
+from plop_dist.backends.megatron.shared_gate import GATE
+from plop_dist.errors import ModelError
 from plop_dist.measure.blocks import Rows
 from plop_dist.values.names import expert_index, layer_index, module_type
 from plop_dist.values.scores import Projection
@@ -25,6 +29,8 @@ HFNames = Callable[[str], Mapping[str, str] | None]
 _LAYER = re.compile(r"^(.*?\bdecoder\.layers\.)(\d+)\.")
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _GATED = ("gate", "up")
+# The rows of linear attention's in_proj, in Megatron's order.
+_SECTIONS = "qkvzba"
 
 # Megatron's module path below its layer -> the Hugging Face name below `model.layers.N`.
 _CONVENTION: dict[str, dict[str, str]] = {
@@ -73,12 +79,14 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
 
     Multi-token-prediction layers are left out: Hugging Face models do not have them. So are the linears of adapters;
     what Megatron-Bridge's wrapper wraps goes by the wrapper's path. hf_names: see `conventional_names`
-    and `bridge_names`.
+    and `bridge_names`. Raises ModelError for a linear of a class that is not known.
     """
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        kind = linear_kind(module)
-        if kind is None or ".mtp." in f".{path}." or ".adapter." in path:
+        if ".mtp." in f".{path}." or ".adapter." in path:
+            continue
+        kind = linear_kind(module, path)
+        if kind is None:
             continue
         path = path.removesuffix(".to_wrap")
         global_path = _global_path(path, modules)
@@ -88,7 +96,7 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
             first = ep_rank * num_experts
             for slot in range(num_experts):
                 names = _names(hf_names, f"{global_path}.weight{first + slot}", global_path)
-                parts = _parts(path, names, module, config)
+                parts = _parts(path, names, modules, config)
                 yield NamedLinear(path, module, parts, first + slot, router, slot, modules[path])
             continue
         match = _LOCAL_EXPERT.search(global_path)
@@ -99,36 +107,22 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
             expert = ep_rank * num_local + int(match.group(1))
             global_path = f"{global_path[: match.start(1)]}{expert}{global_path[match.end(1) :]}"
         names = _names(hf_names, f"{global_path}.weight", global_path)
-        parts = _parts(path, names, module, config)
+        parts = _parts(path, names, modules, config)
         yield NamedLinear(path, module, parts, expert, router if match else None, called=modules[path])
+
+
+def find_shared_gates(model: nn.Module, hf_names: HFNames) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules of one chunk that hold the gate of shared experts, and the gates' Hugging Face paths."""
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if getattr(module, GATE, None) is not None and ".mtp." not in f".{path}.":
+            global_path = f"{_global_path(path, modules)}.{GATE}"
+            yield module, _names(hf_names, global_path, global_path)[""]
 
 
 def router_fqn(router: str, hf_names: HFNames) -> str:
     """Return the Hugging Face path of a router, given its global Megatron path."""
     return _names(hf_names, f"{router}.weight", router)[""]
-
-
-def linear_kind(module: nn.Module) -> str | None:
-    """Return column, row, duplicated, grouped_column or grouped_row for Megatron's linears, None for anything else.
-
-    By class name along the inheritance, so that Transformer Engine need not be importable.
-    """
-    for name in (cls.__name__ for cls in type(module).__mro__):
-        if name in _KINDS:
-            return _KINDS[name]
-    return None
-
-
-_KINDS = {
-    "ColumnParallelLinear": "column",
-    "TEColumnParallelLinear": "column",
-    "TELayerNormColumnParallelLinear": "column",
-    "RowParallelLinear": "row",
-    "TERowParallelLinear": "row",
-    "TEColumnParallelGroupedLinear": "grouped_column",
-    "TERowParallelGroupedLinear": "grouped_row",
-    "TELinear": "duplicated",
-}
 
 
 def conventional_names(parameter: str) -> Mapping[str, str] | None:
@@ -143,6 +137,8 @@ def conventional_names(parameter: str) -> Mapping[str, str] | None:
     match = _LAYER.match(f"{path}.")
     if not match:
         return None
+    if weight == GATE:
+        return {"": f"model.layers.{match.group(2)}.mlp.shared_expert_gate.weight"}
     inner = path[match.end() :]
     names = _CONVENTION.get(inner) or _mlp_names(inner, weight.removeprefix("weight"))
     return names and {part: f"model.layers.{match.group(2)}.{name}.weight" for part, name in names.items()}
@@ -193,7 +189,11 @@ def _names(hf_names: HFNames, parameter: str, global_path: str) -> Mapping[str, 
     return {part: name.removesuffix(".weight") for part, name in found.items()}
 
 
-def _parts(path: str, names: Mapping[str, str], module: nn.Module, config: Any) -> tuple[NamedPart, ...]:
+def _parts(path: str, names: Mapping[str, str], modules: Mapping[str, nn.Module], config: Any) -> tuple[NamedPart, ...]:
+    owner, _, leaf = path.rpartition(".")
+    module, sections = modules[path], getattr(modules.get(owner), "in_proj_split_sections", None)
+    if leaf == "in_proj" and sections is not None and sorted("".join(names)) == sorted(_SECTIONS):
+        return _section_parts(names, sections)
     if "q" in names and "k" in names:
         return _query_group_parts(names, config)
     if set(names) == set(_GATED):
@@ -206,6 +206,21 @@ def _parts(path: str, names: Mapping[str, str], module: nn.Module, config: Any) 
         owner = next(iter(names.values())).rpartition(".")[0]
         return (NamedPart(f"{owner}.{path.rpartition('.')[2]}", None),)  # rows of an unknown layout: scored as one
     return (NamedPart(next(iter(names.values())), None),)
+
+
+def _section_parts(names: Mapping[str, str], sections: Sequence[int]) -> tuple[NamedPart, ...]:
+    """Linear attention's input projection: queries, keys, values, output gate, beta, alpha, of which names join some.
+
+    The order of rows within a projection, which differs in Hugging Face's, leaves every norm as it is.
+    """
+    ends = list(accumulate(sections))
+    places = {part: (_SECTIONS.index(part[0]), _SECTIONS.index(part[-1])) for part in names}
+    if any(_SECTIONS[first : last + 1] != part for part, (first, last) in places.items()):  # b before a, as in "ba"
+        raise ModelError(f"the rows of in_proj are joined as {', '.join(names)}, which is not known.")
+    return tuple(
+        NamedPart(names[part], Rows(ends[-1], ends[first] - sections[first], ends[last]))
+        for part, (first, last) in places.items()
+    )
 
 
 def _query_group_parts(names: Mapping[str, str], config: Any) -> tuple[NamedPart, ...]:

@@ -25,7 +25,7 @@ class Megatron(BackendRecord):
         "cp, where Transformer Engine is installed",
     )
     limits = (
-        "no families but those that Megatron-Bridge knows, and without Transformer Engine but a list of those checked",
+        "no families but those that were compared with transformers: more with Transformer Engine than without",
         "no tp that does not divide heads, key-value heads and MLP, nor pp the layers, nor ep the experts",
         "no models that read more than text",
         "no tensor parallelism inside experts, and no packed rows under Transformer Engine's attention",

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from plop_dist.backends.megatron.classes import changes_output, known_base
 from plop_dist.backends.megatron.groups import Place
 from plop_dist.backends.megatron.modules import bias_of, fused_norm, grouped, weight_name, weight_of
 from plop_dist.backends.megatron.norm import apply_norm
@@ -46,6 +47,7 @@ class MegatronSite:
         self.module, self.blocks, self.kind = module, tuple(blocks), kind
         self.projections: tuple[Projection, ...] = tuple(block.projection for block in blocks)
         self.group, self.holder = "tp", None
+        self.num_calls: int | None = None  # since it was attached, None while it is not
         self._tp_rank, self._tp_size = (place.tp_rank, place.tp_size) if place else (0, 1)
         self._weight = weight or (lambda: weight_of(module))
         self._num_rows = num_rows
@@ -57,8 +59,10 @@ class MegatronSite:
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
         """Install the hook and return the function that removes it."""
+        self.num_calls = 0
 
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.num_calls = (self.num_calls or 0) + 1
             z = _first(args, kwargs)
             y = self._own_rows(_without_bias(self.module, output))
             recorder.record(
@@ -70,7 +74,16 @@ class MegatronSite:
                 leading_shape=z.shape[:-1],
             )
 
-        return self._called.register_forward_hook(observe, prepend=True, with_kwargs=True).remove
+        if changes_output(self.module):
+            detach = _watch_base(self.module, observe)
+        else:
+            detach = self._called.register_forward_hook(observe, prepend=True, with_kwargs=True).remove
+
+        def remove() -> None:
+            detach()
+            self.num_calls = None
+
+        return remove
 
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
@@ -213,6 +226,28 @@ class RouterSite:
         """Give access to the router's weight; nothing is communicated."""
         projection = self.projections[0]
         yield iter([LocalWeight(projection, find_weight(Stored(self.module, path=projection.fqn)))])
+
+
+def _watch_base(module: nn.Module, observe: Callable[..., None]) -> Callable[[], None]:
+    """Have `observe` called like a forward hook with what the module's known base class reads and returns.
+
+    Returns the function that undoes it. What a subclass makes of W z happens after super().forward(), so a class is put
+    between the two: there is no hook at that place.
+    """
+    own, base = type(module), cast(type[nn.Module], known_base(module))
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = base.forward(self, *args, **kwargs)
+        observe(self, args, kwargs, output)
+        return output
+
+    between: Any = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    module.__class__ = type(own.__name__, (own, between), {"__module__": own.__module__})
+
+    def remove() -> None:
+        module.__class__ = own
+
+    return remove
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

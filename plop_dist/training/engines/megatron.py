@@ -18,6 +18,7 @@ from plop_dist.backends.hf.load import meta_model
 from plop_dist.backends.megatron.backend import describe_chunks, load_chunks
 from plop_dist.backends.megatron.batch import Batching, Prepared
 from plop_dist.backends.megatron.chunks import unwrap
+from plop_dist.backends.megatron.classes import changes_output
 from plop_dist.backends.megatron.groups import read_place
 from plop_dist.backends.megatron.schedule import run_schedule
 from plop_dist.config.schema import Config
@@ -50,6 +51,7 @@ class MegatronEngine:
         self._peft = placement.to_megatron(engine="canonical", dropout=config.train.lora_dropout)
         self._chunks: list[Any] = self._peft(chunks, training=True)
         self._peft.set_params_to_save(self._chunks)
+        _check_wrapped(self._chunks)
         first = unwrap(self._chunks[0])
         first.config.variable_seq_lengths = config.parallel.pp > 1
         self._place = read_place(first.config)
@@ -187,6 +189,18 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
 
 def _experts(placement: Placement) -> list[str]:
     return [fqn for fqn in placement.modules if expert_index(fqn) is not None]
+
+
+def _check_wrapped(chunks: Sequence[nn.Module]) -> None:
+    """Raise PlacementError for an adapter that Bridge adds behind a norm, which PEFT and inference add before it."""
+    for name, module in (item for chunk in chunks for item in chunk.named_modules()):
+        base = getattr(module, "to_wrap", None)
+        if base is not None and changes_output(base):
+            raise PlacementError(
+                f"'{name}' is a {type(base).__name__}: its norm comes after the projection, and Megatron-Bridge adds "
+                "the adapter's output after the norm, where PEFT adds it before; place adapters on other types than "
+                "o_proj and down_proj (placement.exclude), or train with parallel.backend=deepspeed or transformers."
+            )
 
 
 def _check(config: Config, placement: Placement) -> None:

@@ -19,7 +19,7 @@ from plop_dist.training.data import prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
 from plop_dist.training.trl.callbacks import LogCallback
 from plop_dist.training.trl.checkpoints import finish, last_checkpoint
-from plop_dist.training.trl.setup import adapted_model, trainer_arguments
+from plop_dist.training.trl.setup import adapted_model, adapters_kept, trainer_arguments
 from plop_dist.training.trl.track import TrackCallback
 from plop_dist.values.placement import Placement
 
@@ -41,14 +41,16 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     resume = last_checkpoint(config, placement)
     arguments = _arguments(config)
     history = RewardHistory(log)
-    trainer = GRPOTrainer(
-        model=adapted_model(config, placement),
-        args=arguments,
-        reward_funcs=functions,
-        train_dataset=Dataset.from_dict({"prompt": prompts, _ROW: list(range(len(prompts)))}),
-        processing_class=tokenizer,
-        callbacks=[LogCallback(history)],
-    )
+    model = adapted_model(config, placement)
+    with adapters_kept(model):
+        trainer = GRPOTrainer(
+            model=model,
+            args=arguments,
+            reward_funcs=functions,
+            train_dataset=Dataset.from_dict({"prompt": prompts, _ROW: list(range(len(prompts)))}),
+            processing_class=tokenizer,
+            callbacks=[LogCallback(history)],
+        )
     if settings.track_nfn_every is not None:
         trainer.add_callback(TrackCallback(trainer, config, placement, tokenizer, log))
     adapter = finish(trainer, config, resume)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,3 +78,16 @@ def adapted_model(config: Config, placement: Placement) -> Any:
         check_complete([shard.fqn for shard in shards], placement)
     set_initial(shards, config.train.seed)
     return model
+
+
+@contextmanager
+def adapters_kept(model: Any) -> Iterator[None]:
+    """Keep the adapters' dtype and values while a trainer of TRL is made around a model.
+
+    Beside a quantised base TRL (1.16) rounds them to bfloat16, in which many of an optimizer's steps are lost; ZeRO
+    would keep float32 copies of them, one process would not.
+    """
+    kept = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+    yield
+    for parameter, values in kept.items():
+        parameter.data = values

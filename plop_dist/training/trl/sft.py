@@ -18,7 +18,7 @@ from plop_dist.training.engine import Data, Log
 from plop_dist.training.image_data import training_data
 from plop_dist.training.trl.callbacks import HeldOutCallback, LogCallback
 from plop_dist.training.trl.checkpoints import checkpoints_of, finish, last_checkpoint
-from plop_dist.training.trl.setup import adapted_model, trainer_arguments
+from plop_dist.training.trl.setup import adapted_model, adapters_kept, trainer_arguments
 from plop_dist.training.trl.track import TrackCallback
 from plop_dist.values.placement import Placement
 
@@ -42,14 +42,16 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
         dataset_kwargs={"skip_prepare_dataset": True},
         train_sampling_strategy="sequential",
     )
-    trainer = Trainer(
-        model=adapted_model(config, placement),
-        args=arguments,
-        train_dataset=_positions(config),
-        data_collator=Collator(data, config.train.micro_batch_size),
-        processing_class=tokenizer,
-        callbacks=[LogCallback(log)],
-    )
+    model = adapted_model(config, placement)
+    with adapters_kept(model):
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=_positions(config),
+            data_collator=Collator(data, config.train.micro_batch_size),
+            processing_class=tokenizer,
+            callbacks=[LogCallback(log)],
+        )
     held_out = HeldOutCallback(trainer, data.held_out, checkpoints_of(config) / "held_out_before.txt")
     trainer.add_callback(held_out)
     if config.train.track_nfn_every is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -297,16 +296,3 @@ def test_quantised_and_sharded_experts_are_refused() -> None:
     experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ModelError, match=r"hold quantised weights \(torch\.float8_e4m3fn\)"):
         find_expert_sites(model)
-
-
-def test_experts_of_an_unknown_kind_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 8))
-
-    with caplog.at_level(logging.WARNING):
-        assert find_expert_sites(nn.ModuleDict({"experts": Experts(), "conv": nn.Conv1d(2, 2, 3)})) == []
-    assert [record.getMessage() for record in caplog.records] == [
-        "'experts.gate_up_proj' (Experts) is not scored: its experts are of an unknown kind."
-    ]

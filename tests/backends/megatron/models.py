@@ -29,9 +29,11 @@ def samples() -> list[Tensor]:
     return [random_tokens(1, length, seed=number)[0] for number, length in enumerate(LENGTHS)]
 
 
-def true_gains(directory: Path, rows: Sequence[Tensor]) -> dict[str, tuple[float, int]]:
+def true_gains(directory: Path, rows: Sequence[Tensor], attention: str | None = None) -> dict[str, tuple[float, int]]:
     """Return per projection the mean gain and the number of tokens: float64, one row at a time, no padding."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float64, experts_implementation="eager", attn_implementation=attention
+    ).eval()
     seen: dict[str, list[Tensor]] = defaultdict(list)
 
     def note(fqn: str, z_TI: Tensor, weight_OI: Tensor) -> None:
@@ -154,8 +156,8 @@ def logits(model: Any, row: Tensor) -> Tensor | None:
     return torch.cat(parts, dim=-1)[: len(row), 0]
 
 
-def true_logits(directory: Path, row: Tensor) -> Tensor:
+def true_logits(directory: Path, row: Tensor, attention: str | None = None) -> Tensor:
     """Return transformers' logits (s, V) in float32."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
     with torch.no_grad():
         return model(row[None]).logits[0]

@@ -18,6 +18,7 @@ from tests.backends.megatron.models import config, fresh, samples
 from tests.installed import needs_bridge
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
+from tests.te_on_cpu.install import each_specification_rarely, specified
 
 pytestmark = [pytest.mark.slow, needs_bridge]
 OLDER = Path(__file__).parents[3] / ".cache" / "older" / "megatron-core"
@@ -136,9 +137,10 @@ def _check(ranks: list[dict[str, Scores]]) -> None:
                 np.testing.assert_allclose(got, true, rtol=1e-5, err_msg=f"{name} {field}")
 
 
-def test_hosts_model_lists_are_scored_like_transformers(tmp_path: Path) -> None:
+@each_specification_rarely
+def test_hosts_model_lists_are_scored_like_transformers(tmp_path: Path, specification: str) -> None:
     save_tiny("qwen3", tmp_path / "model", **FIELDS)
-    ranks = run_ranks(4, _job, tmp_path)
+    ranks = run_ranks(4, specified, specification, _job, tmp_path)
     assert ranks[0].keys() == LAYOUTS.keys()
     _check(ranks)
 

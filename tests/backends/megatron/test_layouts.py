@@ -16,6 +16,7 @@ from tests.backends.megatron.models import config, fresh, gains, logits, samples
 from tests.installed import needs_bridge
 from tests.models import save_tiny
 from tests.spawn import run_ranks
+from tests.te_on_cpu.install import each_specification_rarely, specified
 
 pytestmark = [pytest.mark.slow, needs_bridge]
 TOLERANCE = 1e-5
@@ -116,9 +117,13 @@ def _true_baselines(directory: Path) -> dict[str, float]:
     return _BASELINES.setdefault(directory, found)
 
 
-def test_two_ranks_equal_one_process(checkpoints: Path) -> None:
-    _check(run_ranks(2, _compare, checkpoints, TWO_RANKS), checkpoints, TWO_RANKS)
+@each_specification_rarely
+def test_two_ranks_equal_one_process(checkpoints: Path, specification: str) -> None:
+    reports = run_ranks(2, specified, specification, _compare, checkpoints, TWO_RANKS)
+    _check(reports, checkpoints, TWO_RANKS)
 
 
-def test_four_ranks_equal_one_process(checkpoints: Path) -> None:
-    _check(run_ranks(4, _compare, checkpoints, FOUR_RANKS), checkpoints, FOUR_RANKS)
+@each_specification_rarely
+def test_four_ranks_equal_one_process(checkpoints: Path, specification: str) -> None:
+    reports = run_ranks(4, specified, specification, _compare, checkpoints, FOUR_RANKS)
+    _check(reports, checkpoints, FOUR_RANKS)

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plop_dist.backends.megatron.names import conventional_names, find_named_linears, linear_kind
+from plop_dist.backends.megatron.checks import check_called
+from plop_dist.backends.megatron.classes import check_router, linear_kind
+from plop_dist.backends.megatron.names import conventional_names, find_named_linears
 from plop_dist.backends.megatron.sites import MegatronSite, RoutedSite, RouterSite
+from plop_dist.errors import ModelError
 from plop_dist.measure.blocks import Block
 from plop_dist.measure.norms import local_sq_norm
 from plop_dist.measure.protocols import Routing
@@ -177,6 +180,75 @@ def test_te_grouped_linear_is_scored_expert_by_expert(bias: bool) -> None:
             assert torch.equal(next(iter(weights)).weight.dense(), weight)
 
 
+class TERowParallelLinearLayerNorm(TERowParallelLinear):
+    """Bridge's for Gemma 2 and 3: the norm after the projection is part of the linear."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, bias = super().forward(x)
+        return nn.functional.rms_norm(y, y.shape[-1:]), bias
+
+
+class SquaredLinear(TERowParallelLinear):
+    """Of a class that nobody knows."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, bias = super().forward(x)
+        return y.square(), bias
+
+
+def test_a_norm_inside_a_row_parallel_linear_is_left_out() -> None:
+    linear, x = TERowParallelLinearLayerNorm(INNER, HIDDEN), torch.randn(4, 3, INNER)
+    assert linear_kind(linear) == "row"
+    site = MegatronSite(linear, [Block(projection("o_proj", linear.weight))], "row")
+    in_sq_T, (out_sq_T,) = watch(site, x)
+    torch.testing.assert_close(in_sq_T, local_sq_norm(x))
+    torch.testing.assert_close(out_sq_T, local_sq_norm(x @ linear.weight.T))
+    assert not torch.allclose(out_sq_T, local_sq_norm(linear(x)[0])), "the output of the module would do"
+    assert type(linear) is TERowParallelLinearLayerNorm
+
+
+def test_a_single_module_extended_under_its_own_name_is_known_by_what_extends_it() -> None:
+    linear = TEColumnParallelLinear(HIDDEN, 6)
+    linear.__class__ = type("TEColumnParallelLinear", (Gemma2OutputLayer, TEColumnParallelLinear), {})  # as Bridge does
+    x = torch.randn(4, 3, HIDDEN)
+    _, (out_sq_T,) = watch(MegatronSite(linear, [Block(projection("lm_head", linear.weight))], "column"), x)
+    torch.testing.assert_close(out_sq_T, local_sq_norm(x @ linear.weight.T))
+
+
+class Gemma2OutputLayer(TELinear):
+    """Bridge's head with a soft cap."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, bias = super().forward(x)
+        return torch.tanh(y), bias
+
+
+def test_what_is_not_known_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"'layers\.0\.o' is a .*\.SquaredLinear, which computes more than its TERow"):
+        linear_kind(SquaredLinear(INNER, HIDDEN), "layers.0.o")
+    with pytest.raises(ModelError, match=r"'layers\.0\.mlp\.up' is a .*Linear, which holds a matrix \('weight', "):
+        linear_kind(nn.Linear(HIDDEN, 6), "layers.0.mlp.up")
+    assert linear_kind(nn.Linear(HIDDEN, 1), "value_head") is None
+    with pytest.raises(ModelError, match=r"'mlp\.router' is a .*\.ScaledRouter, whose gating is not known to be W z"):
+        check_router(ScaledRouter(), "mlp.router")
+    check_router(TopKRouter(), "mlp.router")
+
+
+def test_a_linear_that_saw_nothing_of_a_pass_is_an_error_that_names_it() -> None:
+    """Its weight went into another product: kv_b_proj, absorbed into the queries."""
+    used, absorbed = TELinear(HIDDEN, 6), TELinear(HIDDEN, 6)
+    sites = [MegatronSite(m, [Block(projection(name, m.weight))], "duplicated") for m, name in
+             ((used, "q_a_proj"), (absorbed, "kv_b_proj"))]  # fmt: skip
+    check_called(sites)
+    detach = [site.attach(Seen()) for site in sites]
+    used(torch.randn(2, 1, HIDDEN))
+    with pytest.raises(ModelError, match="'kv_b_proj' is a TELinear whose weight Megatron uses without calling it"):
+        check_called(sites)
+    for remove in detach:
+        remove()
+    check_called(sites)
+
+
 class TopKRouter(nn.Module):
     """Megatron's router: gating gives logits, forward gives probabilities and the map."""
 
@@ -190,6 +262,11 @@ class TopKRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.gating(x).reshape(-1, 3)
         return logits.softmax(-1), logits >= logits.max(-1, keepdim=True).values
+
+
+class ScaledRouter(TopKRouter):
+    def gating(self, x: Tensor) -> Tensor:
+        return 2 * super().gating(x)
 
 
 def test_a_router_is_a_linear_of_its_own_and_says_who_goes_where() -> None:

@@ -16,6 +16,7 @@ from plop_dist.values.scores import ModuleScore, TypeScore
 from tests.installed import needs_bridge
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
+from tests.te_on_cpu.install import each_specification_rarely, specified
 from tests.training.cases import Rows, assert_equal, check_run, make_placement, prepare, run_engine
 
 pytestmark = [pytest.mark.slow, needs_bridge]
@@ -37,9 +38,10 @@ def _train(rank: int, directory: str, layouts: dict[str, dict[str, Any]]) -> dic
     return out
 
 
-def test_expert_parallel_layouts_equal_one_process(tmp_path: Path) -> None:
+@each_specification_rarely
+def test_expert_parallel_layouts_equal_one_process(tmp_path: Path, specification: str) -> None:
     expected = prepare(tmp_path, "qwen3_moe", ATTENTION)
-    for found in run_ranks(2, _train, str(tmp_path), LAYOUTS):
+    for found in run_ranks(2, specified, specification, _train, str(tmp_path), LAYOUTS):
         for name in LAYOUTS:
             check_run(expected, found[name], tmp_path, "qwen3_moe")
 

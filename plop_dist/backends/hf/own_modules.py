@@ -1,0 +1,72 @@
+"""Which modules are the model's own, under which paths: what adapters and compilers have put around them left out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from plop_dist.errors import ModelError
+from plop_dist.values.names import unwrapped
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module by its path in the model as it was before it was compiled, checkpointed or given adapters.
+
+    In the place of a module that an adapter wraps stands the wrapped one, which the adapter's forward calls; what the
+    adapter brings along is left out. Raises ModelError for a wrapper of an unknown kind.
+    """
+    return {unwrapped(path): module for path, module in _walk(model, "", set())}
+
+
+def parameter_shape(parameter: Any) -> tuple[int, ...]:
+    """Return a parameter's global shape, also where ZeRO-3 has released it and its own shape is (0,)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def without_adapters(model: Any) -> nn.Module:
+    """Return the transformers model inside a PeftModel, whose linears its adapters still wrap, or the model itself.
+
+    Raises ModelError for methods that put tokens of their own before the text's.
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(model, peft.PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        kind = model.active_peft_config.peft_type.value
+        raise ModelError(
+            f"the model carries PEFT's {kind}, which puts tokens of its own before each sample's; score the base "
+            "model: model.get_base_model()."
+        )
+    return model.get_base_model()
+
+
+def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what named_modules() yields, in its order, each module once."""
+    module = _base_of(path, module)
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield path, module
+    for name, child in module.named_children():
+        yield from _walk(child, f"{path}.{name}" if path else name, seen)
+
+
+def _base_of(path: str, module: Any) -> nn.Module:
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    others: Any = sys.modules.get("peft.utils.other")
+    while isinstance(getattr(module, "base_layer", None), nn.Module):
+        is_known = tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+        if not is_known and type(module).__module__.partition(".")[0] != "plop_dist":
+            raise ModelError(
+                f"Module '{path}' ({type(module).__name__}) wraps another one (base_layer) in a way that is not known: "
+                "its output may not be that of the wrapped weight. Score the model before it is wrapped."
+            )
+        module = module.base_layer
+    if others is not None and isinstance(module, others.AuxiliaryTrainingWrapper):
+        copies = getattr(module, "modules_to_save", None)
+        active = module.active_adapters
+        return copies[active[0]] if copies and active else module.original_module
+    return module

@@ -1,0 +1,65 @@
+"""Which families Megatron-Bridge builds as transformers does: those whose logits and gains were compared."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from plop_dist.backends.hf.own_class import architecture
+from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
+from plop_dist.config.schema import Config
+from plop_dist.errors import ModelError
+
+# Equal with Megatron's own layers, i.e. without Transformer Engine; and so with it.
+LOCAL_FAMILIES = (
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "GemmaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
+    "NemotronForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+)  # fmt: skip
+# Equal with Transformer Engine's layers.
+GPU_FAMILIES = (
+    *LOCAL_FAMILIES, "Exaone4ForCausalLM", "ExaoneMoeForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "GptOssForCausalLM", "HYV3ForCausalLM", "MiniMaxM2ForCausalLM",
+    "NemotronHForCausalLM", "OlmoeForCausalLM", "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM",
+)  # fmt: skip
+# Built, and otherwise than transformers does: why.
+_WRONG = {
+    "Ernie4_5_MoeForCausalLM": "it chooses experts by a sigmoid, transformers by a softmax",
+}
+_ELSEWHERE = "use parallel.backend=deepspeed or transformers for it"
+
+
+def check_family(hf_config: Any, config: Config) -> None:
+    """Raise ModelError for a family that is not known to be right with the layers that are built here."""
+    name, family = config.model.name_or_path, architecture(hf_config)
+    bridge = f"Megatron-Bridge {version('megatron-bridge')}"
+    if family in _WRONG:
+        raise ModelError(
+            f"model.name_or_path '{name}' is a {family}, which {bridge} builds as another model: {_WRONG[family]}; "
+            f"{_ELSEWHERE}."
+        )
+    if has_transformer_engine() and family not in GPU_FAMILIES:
+        raise ModelError(
+            f"model.name_or_path '{name}' is a {family}, of which nobody has compared what {bridge} builds with "
+            f"transformers; known to be right are {', '.join(GPU_FAMILIES)}; {_ELSEWHERE}."
+        )
+    if not has_transformer_engine() and family not in LOCAL_FAMILIES:
+        raise ModelError(
+            f"model.name_or_path '{name}' is a {family}: Megatron's layers without Transformer Engine (not installed "
+            f"here) are known to be right for {', '.join(LOCAL_FAMILIES)} alone; {_ELSEWHERE}."
+        )
+    _check_fields(hf_config, family, name)
+
+
+def _check_fields(hf_config: Any, family: str, name: str) -> None:
+    """Raise ModelError for what Bridge builds otherwise in some models of a family that it mostly builds right."""
+    if family == "Exaone4ForCausalLM" and hf_config.sliding_window and "full_attention" in hf_config.layer_types:
+        raise ModelError(
+            f"model.name_or_path '{name}': with sliding_window {hf_config.sliding_window} its layers of full attention "
+            f"see no positions, but Megatron-Bridge's do; {_ELSEWHERE}."
+        )
+    if family == "GptOssForCausalLM" and 2 * hf_config.intermediate_size == hf_config.hidden_size:
+        raise ModelError(
+            f"model.name_or_path '{name}': intermediate_size {hf_config.intermediate_size} is half of hidden_size "
+            f"{hf_config.hidden_size}, so that Megatron-Bridge cannot tell the rows of experts.gate_up_proj from its "
+            f"columns, and does not turn it; {_ELSEWHERE}."
+        )

@@ -1,0 +1,71 @@
+"""Whether Megatron turns queries and keys by the angles that transformers does, and its YaRN completed."""
+
+# s positions, D rotary dimensions
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plop_dist.config.schema import Config
+from plop_dist.errors import ModelError
+
+# Fields of YaRN that Bridge sets only where the checkpoint's configuration has them -> transformers' defaults.
+_YARN_DEFAULTS = {
+    "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_correction_range_round_to_int": True,
+}  # fmt: skip
+
+
+def complete_yarn(provider: Any, hf_config: Any) -> None:
+    """Give a Bridge provider with YaRN what its checkpoint leaves to transformers' defaults."""
+    if getattr(provider, "position_embedding_type", None) != "yarn":
+        return
+    length = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    for name, default in {**_YARN_DEFAULTS, "yarn_original_max_position_embeddings": length}.items():
+        if getattr(provider, name, default) is None:
+            setattr(provider, name, default)
+
+
+def check_rotary(hf_model: nn.Module, chunk: nn.Module, length: int, config: Config) -> None:
+    """Give a chunk the checkpoint's frequencies; raise ModelError where positions still turn otherwise. Local.
+
+    hf_model: on the meta device. length: how many positions are compared.
+    """
+    theirs: Any = next((m for name, m in hf_model.named_modules() if name.endswith("rotary_emb")), None)
+    ours: Any = next((m for m in chunk.modules() if "RotaryEmbedding" in type(m).__name__), None)
+    if theirs is None or ours is None or not hasattr(theirs, "inv_freq"):
+        return  # no rotary embedding, or one per kind of layer, which families' own layers take care of
+    rotary = type(theirs)(theirs.config)  # with numbers, off the meta device
+    if type(ours).__name__ == "RotaryEmbedding" and rotary.inv_freq.shape == ours.inv_freq.shape:
+        # Megatron fixes what it does not read (llama3's original length) and scales positions where others scale this.
+        ours.inv_freq = rotary.inv_freq.float().to(ours.inv_freq.device)
+        ours.seq_len_interpolation_factor = None
+    expected = _transformers_cosines(rotary, length)
+    try:
+        found = _megatron_cosines(ours, length)
+    except TypeError:  # fields of YaRN that Bridge has left unset
+        found = torch.zeros(0)
+    if expected.shape[-1] * 2 == found.shape[-1]:  # one for each pair of dimensions (complex numbers, GPT-OSS)
+        expected = torch.cat([expected, expected], dim=-1)
+    expected = expected.sort(dim=-1).values
+    if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-4):
+        raise ModelError(
+            f"model.name_or_path '{config.model.name_or_path}': its rotary embedding ({theirs.config.rope_parameters}) "
+            "is another in Megatron; use parallel.backend=deepspeed or transformers for it."
+        )
+
+
+def _megatron_cosines(rotary: Any, length: int) -> Tensor:
+    """Return the sorted cosines of every position, (s, D), whatever the order of dimensions."""
+    angles, scale = rotary(length), 1.0
+    if isinstance(angles, tuple):
+        angles, scale = angles
+    return (angles.flatten(1).float().cos() * scale).sort(dim=-1).values.cpu()
+
+
+def _transformers_cosines(rotary: Any, length: int) -> Tensor:
+    found = rotary(torch.zeros(1), torch.arange(length)[None])
+    cosines = found.real if torch.is_tensor(found) else found[0]
+    return cosines[0].float()
