@@ -77,6 +77,7 @@ def build_plan(config: Config) -> Plan:
     """
     from plop_dist.backends.hf.layout import num_experts
     from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+    from plop_dist.backends.hf.own_class import reads_pairs
     from plop_dist.backends.hf.placing import is_placed, plan_placing
     from plop_dist.backends.hf.quantized.loadable import check_quantized
     from plop_dist.backends.hf.stored_weights import check_stored_weights
@@ -87,7 +88,8 @@ def build_plan(config: Config) -> Plan:
     load(BACKENDS, config.parallel.backend).check_model(hf_config, config)
     check_quantized(config, hf_config)
     notes: list[str] = []
-    data, facts, tokenizer = _look_at_data(config, hf_config.is_encoder_decoder)
+    has_pairs = reads_pairs(config.model, hf_config)
+    data, facts, tokenizer = _look_at_data(config, has_pairs)
     model = meta_model(config.model, hf_config)
     stored = check_stored_weights(config.model, model)
     absent = [note for note in stored if note.startswith("No weights")]
@@ -110,7 +112,9 @@ def build_plan(config: Config) -> Plan:
         notes.append(
             "ZeRO-3 gathers: at most one all-gather per module that holds parameters; prefetching merges some."
         )
-    info = ModelInfo(name_or_path=config.model.name_or_path, architecture=type(model).__name__, **_kind(hf_config))
+    info = ModelInfo(
+        name_or_path=config.model.name_or_path, architecture=type(model).__name__, **_kind(hf_config, has_pairs)
+    )
     verdict = judge(config, projections, info, facts, tokenizer, absent)
     stages = build_stages(model, projections, config.parallel, shape)
     if is_placed(config.model):
@@ -150,9 +154,8 @@ def _gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
-def _kind(hf_config: Any) -> dict[str, Any]:
-    is_pair = {"is_encoder_decoder": True} if hf_config.is_encoder_decoder else {}
-    return {"model_type": hf_config.model_type, **is_pair}
+def _kind(hf_config: Any, has_pairs: bool) -> dict[str, Any]:
+    return {"model_type": hf_config.model_type, **({"is_encoder_decoder": True} if has_pairs else {})}
 
 
 def _layout_text(config: Config) -> str:
@@ -183,7 +186,7 @@ def _types(projections: list[Projection], config: Config, shape: Shape) -> tuple
     )
 
 
-def _look_at_data(config: Config, is_encoder_decoder: bool) -> tuple[DataPlan, DataFacts | None, Any]:
+def _look_at_data(config: Config, has_pairs: bool) -> tuple[DataPlan, DataFacts | None, Any]:
     """Return what is known of the data, and the tokenizer, None where there is none or nothing to tokenise."""
     data = config.data
     if is_on_hub(data.path):
@@ -204,7 +207,7 @@ def _look_at_data(config: Config, is_encoder_decoder: bool) -> tuple[DataPlan, D
             return DataPlan(data.path, len(rows), None, None, None), facts, None
         texts = [render(row, number, data) for number, row in enumerate(rows[:_NUM_RENDERED], start=1)]
         return DataPlan(data.path, len(rows), None, None, _short(texts[0])), facts, None
-    if is_encoder_decoder:
+    if has_pairs:
         check_singly(config, "two texts, the encoder's and the decoder's")
         pairs = PairSamples(rows, data, config.train.prompt_template, tokenizer)
         plan = DataPlan(data.path, len(rows), sum(map(len, pairs)), max(map(len, pairs)), render(rows[0], 1, data))

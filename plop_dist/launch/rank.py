@@ -98,12 +98,13 @@ def score(stages: Stages, notify: Notify) -> Scores:
 
 def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
     from plop_dist.backends.hf.load import check_vocabulary, load_hf_config, load_processor, load_tokenizer
+    from plop_dist.backends.hf.own_class import reads_pairs
 
     data = config.data
     tokenizer = load_tokenizer(config.model)
     rows = select_rows(load_rows(data.path, data.split), data)
     samples: Sequence[list[int]]
-    if load_hf_config(config.model).is_encoder_decoder:
+    if reads_pairs(config.model, load_hf_config(config.model)):
         check_singly(config, "two texts, the encoder's and the decoder's")
         samples = PairSamples(rows, data, config.train.prompt_template, tokenizer)
     elif has_images(rows, data):

@@ -14,11 +14,13 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from plop_dist.backends.hf.load import load_hf_config
+from plop_dist.backends.hf.own_class import reads_pairs
 from plop_dist.choose.place import place
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.costs.plan import build_plan
-from plop_dist.errors import ConfigError, DataError, ExportError, LayoutError
+from plop_dist.errors import ConfigError, DataError, ExportError, LayoutError, ModelError
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.launch import pipeline
 from plop_dist.training.train import check_task
@@ -163,6 +165,15 @@ def test_encoder_decoder_and_what_joins_them_are_scored_apart(tmp_path: Path, na
         with pytest.raises(ExportError, match="names modules alike in encoder and decoder"):
             find_exporter(target).export(placement)
     assert type(model).__name__ == scores.model.architecture
+
+
+def test_the_decoder_alone_reads_one_text_and_is_refused_where_the_checkpoint_lacks_it(tmp_path: Path) -> None:
+    saved(tmp_path, "BartForConditionalGeneration", BART)
+    model = {"name_or_path": str(tmp_path / "model"), "auto_class": "AutoModelForCausalLM"}
+    config = config_in(tmp_path, model=model)
+    assert not reads_pairs(config.model, load_hf_config(config.model))
+    with pytest.raises(ModelError, match="has no weights for 2 parameters"):  # it names its embedding otherwise
+        pipeline.score(config, "test")
 
 
 def test_an_encoder_decoder_model_needs_both_texts_and_a_layout_that_keeps_them_apart(tmp_path: Path) -> None:
