@@ -145,7 +145,12 @@ def shrunk(config: Path, here: Path) -> list[str]:
     overrides = []
     if not loaded.model.name_or_path.startswith("builtin:"):
         family = "qwen3_moe" if config.stem == "moe" else "llama"
-        sizes = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+        sizes: dict[str, Any] = {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+        }
         if loaded.data.images_field is not None:
             save_tiny_processor("llava", save_tiny_vlm("llava", here / "model"))
         else:
