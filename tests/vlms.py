@@ -176,7 +176,8 @@ def _gemma3(tokenizer: Any) -> tuple[Any, str]:
 
 
 def _qwen(tokenizer: Any) -> tuple[Any, str]:
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
     size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
     images = Qwen2VLImageProcessor(size=size, patch_size=14)
