@@ -12,6 +12,7 @@ from contextlib import suppress
 from plop_dist.commands import look_up, prepare, steps, whole
 from plop_dist.commands.program import assembled
 from plop_dist.errors import ConfigError, PlopError
+from plop_dist.launch.launcher import adopt_launcher
 from plop_dist.rundir import talk
 from plop_dist.values.secret_texts import secret_part, without_secrets
 from plop_dist.values.visible import make_messages_visible, say, visible
@@ -27,6 +28,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names from files are shown whatever the terminal can write
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        adopt_launcher()
         _check_arguments()
         app(
             prog_name="plop-dist"

@@ -45,6 +45,24 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else _launcher_number("RANK", 0)
 
 
+def local_device() -> int:
+    """Return which of the GPUs that this process sees is its own: by its rank on this host, as its launcher says.
+
+    Device 0 where the scheduler shows each process one GPU alone. Raises LayoutError for more ranks than GPUs.
+    """
+    import torch
+
+    local_rank, count = _launcher_number("LOCAL_RANK", 0), torch.cuda.device_count()
+    if count == 1:
+        return 0
+    if local_rank >= count:
+        raise LayoutError(
+            f"rank {rank()} is number {local_rank} on its host (LOCAL_RANK), which shows it {count} GPUs; start "
+            "at most as many ranks there as it has GPUs."
+        )
+    return local_rank
+
+
 def _launcher_number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
@@ -75,7 +93,7 @@ def joined(config: Config) -> Iterator[int]:
     if created:
         has_gpu = torch.cuda.is_available()
         if has_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(local_device())
         backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=config.cluster.timeout_s))

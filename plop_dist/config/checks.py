@@ -8,7 +8,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from plop_dist.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, PlacementConfig, TrainConfig
+from plop_dist.config.schema import (
+    RANDOM_TOKENS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PlacementConfig,
+    TrainConfig,
+)
 from plop_dist.errors import ConfigError, LayoutError, suggest
 from plop_dist.registry import BACKENDS, POLICIES, REWARDS, load, names
 from plop_dist.values.secret_texts import REDACTED, names_secret, secret_part, without_secrets
@@ -29,6 +37,7 @@ def check_consistency(config: Config, source: str) -> None:
     if config.model.quantization is not None:
         record.check_quantized(config, f"{source}: model.quantization", config.model.quantization["quant_method"])
     _check_placing(config, source)
+    _check_random(config, source)
     if config.train.method == "sft" and record.training_engine(config) is None:
         raise ConfigError(
             f"{source}: train.method is sft, but parallel.backend '{parallel.backend}' trains nothing in this layout; "
@@ -57,6 +66,15 @@ def _check_model(model: ModelConfig, source: str) -> None:
         raise ConfigError(
             f"{source}: model.quantization and model.checkpoint are given together, but a checkpoint's weights are "
             "read as they are; leave one of them out."
+        )
+
+
+def _check_random(config: Config, source: str) -> None:
+    """Raise ConfigError for training on random tokens, from which there is nothing to learn."""
+    if config.data.path == RANDOM_TOKENS and config.train.method != "none":
+        raise ConfigError(
+            f"{source}: train.method is {config.train.method}, but data.path {RANDOM_TOKENS} is for scoring alone; "
+            "give data.path your data, or set train.method=none."
         )
 
 
@@ -97,6 +115,10 @@ def _check_data(data: DataConfig, source: str) -> None:
     given = [name for name in ("text_field", "template", "messages_field") if getattr(data, name) is not None]
     if len(given) > 1:
         raise ConfigError(f"{source}: data.{' and data.'.join(given)} are given together; keep one of them.")
+    if data.path == RANDOM_TOKENS and given:
+        raise ConfigError(
+            f"{source}: data.{given[0]} is given, but data.path {RANDOM_TOKENS} holds tokens and no text; leave it out."
+        )
 
 
 def _check_placement(placement: PlacementConfig, source: str) -> None:
@@ -107,6 +129,12 @@ def _check_placement(placement: PlacementConfig, source: str) -> None:
             raise ConfigError(
                 f"policy '{placement.policy}' is {policy!r}, expected an instance of a subclass of "
                 "plop_dist.choose.policy.Policy; tell its author."
+            )
+        if placement.match is not None and (policy.sets_rank or placement.rank_pattern):
+            key = f"policy is {placement.policy}, which" if policy.sets_rank else "rank_pattern is given, which"
+            raise ConfigError(
+                f"{source}: placement.match is {placement.match}, but placement.{key} sets ranks by itself; keep one "
+                "of the two."
             )
         unknown = [key for key in placement.options if key not in policy.options]
         if unknown:

@@ -1,4 +1,4 @@
-"""Data that needs no download: seeded arithmetic word problems, and the source of the installed standard library."""
+"""Data that needs no download: seeded word problems, the source of the standard library, uniformly random tokens."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import random
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _NUM_PROBLEMS = 2000
 _NUM_SOURCES = 2000
 _CHUNK_LINES = 40
+_NUM_RANDOM = 128
 
 _NAMES = ("Amina", "Ben", "Chen", "Dora", "Emeka", "Farah", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena")
 _THINGS = ("apples", "books", "pencils", "stickers", "marbles", "coins", "stamps", "cards", "shells", "tickets")
@@ -33,6 +35,23 @@ def python_rows(num_rows: int = _NUM_SOURCES) -> list[dict[str, str]]:
         if len(rows) == num_rows:
             break
     return rows
+
+
+def random_rows(num_rows: int = _NUM_PROBLEMS) -> list[dict[str, str]]:
+    """Return rows that stand for random tokens: text says so, and number is what they are drawn by."""
+    text = f"{_NUM_RANDOM} tokens, each of the vocabulary as likely as any other"
+    return [{"text": text, "number": str(number)} for number in range(num_rows)]
+
+
+def random_tokens(number: str, seed: int, tokenizer: Any, max_length: int) -> list[int]:
+    """Return the tokens of such a row, at most max_length: uniform over the vocabulary without its special tokens.
+
+    Begins as the tokenizer has each text begin (with a token for the beginning, where it has one).
+    """
+    draw = random.Random(f"{seed}:{number}")
+    vocabulary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    begin = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    return [*begin, *draw.choices(vocabulary, k=_NUM_RANDOM)][:max_length]
 
 
 def _python_pieces() -> Iterator[tuple[str, str]]:

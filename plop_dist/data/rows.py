@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plop_dist.data.builtin import arithmetic_rows, python_rows
+from plop_dist.config.schema import RANDOM_TOKENS
+from plop_dist.data.builtin import arithmetic_rows, python_rows, random_rows
 from plop_dist.errors import DataError, MissingExtraError, as_cause, without_advice
 
-BUILTIN_FIELD = {"builtin:arithmetic": "question", "builtin:python": "text"}
+BUILTIN_FIELD = {"builtin:arithmetic": "question", "builtin:python": "text", RANDOM_TOKENS: "text"}
 
 
 def load_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
@@ -24,6 +25,8 @@ def load_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
         return list(arithmetic_rows())
     if path == "builtin:python":
         return list(python_rows())
+    if path == RANDOM_TOKENS:
+        return list(random_rows())
     if path.startswith("builtin:"):
         raise DataError(f"data.path '{path}' is unknown; builtin sources are {', '.join(BUILTIN_FIELD)}.")
     file = Path(path)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from plop_dist.config.schema import DataConfig
+from plop_dist.config.schema import RANDOM_TOKENS, DataConfig
+from plop_dist.data.builtin import random_tokens
 from plop_dist.data.images import refuse_images
 from plop_dist.data.texts import Row, render, token_ids
 from plop_dist.errors import DataError
@@ -32,6 +33,8 @@ def tokenize(rows: Sequence[Row], data: DataConfig, tokenizer: Any) -> list[list
     with images are refused: see processed.
     """
     refuse_images(rows, data)
+    if data.path == RANDOM_TOKENS:
+        return [random_tokens(row["number"], data.seed, tokenizer, data.max_length) for row in rows]
     texts = [render(row, number, data, tokenizer) for number, row in enumerate(rows, start=1)]
     if not any(map(str.strip, texts)):
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import DataConfig
+from plop_dist.data.builtin import random_tokens
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import collate, plan_steps, select_rows, step_micro_batches, tokenize
 from plop_dist.data.texts import render
-from plop_dist.errors import DataError
+from plop_dist.errors import ConfigError, DataError
 from tests.models import tiny_tokenizer
 
 ROWS = [{"question": "one plus two?", "answer": "3"}, {"question": 'a, "b"\nand ünïcode\u2028?', "answer": "4"}]
@@ -255,3 +258,50 @@ def test_micro_batches_of_a_step_have_one_shape_and_each_token_once() -> None:
                 seen += batch.sample_ids[batch.sample_ids >= 0].tolist()
         assert len(shapes) == 1
     assert {sample: seen.count(sample) for sample in set(seen)} == {0: 3, 1: 9, 2: 1, 4: 7, 5: 2, 6: 5}
+
+
+def test_random_tokens_are_the_vocabularys_and_the_same_for_the_same_seed() -> None:
+    tokenizer = tiny_tokenizer()
+    data = DataConfig(path="builtin:random", num_samples=300, max_length=100, seed=3)
+    rows = select_rows(load_rows(data.path), data)
+    samples = tokenize(rows, data, tokenizer)
+    assert samples == tokenize(rows, data, tokenizer)
+    assert {len(sample) for sample in samples} == {100}
+    assert samples != tokenize(rows, data.model_copy(update={"seed": 4}), tokenizer)
+    assert len({tuple(sample) for sample in samples}) == 300
+    counts = Counter(token for sample in samples for token in sample)
+    assert set(counts) == set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    expected = 300 * 100 / len(counts)
+    assert max(abs(count - expected) for count in counts.values()) < 6 * expected**0.5
+
+
+def test_random_tokens_begin_as_the_tokenizer_has_texts_begin() -> None:
+    class Tokenizer:
+        bos_token_id = 7
+        all_special_ids = (7,)
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 1, "b": 2, "<s>": 7}
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [7]}
+
+    tokens = random_tokens("0", 0, Tokenizer(), 5)
+    assert tokens[0] == 7
+    assert len(tokens) == 5
+    assert set(tokens[1:]) <= {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data": {"path": "builtin:random", "text_field": "text"}}, "data.text_field is given, but data.path builtin"),
+        (
+            {"data": {"path": "builtin:random"}, "train": {"method": "sft"}},
+            "train.method is sft, but data.path builtin",
+        ),
+    ],
+)
+def test_random_tokens_are_for_scoring_alone(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"model": {"name_or_path": "some/model"}, **keys}, source="here")

@@ -16,6 +16,7 @@ from plop_dist.backends.hf.offload import execution_device
 from plop_dist.backends.hf.unscored import watching
 from plop_dist.errors import DataError, ModelError
 from plop_dist.measure.protocols import Groups, MicroBatch, PassingWeights, Site
+from plop_dist.ranks import local_device
 from plop_dist.values.scores import Projection
 
 # Families whose forward pass gives a row's tokens other activations when padding stands beside them (transformers 5).
@@ -246,10 +247,8 @@ def headless(module: nn.Module) -> nn.Module:
 
 def pick_device() -> torch.device:
     """Return this rank's device: its local GPU, or the CPU."""
-    import os
-
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local_device())
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

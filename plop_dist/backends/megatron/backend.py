@@ -39,6 +39,7 @@ from plop_dist.checkpoints.builtin import resolve
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, ModelError, PlopError
 from plop_dist.measure.protocols import ScorableModel
+from plop_dist.ranks import local_device
 
 
 def load(config: Config) -> ScorableModel:
@@ -134,7 +135,7 @@ def initialize(config: Config) -> None:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, but not in its __all__
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if torch.cuda.is_available():
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(local_device())
     if parallel_state.model_parallel_is_initialized():
         have = (
             parallel_state.get_tensor_model_parallel_world_size(),
