@@ -63,7 +63,7 @@ def sees_padding(
             found = measure(_cut(copy.deepcopy(model.config)))
         except Exception:  # a configuration that counts its layers in a manner of its own: then with all of them
             found = measure(copy.deepcopy(model.config))
-    log.info(
+    log.debug(
         "%s at %d tokens: padding %s (%.2g of what would count).",
         type(model).__name__, length, "is seen" if found > 1 else "is not seen", found,
     )  # fmt: skip

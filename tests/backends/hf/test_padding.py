@@ -91,7 +91,7 @@ def test_the_copy_is_small_said_in_the_log_and_leaves_the_host_alone(
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with caplog.at_level(logging.INFO, "plop_dist"):
+    with caplog.at_level(logging.DEBUG, "plop_dist"):
         plop_dist.score(model, [padded(16, 9), padded(12, 15)])
     assert torch.equal(torch.rand(3), expected)
     (small,) = built
