@@ -57,7 +57,7 @@ def score(config: Config, command: str) -> RunDir:
 
 def _alone(run_dir: RunDir, command: str) -> AbstractContextManager[None]:
     """Return what has the run directory to this run; the ranks beside rank 0 are part of the same."""
-    return taken(run_dir.path, command) if ranks.rank() == 0 else nullcontext()
+    return taken(run_dir.path, command, makes=True) if ranks.rank() == 0 else nullcontext()
 
 
 def launch(stages: Stages, wanted: Sequence[str], command: str, *, force: bool = False) -> None:

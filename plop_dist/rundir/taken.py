@@ -29,13 +29,17 @@ WATCHED_S = 4 * BEAT_S  # without a beat in this time the writer has ended
 
 
 @contextmanager
-def taken(path: Path, command: str) -> Iterator[None]:
-    """Have a run directory, which is made, to this process alone for the length of a block.
+def taken(path: Path, command: str, *, makes: bool = False) -> Iterator[None]:
+    """Have a run directory to this process alone for the length of a block.
 
-    command: which of the program's, for the message. Raises RunDirError, naming host, process and since when, where
+    command: which of the program's, for the message. makes: whether it makes the directory where there is none; another
+    command finds nothing there, and says so itself. Raises RunDirError, naming host, process and since when, where
     another process has it; one that has ended is passed over, on another host after WATCHED_S without a sign of it.
     """
     file, own = path / TAKEN, _own(command)
+    if not makes and not path.exists():
+        yield
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         while not (_made(file, own) or _passed_over(file, own)):

@@ -25,7 +25,7 @@ from pathlib import Path
 from plop_dist.rundir import taken as home
 home._machine = lambda: sys.argv[2]
 home.BEAT_S = 0.2
-with home.taken(Path(sys.argv[1]), "run"):
+with home.taken(Path(sys.argv[1]), "run", makes=True):
     print("has it", flush=True)
     time.sleep(60)
 """
@@ -131,3 +131,13 @@ def test_every_command_that_writes_takes_it(tmp_path: Path, capfd: pytest.Captur
             assert outcome.status == 2, arguments
             assert "is in use by plop-dist run" in outcome.err
         assert command("place", tmp_path, "--dry-run").status == 0
+
+
+def test_nothing_is_made_where_there_is_nothing(tmp_path: Path) -> None:
+    from tests.cli.cases import plop_dist as command
+
+    for arguments in (["report"], ["place"], ["export", "--to", "peft"]):
+        outcome = command(arguments[0], tmp_path / "nowhere", *arguments[1:])
+        assert outcome.status == 2
+        assert "nowhere" in outcome.err
+    assert not (tmp_path / "nowhere").exists()
