@@ -90,6 +90,13 @@ class BackendRecord:
         hf_config: the model's transformers configuration; no weights are there. Local.
         """
 
+    def reads_singly(self, config: Config) -> bool:
+        """Tell whether the layout takes samples that are more than a line of text: images beside it, two texts.
+
+        Whether towers, encoders and cross-attention are observed as exactly as a decoder.
+        """
+        return False
+
     def takes_quantized(self, config: Config) -> bool:
         """Tell whether this layout can hold quantised weights: whole on every rank. Reads nothing."""
         return False
@@ -124,6 +131,16 @@ class BackendRecord:
         Or, from another package, the address of its own engine, "module:attribute".
         """
         return None
+
+
+def check_singly(config: Config, what: str) -> None:
+    """Raise LayoutError where rows have `what`, so that each is read by itself, and the layout does not take them."""
+    backend = config.parallel.backend
+    if not load(BACKENDS, backend).reads_singly(config):
+        raise LayoutError(
+            f"{config.data.path}: rows have {what}, which parallel.backend '{backend}' does not score in this layout; "
+            "use parallel.backend=transformers, or deepspeed with parallel.tp=1 and parallel.pp=1."
+        )
 
 
 def _takes(backend: str, config: Config) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from plop_dist.choose.decision import Decision, decide
 from plop_dist.choose.diagnostics import diagnose
+from plop_dist.choose.matching import matched_rank
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import PlacementError, RankError
 from plop_dist.values.adapter_ranks import oversized_ranks, refused_ranks
@@ -47,7 +48,12 @@ def placement_with(decision: Decision, chosen_U: np.ndarray) -> Placement:
     candidates, config = decision.candidates, decision.config
     if not chosen_U.any():
         raise PlacementError(decision.policy.nothing_chosen(candidates, candidates.unit_nfn, config))
-    rank = decision.policy.rank(candidates, chosen_U, config)
+    if config.match is None:
+        rank = decision.policy.rank(candidates, chosen_U, config)
+        # alpha / rank scales the adapter's output: that ratio stays what the user asked for.
+        alpha = config.alpha * rank / config.rank
+    else:  # as a comparison at equal size needs it: a fixed alpha / rank would give high ranks a higher rate
+        rank, alpha = matched_rank(decision, chosen_U), config.alpha
     modules = candidates.members(chosen_U)
     types = {module.type for module in modules}
     names = types | {module.fqn for module in modules}
@@ -57,8 +63,7 @@ def placement_with(decision: Decision, chosen_U: np.ndarray) -> Placement:
         module_types=tuple(name for name in ordered_types(decision.scores) if name in types),
         modules=tuple(module.fqn for module in modules),
         rank=rank,
-        # alpha / rank scales the adapter's output: that ratio stays what the user asked for.
-        alpha=config.alpha * rank / config.rank,
+        alpha=alpha,
         rank_pattern={name: rank for name, rank in config.rank_pattern.items() if name in names},
         num_trainable_parameters=0,
         selection_confidence=None,

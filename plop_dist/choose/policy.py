@@ -26,7 +26,8 @@ class Policy(ABC):
     name: the value of placement.policy; summary: one line for people; parameters: keys of the section `placement` that
     it reads besides those all policies share (rank, granularity, exclude, ...); options: keys of placement.options
     that it takes, with their defaults (others are refused by name); is_yardstick: --explain shows what it would choose
-    beside the placement of any other policy, with k as many types.
+    beside the placement of any other policy, with k as many types; sets_rank: how large the adapters may be is part of
+    it, so that placement.match has no say.
     """
 
     name: ClassVar[str]
@@ -34,6 +35,7 @@ class Policy(ABC):
     parameters: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     is_yardstick: ClassVar[bool] = False
+    sets_rank: ClassVar[bool] = False
 
     @abstractmethod
     def rule(self, candidates: Candidates, config: PlacementConfig) -> Rule:

@@ -130,6 +130,12 @@ def _check_placement(placement: PlacementConfig, source: str) -> None:
                 f"policy '{placement.policy}' is {policy!r}, expected an instance of a subclass of "
                 "plop_dist.choose.policy.Policy; tell its author."
             )
+        if placement.match is not None and (policy.sets_rank or placement.rank_pattern):
+            key = f"policy is {placement.policy}, which" if policy.sets_rank else "rank_pattern is given, which"
+            raise ConfigError(
+                f"{source}: placement.match is {placement.match}, but placement.{key} sets ranks by itself; keep one "
+                "of the two."
+            )
         unknown = [key for key in placement.options if key not in policy.options]
         if unknown:
             takes = (

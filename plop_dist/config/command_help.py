@@ -30,6 +30,7 @@ your own model and data into:
 - `megatron-tp-pp`: Megatron, tensor times pipeline parallelism, then SFT
 - `gsm8k`: Megatron with tensor parallelism, data from the hub
 - `moe`: a mixture of experts
+- `vlm`: a vision-language model on chat with images, then SFT
 - `grpo`: GRPO with a reward on the final number
 - `hand-off`: the weights of a training job's checkpoint
 - `plugin`: a training script of your own (Python), with three lines for the placement

@@ -192,7 +192,10 @@ class PlacementConfig(_Section):
     rank: Rank = Field(default=16, description="LoRA rank r.")
     alpha: Amount = Field(default=32, description="LoRA alpha.")
     rank_pattern: dict[str, Rank] = Field(default={}, description="Ranks of single types, e.g. {v_proj: 32}.")
-    granularity: Literal["type", "layer", "module"] = Field(default="type", description="What is chosen between.")
+    granularity: Literal["type", "layer", "module"] = Field(
+        default="type",
+        description="What is chosen between; layer and module are experimental (types in disguise, as measured).",
+    )
     exclude: list[str] = Field(default=["lm_head"], description="Types, paths or patterns (*) never chosen.")
     include: list[str] = Field(default=[], description="If given, only these types, paths or patterns are candidates.")
     experts: bool = Field(default=False, description="Let routed experts be chosen.")
@@ -200,15 +203,18 @@ class PlacementConfig(_Section):
         default="set",
         description="policy budget: drop types to fit at the given rank, or lower the rank of the k types.",
     )
+    match: Literal["all"] | None = Field(
+        default=None,
+        description="all: the rank that trains about as many parameters as all linear types at placement.rank would; "
+        "alpha stays.",
+    )
     options: dict[str, Any] = Field(default={}, description="Options of a policy of another package.")
 
     @model_serializer(mode="wrap")
     def _leave_out_no_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Placements and finished stages of run directories from before there were options stay as they are.
+        # Placements and finished stages of run directories from before there were these keys stay as they are.
         tree = handler(self)
-        if not tree.get("options"):
-            tree.pop("options", None)
-        return tree
+        return {key: value for key, value in tree.items() if value or key not in ("options", "match")}
 
 
 class TrainConfig(_Section):

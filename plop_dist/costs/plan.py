@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from plop_dist.backends.record import check_singly
 from plop_dist.config.schema import Config
 from plop_dist.costs.footprint import Shape, Stage, build_stages, on_one_rank
 from plop_dist.costs.training_memory import TrainingMemory, training_memory
 from plop_dist.costs.verdict import DataFacts, Verdict, is_on_hub, judge
 from plop_dist.data.images import has_images, images_of
+from plop_dist.data.pairs import PairSamples
 from plop_dist.data.processed import ImageRows, ImageSamples
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import select_rows, tokenize
@@ -75,6 +77,7 @@ def build_plan(config: Config) -> Plan:
     """
     from plop_dist.backends.hf.layout import num_experts
     from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+    from plop_dist.backends.hf.own_class import reads_pairs
     from plop_dist.backends.hf.placing import is_placed, plan_placing
     from plop_dist.backends.hf.quantized.loadable import check_quantized
     from plop_dist.backends.hf.stored_weights import check_stored_weights
@@ -85,7 +88,8 @@ def build_plan(config: Config) -> Plan:
     load(BACKENDS, config.parallel.backend).check_model(hf_config, config)
     check_quantized(config, hf_config)
     notes: list[str] = []
-    data, facts, tokenizer = _look_at_data(config, notes)
+    has_pairs = reads_pairs(config.model, hf_config)
+    data, facts, tokenizer = _look_at_data(config, has_pairs)
     model = meta_model(config.model, hf_config)
     stored = check_stored_weights(config.model, model)
     absent = [note for note in stored if note.startswith("No weights")]
@@ -95,8 +99,8 @@ def build_plan(config: Config) -> Plan:
     length = data.longest or config.data.max_length
     dtype = weights_dtype(config.model, hf_config)
     shape = Shape(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
+        num_layers=_num_layers(text, projections),
+        hidden_size=getattr(text, "hidden_size", None) or max((one.in_features for one in projections), default=0),
         num_tokens=config.data.batch_size * length,
         element_size=dtype.itemsize,
         num_routed=getattr(text, "num_experts_per_tok", 0) or 0,
@@ -110,7 +114,9 @@ def build_plan(config: Config) -> Plan:
         notes.append(
             "ZeRO-3 gathers: at most one all-gather per module that holds parameters; prefetching merges some."
         )
-    info = ModelInfo(name_or_path=config.model.name_or_path, architecture=type(model).__name__, **_kind(hf_config))
+    info = ModelInfo(
+        name_or_path=config.model.name_or_path, architecture=type(model).__name__, **_kind(hf_config, has_pairs)
+    )
     verdict = judge(config, projections, info, facts, tokenizer, absent)
     stages = build_stages(model, projections, config.parallel, shape)
     if is_placed(config.model):
@@ -134,6 +140,12 @@ def build_plan(config: Config) -> Plan:
     )
 
 
+def _num_layers(text: Any, projections: Sequence[Projection]) -> int:
+    """Return what the configuration says, or, where it counts in other words (byte-latent models), what there is."""
+    known = getattr(text, "num_hidden_layers", None)
+    return known or 1 + max((one.layer for one in projections if one.layer is not None), default=0)
+
+
 def _reading(placing: Placing, num_samples: int, batch_size: int, activation_bytes: int) -> str:
     """Return what is read from disk, and the most that is in memory at once, as a sentence."""
     num_passes = -(-num_samples // batch_size)
@@ -150,8 +162,8 @@ def _gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
-def _kind(hf_config: Any) -> dict[str, Any]:
-    return {"model_type": hf_config.model_type}
+def _kind(hf_config: Any, has_pairs: bool) -> dict[str, Any]:
+    return {"model_type": hf_config.model_type, **({"is_encoder_decoder": True} if has_pairs else {})}
 
 
 def _layout_text(config: Config) -> str:
@@ -182,7 +194,7 @@ def _types(projections: list[Projection], config: Config, shape: Shape) -> tuple
     )
 
 
-def _look_at_data(config: Config, notes: list[str]) -> tuple[DataPlan, DataFacts | None, Any]:
+def _look_at_data(config: Config, has_pairs: bool) -> tuple[DataPlan, DataFacts | None, Any]:
     """Return what is known of the data, and the tokenizer, None where there is none or nothing to tokenise."""
     data = config.data
     if is_on_hub(data.path):
@@ -203,6 +215,11 @@ def _look_at_data(config: Config, notes: list[str]) -> tuple[DataPlan, DataFacts
             return DataPlan(data.path, len(rows), None, None, None), facts, None
         texts = [render(row, number, data) for number, row in enumerate(rows[:_NUM_RENDERED], start=1)]
         return DataPlan(data.path, len(rows), None, None, _short(texts[0])), facts, None
+    if has_pairs:
+        check_singly(config, "two texts, the encoder's and the decoder's")
+        pairs = PairSamples(rows, data, config.train.prompt_template, tokenizer)
+        plan = DataPlan(data.path, len(rows), sum(map(len, pairs)), max(map(len, pairs)), render(rows[0], 1, data))
+        return plan, DataFacts(len(every), None), tokenizer
     if has_images(rows, data):
         return _look_at_images(config, rows, len(every))
     whole = [len(sample) for sample in tokenize(rows, data.model_copy(update={"max_length": _UNCUT}), tokenizer)]
@@ -216,6 +233,7 @@ def _look_at_images(config: Config, rows: Sequence[Row], num_rows: int) -> tuple
     """Return what is known of rows with images, and the processor, which has read them all as scoring will."""
     from plop_dist.backends.hf.load import load_processor
 
+    check_singly(config, "images")
     data, processor = config.data, load_processor(config.model)
     read = ImageRows(rows, data, processor, data.max_length)
     lengths = tuple(map(len, ImageSamples(read)))

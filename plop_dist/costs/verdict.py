@@ -18,6 +18,7 @@ from plop_dist.registry import BACKENDS, load
 from plop_dist.rundir.stages import Stages
 from plop_dist.training.data import encode, split_rows
 from plop_dist.training.image_data import check_keys
+from plop_dist.training.train import check_task
 from plop_dist.values.adapter_ranks import oversized_ranks
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModelInfo, Projection
@@ -87,7 +88,7 @@ def judge(
         if tokenizer is None:
             problems.append("No tokenizer beside config.json: samples were not tokenised; scoring needs one.")
         _judge_rows(config, data, problems, warnings)
-        _judge_training_rows(config, tokenizer, problems)
+        _judge_training_rows(config, tokenizer, model, problems)
     try:
         possible = possible_placements(projections, config.placement, model)
     except (PlacementError, ConfigError) as error:
@@ -158,11 +159,12 @@ def _judge_rows(config: Config, data: DataFacts, problems: list[str], warnings: 
         )
 
 
-def _judge_training_rows(config: Config, tokenizer: object, problems: list[str]) -> None:
+def _judge_training_rows(config: Config, tokenizer: object, model: ModelInfo, problems: list[str]) -> None:
     others = [path for path in (config.train.data_path, config.train.eval_path) if path is not None]
     if config.train.method == "none" or any(map(is_on_hub, others)):
         return
     try:
+        check_task(config, model)
         rows, held_out = split_rows(config)
         if any(has_images(row_set.rows, row_set.data) for row_set in (rows, held_out)):
             _judge_images(config)

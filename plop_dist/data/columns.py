@@ -8,6 +8,7 @@ from plop_dist.data.rows import load_rows
 
 _PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
 _MESSAGES = ("messages", "conversations")
+_IMAGES = ("images", "image")
 _KEYS = "data.text_field, data.template or data.messages_field"
 
 
@@ -32,12 +33,15 @@ def text_keys(columns: tuple[str, ...]) -> dict[str, str] | None:
 
     >>> text_keys(("id", "prompt", "completion"))
     {'data.template': '{prompt}\\n{completion}'}
+    >>> text_keys(("messages", "images"))
+    {'data.messages_field': 'messages', 'data.images_field': 'images'}
     """
     if "text" in columns:
         return {}
     for name in _MESSAGES:
         if name in columns:
-            return {"data.messages_field": name}
+            images = next(({"data.images_field": image} for image in _IMAGES if image in columns), {})
+            return {"data.messages_field": name, **images}
     for first, second in _PAIRS:
         if first in columns and second in columns:
             return {"data.template": f"{{{first}}}\n{{{second}}}"}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plop_dist.config.schema import DataConfig
 from plop_dist.data.images import images_of, with_placeholders
+from plop_dist.data.singly import ReadSingly
 from plop_dist.data.texts import Row, messages_of, render
 from plop_dist.errors import DataError, MissingExtraError, first_line
 from plop_dist.measure.protocols import MicroBatch
@@ -105,40 +106,34 @@ class ImageRows:
         }
 
 
-class ImageSamples(Sequence[list[int]]):
-    """The token ids of rows with images, as samples are handed around; batch() reads the images of one again."""
+class ImageSamples(ReadSingly):
+    """The token ids of rows with images; micro_batch() reads the images of one again."""
 
     def __init__(self, rows: ImageRows) -> None:
         self._rows = rows
-        self._ids: list[list[int]] = []
-        self._digest = hashlib.sha256()
-        self.num_images = 0
+        self._num_with_images = 0
+        ids, digest = list[list[int]](), hashlib.sha256()
         for index in range(len(rows)):
             found = rows.read([index])
-            self._ids.append(found["input_ids"][0].tolist())
+            ids.append(found["input_ids"][0].tolist())
             features = [value for _, value in sorted(found.items()) if value.is_floating_point()]
-            self.num_images += bool(features)
+            self._num_with_images += bool(features)
             for value in features:
-                self._digest.update(value.float().contiguous().numpy().tobytes())
+                digest.update(value.float().contiguous().numpy().tobytes())
+        super().__init__(ids)
+        self.digest = digest.hexdigest()[:16]
 
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._ids[index]
-
-    @property
-    def digest(self) -> str:
-        """What tells these images from others."""
-        return self._digest.hexdigest()[:16]
-
-    @property
-    def all_have_images(self) -> bool:
-        """Whether towers run for every sample, as they must where passes are collective over replicas."""
-        return self.num_images == len(self)
+    def check_uniform(self) -> None:
+        """Raise DataError where some rows have no image, so that towers would not run for every replica."""
+        if self._num_with_images < len(self):
+            raise DataError(
+                f"{self._rows.data.path}: {len(self) - self._num_with_images} of {len(self)} rows have no image, but "
+                "in this layout a forward pass is collective over the ranks, towers included; score rows with images "
+                "and rows without apart, or use parallel.zero_stage=2 or less."
+            )
 
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
-        """Return one sample as a micro-batch, or where there is none a filler that counts for nothing."""
+        """Return one row as the processor reads it, or as a filler the first one."""
         found = self._rows.read(list(indices) or [0])
         ids = found.pop("input_ids")
         mask = found.pop("attention_mask", torch.ones_like(ids))

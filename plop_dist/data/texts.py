@@ -85,12 +85,19 @@ def fill(template: str, row: Row, number: int, source: str) -> str:
 
 
 def token_ids(
-    texts: Sequence[str], data: DataConfig, tokenizer: Any, *, max_length: int | None = None, first: int = 1
+    texts: Sequence[str],
+    data: DataConfig,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    first: int = 1,
+    is_target: bool = False,
 ) -> list[list[int]]:
     """Return the token ids of each text by the tokenizer's defaults, truncated to max_length if that is given.
 
     data: its messages_field tells that a chat template has written the special tokens already; its path and `first`,
-    the number of the first row, are for messages. Raises DataError naming the row whose text is not Unicode, and for a
+    the number of the first row, are for messages. is_target: the texts are a decoder's, for which some tokenizers have
+    words of their own. Raises DataError naming the row whose text is not Unicode, and for a
     tokenizer that fails, as by a pattern without end.
     """
     for number, text in enumerate(texts, start=first):
@@ -104,7 +111,8 @@ def token_ids(
     if data.messages_field is not None:
         options["add_special_tokens"] = False
     try:
-        return [list(ids) for ids in tokenizer(list(texts), **options)["input_ids"]]
+        named = {"text_target" if is_target else "text": list(texts)}
+        return [list(ids) for ids in tokenizer(**named, **options)["input_ids"]]
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what Rust code ends with, which is no Exception
             raise

@@ -70,7 +70,15 @@ def refuse_parameters(targets: Targets, target: str) -> None:
 
 
 def refuse_towers(placement: Placement, target: str) -> None:
-    """Raise ExportError for a model with towers, for a target whose names do not tell them from the language model."""
+    """Raise ExportError for a model with towers, or with an encoder beside its decoder.
+
+    For a target whose names tell neither from the language model.
+    """
+    if (placement.source.model.model_extra or {}).get("is_encoder_decoder"):
+        raise ExportError(
+            f"{target} names modules alike in encoder and decoder. Nearest choice: export to peft, trl or verl, which "
+            "name paths."
+        )
     other = next((item for item in known_projections(placement) if item.part != "language"), None)
     if other is not None:
         raise ExportError(

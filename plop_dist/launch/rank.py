@@ -8,12 +8,15 @@ from logging import ERROR, getLogger
 from typing import Any
 
 from plop_dist import ranks
+from plop_dist.backends.record import check_singly
 from plop_dist.config.schema import Config
 from plop_dist.data.images import has_images
+from plop_dist.data.pairs import PairSamples
 from plop_dist.data.processed import ImageRows, ImageSamples
 from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, tokenize
-from plop_dist.errors import DataError, ExportError, PlopError, ScoresError, WorkerError, as_cause
+from plop_dist.data.singly import ReadSingly
+from plop_dist.errors import ExportError, PlopError, ScoresError, WorkerError, as_cause
 from plop_dist.measure.aggregate import check_weights
 from plop_dist.measure.protocols import MicroBatch, ScorableModel
 from plop_dist.registry import BACKENDS, load
@@ -94,13 +97,18 @@ def score(stages: Stages, notify: Notify) -> Scores:
 
 
 def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
-    from plop_dist.backends.hf.load import check_vocabulary, load_processor, load_tokenizer
+    from plop_dist.backends.hf.load import check_vocabulary, load_hf_config, load_processor, load_tokenizer
+    from plop_dist.backends.hf.own_class import reads_pairs
 
     data = config.data
     tokenizer = load_tokenizer(config.model)
     rows = select_rows(load_rows(data.path, data.split), data)
     samples: Sequence[list[int]]
-    if has_images(rows, data):
+    if reads_pairs(config.model, load_hf_config(config.model)):
+        check_singly(config, "two texts, the encoder's and the decoder's")
+        samples = PairSamples(rows, data, config.train.prompt_template, tokenizer)
+    elif has_images(rows, data):
+        check_singly(config, "images")
         samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length))
     else:
         samples = tokenize(rows, data, tokenizer)
@@ -113,16 +121,12 @@ def _pass_over(samples: Sequence[list[int]], tokenizer: Any, model: ScorableMode
     from plop_dist.measure.run import Pass
 
     data, groups = stages.config.data, model.groups
-    of_images = samples if isinstance(samples, ImageSamples) else None
-    if of_images is not None and groups.uniform_steps and not of_images.all_have_images:
-        raise DataError(
-            f"{data.path}: {len(samples) - of_images.num_images} of {len(samples)} rows have no image, but in this "
-            "layout a forward pass is collective over the ranks, towers included; score rows with images and rows "
-            "without apart, or use parallel.zero_stage=2 or less."
-        )
+    singly = samples if isinstance(samples, ReadSingly) else None
+    if singly is not None and groups.uniform_steps:
+        singly.check_uniform()
     plan = plan_steps(
         [len(sample) for sample in samples],
-        data.batch_size if of_images is None else 1,
+        data.batch_size if singly is None else 1,
         groups.num_replicas,
         model.micro_batches_per_step,
         uniform=groups.uniform_steps,
@@ -130,12 +134,12 @@ def _pass_over(samples: Sequence[list[int]], tokenizer: Any, model: ScorableMode
     )
     side = tokenizer.padding_side if data.padding_side == "auto" else data.padding_side
     done_after = _cumulative(plan)
-    marks = [] if of_images is None else [of_images.digest]
+    marks = [] if singly is None else [singly.digest]
     key = progress.fingerprint([stages.inputs("score"), progress.hash_samples(samples), *marks])
 
     def micro_batches(step: int) -> list[MicroBatch]:
-        if of_images is not None:
-            return [of_images.micro_batch(indices) for indices in plan[step][groups.replica]]
+        if singly is not None:
+            return [singly.micro_batch(indices) for indices in plan[step][groups.replica]]
         return step_micro_batches(samples, plan[step], groups.replica, pad_id=tokenizer.pad_token_id, side=side)
 
     return Pass(

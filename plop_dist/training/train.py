@@ -6,9 +6,11 @@ from typing import Any
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError
+from plop_dist.exporters.task_type import task_type
 from plop_dist.registry import BACKENDS, EXTERNAL_ENGINES, TRAINING_ENGINES, import_attribute, load, names
 from plop_dist.training.engine import Data, Log, TrainingEngine
 from plop_dist.values.placement import Placement
+from plop_dist.values.scores import ModelInfo
 
 
 def train(config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
@@ -21,12 +23,22 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     """
     name = engine_name(config)
     engine = load_engine(name)
+    check_task(config, placement.source.model)
     if config.train.method not in engine.methods:
         raise ConfigError(
             f"train.method is '{config.train.method}', but the training engine '{name}' knows only "
             f"{', '.join(engine.methods)}; use one of these, or another layout."
         )
     return engine.train(config, placement, log, data)
+
+
+def check_task(config: Config, model: ModelInfo) -> None:
+    """Raise ConfigError for a class that is not trained to write the next token, which is what all methods do."""
+    if task_type(model) != "CAUSAL_LM":
+        raise ConfigError(
+            f"train.method is {config.train.method}, which trains models to write the next token, but "
+            f"'{model.name_or_path}' is a {model.architecture}; set train.method=none, and train it with an export."
+        )
 
 
 def engine_name(config: Config) -> str:

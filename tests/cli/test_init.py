@@ -18,7 +18,9 @@ from plop_dist.config.schema import Config
 from plop_dist.config.starter import samples
 from plop_dist.registry import BACKENDS, EXPORTERS, names
 from tests.cli.cases import assert_one_message, plop_dist
+from tests.data.test_images import save_image
 from tests.models import save_tiny
+from tests.vlms import save_tiny_processor, save_tiny_vlm
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXAMPLES = CONFIGS.parent / "launchers" / "examples"
@@ -143,8 +145,17 @@ def shrunk(config: Path, here: Path) -> list[str]:
     overrides = []
     if not loaded.model.name_or_path.startswith("builtin:"):
         family = "qwen3_moe" if config.stem == "moe" else "llama"
-        sizes = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
-        overrides += [f"model.name_or_path={save_tiny(family, here / 'model', **sizes)}"]
+        sizes: dict[str, Any] = {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+        }
+        if loaded.data.images_field is not None:
+            save_tiny_processor("llava", save_tiny_vlm("llava", here / "model"))
+        else:
+            save_tiny(family, here / "model", **sizes)
+        overrides += [f"model.name_or_path={here / 'model'}"]
     if loaded.model.checkpoint is not None:
         left = here / loaded.model.checkpoint / "global_step1000" / "mp_rank_00_model_states.pt"
         left.parent.mkdir(parents=True)
@@ -152,6 +163,9 @@ def shrunk(config: Path, here: Path) -> list[str]:
         (left.parents[1] / "latest").write_text(left.parent.name)
     if not loaded.data.path.startswith("builtin:"):
         row = {"question": "a", "answer": "b", "messages": [{"role": "user", "content": "c"}]}
+        if loaded.data.images_field is not None:
+            save_image(here / "a.png")
+            row |= {"images": ["a.png"]}
         (here / "rows.jsonl").write_text((json.dumps(row) + "\n") * 240)
         overrides += [f"data.path={here / 'rows.jsonl'}"]
     return overrides

@@ -57,6 +57,10 @@ class DeepSpeed(BackendRecord):
         if config.parallel.pp > 1:
             check_pp(hf_config, config.parallel.pp)
 
+    def reads_singly(self, config: Config) -> bool:
+        """Take them at every ZeRO stage; AutoTP cuts fused linears of towers without regard to what they hold."""
+        return config.parallel.tp == config.parallel.pp == 1
+
     def takes_quantized(self, config: Config) -> bool:
         """ZeRO does where it leaves the weights whole."""
         return config.parallel.tp == config.parallel.pp == 1 and config.parallel.zero_stage <= 2

@@ -5,8 +5,8 @@ ZeRO-3's zero.Init (where a released weight has shape (0,)) and under transforme
 
 Types are last path components, the field's convention, so GPT-2's `c_proj` stands for both its attention and its MLP
 output, exactly as PEFT's `target_modules=["c_proj"]` adapts both. Exceptions are the model's output head, which is
-always of type `lm_head`, whatever the family calls it (GPT-NeoX: `embed_out`), and what is no part of the language
-model: a vision tower's types are its own (`vision.q_proj`).
+always of type `lm_head`, whatever the family calls it (GPT-NeoX: `embed_out`), and what rests on other tokens: a vision
+tower's types are its own (`vision.q_proj`), and so are those of encoder, decoder and the attention between them.
 """
 
 # T tokens, I in_features, O out_features
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from plop_dist.backends.hf.fused import parts_of
 from plop_dist.backends.hf.own_modules import named_modules, parameter_shape
-from plop_dist.backends.hf.parts import part_finder
+from plop_dist.backends.hf.parts import part_finder, stream_finder
 from plop_dist.backends.hf.quantized.readers import add_readers
 from plop_dist.backends.hf.roles import Roles
 from plop_dist.errors import ModelError
@@ -89,24 +89,25 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
         else:
             blocks = tuple(_block(owner_path, part, rows, sizes, path, role) for part, rows in parts)
         found.append(LinearModule(path, module, blocks, is_transposed=own_storage == "conv1d"))
-    part_of = part_finder(model)
-    return [_with_part(linear, part_of(linear.path)) for linear in found]
+    part_of, stream_of = part_finder(model), stream_finder(model)
+    return [_with_part(linear, part_of(linear.path), stream_of(linear.path)) for linear in found]
 
 
-def _with_part(linear: LinearModule, part: ModelPart) -> LinearModule:
-    """Return the linear as one of this part, in which types are other types than the language model's of that name."""
-    if part == "language":
+def _with_part(linear: LinearModule, part: ModelPart, stream: str | None) -> LinearModule:
+    """Return the linear as one of this part and stream, in which types are other types than elsewhere of that name."""
+    prefix = stream if part == "language" else part
+    if prefix is None:
         return linear
     blocks = []
     for block in linear.blocks:
-        own = {"part": part, "type": f"{part}.{block.projection.type}"}
+        own = {"part": part, "type": f"{prefix}.{block.projection.type}"}
         blocks.append(replace(block, projection=block.projection.model_copy(update=own)))
     return replace(linear, blocks=tuple(blocks))
 
 
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is one that find_linears returns."""
-    return isinstance(module, nn.Linear | Conv1D) or _is_router(module)
+    return isinstance(module, nn.Linear | Conv1D) or _is_router(module) or _is_quantised_linear(module)
 
 
 def projection_of(

@@ -44,6 +44,16 @@ def loaded_config(model: ModelConfig, hf_config: Any) -> Any:
     return text if isinstance(text, getattr(concrete, "config_class", None) or ()) else hf_config
 
 
+def reads_pairs(model: ModelConfig, hf_config: Any) -> bool:
+    """Tell whether what is loaded has an encoder beside its decoder: the checkpoint, and not its decoder alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not hf_config.is_encoder_decoder:
+        return False
+    name = getattr(_concrete(own_class(model, hf_config), hf_config), "__name__", "")
+    return name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
 def build(model: ModelConfig, hf_config: Any) -> Any:
     """Return a model of the own class, from its configuration alone: on the device, and of the dtype, that hold now."""
     found = own_class(model, hf_config)
@@ -61,6 +71,8 @@ def _named_class(model: ModelConfig, hf_config: Any) -> Any:
         for auto, address in (getattr(hf_config, "auto_map", None) or {}).items():
             if auto.startswith("AutoModel") and hasattr(transformers, auto) and address.rpartition(".")[2] == name:
                 return getattr(transformers, auto)
+        if _DEFAULT in (getattr(hf_config, "auto_map", None) or {}):  # the code that is trusted, by whatever name
+            return transformers.AutoModelForCausalLM
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         default = transformers.AutoModelForCausalLM

@@ -1,7 +1,8 @@
 """Which part of a model a module belongs to: its language model, a tower for images or sounds, or what joins them.
 
-Transformers builds each part from a section of the configuration (`vision_config`), which its modules keep: so it is
-the name of that section that says it, and names of modules only where no section does.
+And to which stream of an encoder-decoder model. Transformers builds each part from a section of the configuration
+(`vision_config`), which its modules keep: so it is the name of that section that says it, and names of modules only
+where no section does.
 """
 
 from __future__ import annotations
@@ -50,6 +51,31 @@ def part_finder(model: nn.Module) -> Callable[[str], ModelPart]:
         return "projector" if found != "language" and _JOINS.search(path) else found
 
     return part_of
+
+
+# Of paths in a decoder, in lower case: attention to what an encoder has read.
+_CROSS = re.compile(r"cross|enc_?dec|encoder_attn|encoder_attention")
+
+
+def stream_finder(model: Any) -> Callable[[str], str | None]:
+    """Return the function that tells the stream of an encoder-decoder model's module by its path.
+
+    "encoder", "decoder" or "cross" (its k and v see the encoder's tokens, its q and o the decoder's); None for heads,
+    and in all other models.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return lambda path: None
+    sides = {id(model.get_encoder()): "encoder", id(model.get_decoder()): "decoder"}
+    found = {path: sides[id(module)] for path, module in model.named_modules() if id(module) in sides and path}
+
+    def stream_of(path: str) -> str | None:
+        above = next((above for above in _upwards(path) if above in found), None)
+        if above is None:
+            return None
+        is_cross = found[above] == "decoder" and _CROSS.search(path.removeprefix(above).lower())
+        return "cross" if is_cross else found[above]
+
+    return stream_of
 
 
 def other_parts(config: Any) -> set[ModelPart]:

@@ -37,6 +37,10 @@ class Transformers(BackendRecord):
             refuse_experts(hf_config, config)
             check_tp(hf_config, config.parallel.tp)
 
+    def reads_singly(self, config: Config) -> bool:
+        """Take them in every layout: a plan that cuts a tower says how."""
+        return True
+
     def takes_quantized(self, config: Config) -> bool:
         """Whole replicas do."""
         return config.parallel.tp == 1

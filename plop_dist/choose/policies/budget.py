@@ -23,6 +23,7 @@ class Budget(LowestK):
     """At most placement.max_trainable_parameters; with fit=rank the policy lowest_k, at the rank that fits."""
 
     name = "budget"
+    sets_rank = True
     summary = "what fits max_trainable_parameters: the best set at the given rank, or (fit=rank) the k lowest"
     parameters = ("max_trainable_parameters", "fit", "k")
     is_yardstick = False

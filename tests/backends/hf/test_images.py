@@ -16,6 +16,7 @@ from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.costs.plan import build_plan
 from plop_dist.data.processed import ImageRows
+from plop_dist.errors import LayoutError, ModelError
 from plop_dist.launch import pipeline
 from plop_dist.values.scores import Scores
 from tests.data.test_images import save_image
@@ -116,6 +117,23 @@ def test_sft_on_images_trains_the_placement_and_the_own_class_reads_it(tmp_path:
             total, count = total + float(model(**inputs, labels=labels).loss) * num, count + num
     assert summary["held_out_before"] == pytest.approx(total / count, rel=1e-4)
     assert summary["held_out_after"] != summary["held_out_before"]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"backend": "deepspeed", "tp": 2}, r"rows have images, which parallel\.backend 'deepspeed' does not score"),
+        ({"backend": "deepspeed", "pp": 2}, "plain stack|LlavaForConditionalGeneration"),
+        ({"backend": "megatron", "tp": 2}, "other parts than its language model .vision.; parallel.backend"),
+    ],
+)
+def test_layouts_that_may_not_see_a_tower_whole_are_refused(
+    tmp_path: Path, parallel: dict[str, Any], message: str
+) -> None:
+    rows_in(tmp_path)
+    config = config_in(tmp_path, "llava", parallel=parallel)
+    with pytest.raises((LayoutError, ModelError), match=message):
+        build_plan(config)
 
 
 def test_images_are_refused_where_they_would_be_dropped(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""The rank at which a choice trains as many parameters as all linear layers would (placement.match)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from plop_dist.choose.decision import Decision, decide_for
+from plop_dist.values.scores import Scores
+
+
+def matched_rank(decision: Decision, chosen_U: np.ndarray) -> int:
+    """Return the common rank that brings a choice nearest to the parameters of policy `all` at placement.rank.
+
+    At most min(in_features, out_features) of what is chosen; under Megatron, which shards adapters by their rank, a
+    multiple of its tensor-parallel size. chosen_U: (U,), bool, some of them.
+    """
+    candidates, config = decision.candidates, decision.config
+    everything = decide_for(
+        decision.scores,
+        config.model_copy(update={"policy": "all", "granularity": "type", "options": {}, "match": None}),
+        decision.eligible,
+    )
+    target = everything.candidates.sizes.total(everything.candidates.chosen_modules(everything.chosen_U))
+    # Adapters of one common rank grow with it in proportion, shared ones too.
+    per_rank = candidates.sizes.with_ranks(lambda _: 1).total(candidates.chosen_modules(chosen_U))
+    step = _step(decision.scores)
+    most = min(min(module.in_features, module.out_features) for module in candidates.members(chosen_U))
+    nearest = round(target / per_rank / step) * step
+    return max(step, min(nearest, most // step * step))
+
+
+def _step(scores: Scores) -> int:
+    parallel = scores.parallel
+    size = parallel.get("tp", 1) if parallel.get("backend") == "megatron" else 1
+    return size if isinstance(size, int) and size > 0 else 1
