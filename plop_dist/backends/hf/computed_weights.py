@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from plop_dist.measure.weight import PlainReader, Stored, Weight, add_reader, reader_of
+from plop_dist.measure.weight import PlainReader, Stored, Weight, reader_of
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -92,10 +92,9 @@ class _ComputedReader(PlainReader):
         return Weight.of(seen.products[0][1]) if len(seen.products) == 1 else weight
 
 
-_READER = _ComputedReader()
-add_reader(_READER)
+COMPUTED_READER = _ComputedReader()
 
 
 def is_computed(module: nn.Module) -> bool:
     """Tell whether what torch multiplies by in the module's forward is what its weight is read as."""
-    return reader_of(Stored(module)) is _READER
+    return reader_of(Stored(module)) is COMPUTED_READER

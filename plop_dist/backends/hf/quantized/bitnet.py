@@ -13,34 +13,25 @@ _ROUNDED_INPUTS = 0.25  # int8 activations, scaled by each token's largest
 
 
 class BitNetReader:
-    """transformers' BitLinear, with four values in a byte, and AutoBitLinear, which rounds in the forward pass."""
+    """transformers' BitLinear: four values in a byte. AutoBitLinear's are plain, and read by what it computes."""
 
     methods = ("bitnet",)
 
     def knows(self, stored: Stored) -> bool:
-        """Tell whether the module is one of transformers' two."""
+        """Tell whether the module is transformers' own."""
         kind = type(stored.module)
-        is_own = kind.__module__.startswith("transformers.") and kind.__name__ in ("BitLinear", "AutoBitLinear")
+        is_own = kind.__module__.startswith("transformers.") and kind.__name__ == "BitLinear"
         return is_own and stored.name == "weight"
 
     def read(self, stored: Stored) -> Weight:
         """Return the weight, unpacked whole: the bits of a byte belong to rows that are far apart."""
         module: Any = stored.module
-        unpack = _unpacked if type(module).__name__ == "BitLinear" else _rounded
         dtype = torch.float32
         shape = (module.out_features, module.in_features)
-        return Weight.unpacked(shape, dtype, module.weight.device, lambda: unpack(module), _ROUNDED_INPUTS)
+        return Weight.unpacked(shape, dtype, module.weight.device, lambda: _unpacked(module), _ROUNDED_INPUTS)
 
 
 def _unpacked(module: Any) -> Tensor:
     packed = module.weight.detach()
     parts = [(packed >> 2 * place & 3).float() - 1 for place in range(4)]
     return torch.cat(parts)[: module.out_features] / module.weight_scale.float()
-
-
-def _rounded(module: Any) -> Tensor:
-    weight = module.weight.detach().float()
-    if not module.online_quant:
-        return weight * module.weight_scale.float()
-    scale = weight.abs().mean().clamp(min=1e-5)
-    return (weight / scale).round().clamp(-1, 1) * scale
