@@ -210,7 +210,7 @@ def _unheard() -> Iterator[None]:
     from transformers.utils import logging as theirs
 
     verbosity, had_bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity(theirs.CRITICAL)
+    theirs.set_verbosity(logging.CRITICAL)
     theirs.disable_progress_bar()
     try:
         yield
