@@ -94,27 +94,30 @@ VLMS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def tiny_vlm_config(family: str) -> PreTrainedConfig:
-    """Return the configuration of a tiny vision-language model."""
-    return AutoConfig.for_model(family, **VLMS[family][1])
+def tiny_vlm_config(family: str, *, tied: bool = False) -> PreTrainedConfig:
+    """Return the configuration of a tiny vision-language model; tied: its head is the embedding."""
+    config: Any = AutoConfig.for_model(family, **VLMS[family][1])
+    if tied:
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    return config
 
 
-def tiny_vlm(family: str, *, seed: int = 0) -> PreTrainedModel:
+def tiny_vlm(family: str, *, seed: int = 0, tied: bool = False) -> PreTrainedModel:
     """Return a float32 model of the family's own class in eval mode, the same one on every machine."""
     own: Any = getattr(transformers, VLMS[family][0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = own._from_config(tiny_vlm_config(family), dtype=torch.float32)
+        model = own._from_config(tiny_vlm_config(family, tied=tied), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spoil(name, parameter, seed)
     return model.eval()
 
 
-def save_tiny_vlm(family: str, directory: str | Path, *, seed: int = 0) -> Path:
+def save_tiny_vlm(family: str, directory: str | Path, *, seed: int = 0, tied: bool = False) -> Path:
     """Save tiny_vlm(family) as safetensors with a tokenizer beside it, and return the directory."""
     target = Path(directory)
-    tiny_vlm(family, seed=seed).save_pretrained(target)
+    tiny_vlm(family, seed=seed, tied=tied).save_pretrained(target)
     tiny_tokenizer().save_pretrained(target)
     return target
 

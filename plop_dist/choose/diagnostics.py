@@ -19,6 +19,7 @@ MIN_IN_FEATURES = 1000
 MIN_CONFIDENCE = 0.9
 MIN_TOKENS = 1000
 MIN_SAMPLES = 16
+_RECURRENT = ("recurrent", "kernel")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def diagnose(scores: Scores, placement: Placement | None = None, decision: Decis
         *_cut(scores, placement, decision),
         *_narrow(scores, placement),
         *_oversized(placement),
+        *_recurrent(scores, placement),
         *_tokens(scores),
         *_skipped(scores),
         *_left_out(scores),
@@ -106,6 +108,26 @@ def _oversized(placement: Placement | None) -> list[Diagnostic]:
     text = (
         f"Adapters have a higher rank than any update of their weights can have: {shown}; "
         f"placement.rank_pattern={{{pattern}}} trains less for the same."
+    )
+    return [Diagnostic("warning", text)]
+
+
+def _recurrent(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
+    """Say which chosen types lie in the recurrent layers of a model that has others too, and how to leave them out."""
+    is_hybrid = any(module.role is None and module.layer is not None for module in scores.modules)
+    if placement is None or not is_hybrid:
+        return []
+    inside = [module for module in placement.chosen if module.role in _RECURRENT]
+    if not inside:
+        return []
+    elsewhere = {module.type for module in scores.modules if module.role not in _RECURRENT}
+    types = sorted({module.type for module in inside})
+    entries = [name for name in types if name not in elsewhere]
+    entries += sorted({".".join(module.fqn.rsplit(".", 2)[-2:]) for module in inside if module.type in elsewhere})
+    text = (
+        f"{', '.join(types)} lie in the recurrent layers of this hybrid model ({len(inside)} of the chosen modules), "
+        "where adapters have cost accuracy (arXiv 2604.22127); placement.exclude=["
+        f"{','.join(dict.fromkeys([*placement.policy.get('exclude', []), *entries]))}] leaves them out."
     )
     return [Diagnostic("warning", text)]
 

@@ -99,13 +99,15 @@ def build_plan(config: Config) -> Plan:
     length = data.longest or config.data.max_length
     dtype = weights_dtype(config.model, hf_config)
     shape = Shape(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
+        num_layers=_num_layers(text, projections),
+        hidden_size=getattr(text, "hidden_size", None) or max((one.in_features for one in projections), default=0),
         num_tokens=config.data.batch_size * length,
         element_size=dtype.itemsize,
         num_routed=getattr(text, "num_experts_per_tok", 0) or 0,
         num_experts=num_experts(hf_config),
     )
+    if config.model.quantization is not None or getattr(hf_config, "quantization_config", None) is not None:
+        notes.append(f"Weights are counted in {str(dtype).removeprefix('torch.')}: quantised they take less.")
     if config.parallel.cp > 1:
         notes.append("Context parallelism needs Transformer Engine on every rank.")
     if config.parallel.zero_stage == 3:
@@ -136,6 +138,12 @@ def build_plan(config: Config) -> Plan:
         verdict=verdict,
         training=training_memory(config, stages, shape, text.vocab_size, verdict.parameters),
     )
+
+
+def _num_layers(text: Any, projections: Sequence[Projection]) -> int:
+    """Return what the configuration says, or, where it counts in other words (byte-latent models), what there is."""
+    known = getattr(text, "num_hidden_layers", None)
+    return known or 1 + max((one.layer for one in projections if one.layer is not None), default=0)
 
 
 def _reading(placing: Placing, num_samples: int, batch_size: int, activation_bytes: int) -> str:

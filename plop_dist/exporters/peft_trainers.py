@@ -12,6 +12,12 @@ from plop_dist.exporters.text import dot_list, shell_flags, shell_text, yaml_lin
 
 
 def _trl_names(targets: Targets) -> list[str]:
+    if any(part.type == "lm_head" for holder in targets.holders for part in holder.projections):
+        raise ExportError(
+            "trl refuses an adapter on the head (lm_head): it multiplies by the head's weight itself. Nearest choice: "
+            "choose without it (placement.exclude=[lm_head]), or export to peft.",
+            ["lm_head"],
+        )
     # TRL turns a list of one name into a string, which PEFT reads as a regex on the whole path.
     if len(targets.modules) != 1:
         return list(targets.modules)
@@ -64,7 +70,7 @@ TRL = ListExporter(
     names=_trl_names,
     read_names=_one_name_is_a_regex,
     matching="as in PEFT; one name alone is a regex on the whole path",
-    further_limits=("one single module of an MoE model with 3-D experts",),
+    further_limits=("one single module of an MoE model with 3-D experts", "the head, which it multiplies by itself"),
     file="trl.yaml",
     text=yaml_text,
     flags=shell_flags,

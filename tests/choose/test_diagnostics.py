@@ -119,3 +119,31 @@ def test_a_pipe_gets_whole_lines_and_a_terminal_lines_that_fit() -> None:
             assert any(
                 line.startswith("Chosen: o_proj v_proj down_proj · 9 modules, rank 16, 294,912") for line in lines
             )
+
+
+def test_chosen_recurrent_layers_of_a_hybrid_are_named_and_can_be_left_out() -> None:
+    made = make_scores({**LLAMA, "in_proj": 0.5, "out_proj": 0.6})
+    modules = [
+        module.model_copy(update={"role": "recurrent"}) if module.type in ("in_proj", "out_proj") else module
+        for module in made.modules
+    ]
+    hybrid = made.model_copy(update={"modules": tuple(modules)}).with_samples(made.samples)
+    found = texts(hybrid)
+    assert "in_proj, out_proj lie in the recurrent layers of this hybrid model (6 of the chosen modules)" in found
+    assert "arXiv 2604.22127" in found
+    assert "placement.exclude=[lm_head,in_proj,out_proj] leaves them out" in found
+    placement = plop_dist.place(hybrid, exclude=["lm_head", "in_proj", "out_proj"])
+    assert not any("recurrent" in finding.text for finding in diagnose(hybrid, placement))
+    recurrent = [module for module in modules if module.role]
+    alone = hybrid.model_copy(update={"modules": tuple(recurrent)}).with_samples(None)
+    assert "recurrent" not in texts(alone, k=1)
+
+
+def test_what_a_kernel_reads_past_adapters_is_chosen_by_include_alone() -> None:
+    made = make_scores({**LLAMA, "out_proj": 0.1})
+    modules = [
+        module.model_copy(update={"role": "kernel"}) if module.type == "out_proj" else module for module in made.modules
+    ]
+    scores = made.model_copy(update={"modules": tuple(modules)}).with_samples(made.samples)
+    assert "out_proj" not in plop_dist.place(scores, policy="all").module_types
+    assert plop_dist.place(scores, include=["out_proj"], k=1).module_types == ("out_proj",)

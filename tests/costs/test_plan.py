@@ -142,3 +142,20 @@ def test_data(tmp_path: Path) -> None:
         build_plan(configured(tmp_path, "llama-70b", {"path": str(tmp_path / "rows.jsonl"), "text_field": "answer"}))
     plan = build_plan(configured(tmp_path, "llama-70b", {"path": "openai/gsm8k:main", "text_field": "question"}))
     assert plan.data.num_samples is None
+
+
+def test_a_model_that_counts_its_layers_in_other_words(tmp_path: Path) -> None:
+    from tests.models import tiny_tokenizer
+    from tests.sweep.tiny_configs import tiny_config
+
+    config = tiny_config("blt")
+    config.architectures = ["BltForCausalLM"]
+    config.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "ABC"}) + "\n")
+    plan = build_plan(parse_config({
+        "run_dir": str(tmp_path / "run"), "model": {"name_or_path": str(tmp_path / "model")},
+        "data": {"path": str(rows), "text_field": "text"},
+    }))  # fmt: skip
+    assert plan.architecture == "BltForCausalLM"

@@ -178,11 +178,17 @@ def trl_config(export: Export) -> LoraConfig:
     return config
 
 
+def test_trl_refuses_the_head() -> None:
+    placement = place(scores_of(projections_of(model_of("llama"))), ["v_proj", "lm_head"])
+    with pytest.raises(ExportError, match=r"trl refuses an adapter on the head.*placement\.exclude=\[lm_head\]"):
+        trl_exporter.export(placement)
+    assert "lm_head" in placement.to_peft().target_modules
+
+
 @pytest.mark.parametrize(
     ("family", "types"),
     [
         ("llama", ["v_proj"]),
-        ("llama", ["lm_head"]),
         ("llama", ["v_proj", "o_proj", "down_proj"]),
         ("phi3", ["gate_proj", "up_proj"]),
         ("qwen3_moe", ["o_proj"]),

@@ -29,6 +29,7 @@ HOMES: dict[str, dict[str, str]] = {
         "backends/hf/load.py": "trust_remote_code as configured, after check_foreign_code",
         "backends/hf/quantized/loadable.py": "no file: weights of its own",
         "backends/hf/stored_weights.py": "no file: a state dict without values",
+        "backends/hf/padding.py": "no file: a state dict of random values",
         "checkpoints/builtin.py": "the GGUF of an installed package",
     },
     "from_hf_pretrained": {"backends/megatron/backend.py": "trust_remote_code as configured, after load_hf_config"},

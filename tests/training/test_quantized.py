@@ -18,8 +18,6 @@ from tests.models import random_tokens, save_tiny
 from tests.spawn import run_ranks
 from tests.training.test_sft import make_config
 
-pytestmark = pytest.mark.slow
-
 NF4 = KINDS["nf4-double"].quantization
 
 
@@ -41,6 +39,7 @@ def logits_of(root: Path, adapter: Path) -> Any:
         return model(input_ids=random_tokens(2, 7)).logits
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_adapted_alike_in_one_process_and_at_zero_2(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model", **SIZES)
     one = quantised_config(tmp_path, "one")
@@ -58,3 +57,24 @@ def test_a_quantised_base_is_adapted_alike_in_one_process_and_at_zero_2(tmp_path
         assert summary["held_out_after"] < summary["held_out_before"]
         scores = json.loads((config.run_path / "scores.json").read_text())
         assert scores["model"]["quantization"] == BNB["quant_method"]
+
+
+@pytest.mark.rare
+@pytest.mark.parametrize("parallel", [{}, {"backend": "deepspeed", "dp": 2, "zero_stage": 2}])
+def test_the_held_out_loss_of_smollm2_falls_on_nf4(parallel: dict[str, Any], tmp_path: Path) -> None:
+    tree = {
+        "run_dir": str(tmp_path),
+        "model": {"name_or_path": "builtin:smollm2", "dtype": "float32", "quantization": NF4},
+        "data": {"path": "builtin:arithmetic", "template": "{question}\n{answer}", "num_samples": 16},
+        "parallel": parallel,
+        "placement": {"rank": 4, "alpha": 8},
+        "train": {"method": "sft", "max_steps": 8, "learning_rate": 2e-3, "micro_batch_size": 2, "eval_samples": 8},
+    }
+    if parallel:
+        run_ranks(2, run_on_rank, tree, timeout_s=380)
+    else:
+        run_on_rank(0, tree)
+    summary = json.loads((tmp_path / "train" / "summary.json").read_text())
+    assert summary["held_out_after"] < summary["held_out_before"] - 0.02, summary
+    types = [entry["type"] for entry in json.loads((tmp_path / "scores.json").read_text())["types"]]
+    assert types[:3] == ["v_proj", "up_proj", "down_proj"]

@@ -345,3 +345,17 @@ def test_only_the_chosen_modules_learn(tmp_path: Path, monkeypatch: pytest.Monke
         else:
             assert torch.equal(parameter, before[path]), f"{name} changed"
     assert seen == set(placement.modules)
+
+
+@pytest.mark.slow
+def test_a_model_that_names_its_body_otherwise_trains(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4,
+             "num_experts_per_tok": 2}  # fmt: skip
+    save_tiny("llama4_text", tmp_path / "model", **sizes)
+    config = make_config(tmp_path, "run", rows=4)
+    config = config.model_copy(
+        update={"placement": config.placement.model_copy(update={"include": ["v_proj", "o_proj"]})}
+    )
+    run = run_stages(config)
+    assert run["losses"][-1] < run["losses"][0]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.load import load_model, needs_head
+from plop_dist.backends.hf.load import load_hf_config, load_model, meta_model, needs_head, weights_dtype
+from plop_dist.backends.hf.memory import freed_at_once
 from plop_dist.backends.hf.model import HFModel, pick_device
 from plop_dist.backends.hf.whole import whole_model
 from plop_dist.config.schema import Config
@@ -120,10 +122,12 @@ def _load_partitioned(config: Config) -> HFModel:
     device = pick_device()
     # Before any from_pretrained, or transformers and TRL miscount the ranks.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    settings = {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.data.batch_size,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **_gathered_at_most(config)},
     }
+    if weights_dtype(config.model, load_hf_config(config.model)) is torch.bfloat16:
+        settings["bf16"] = {"enabled": True}  # else zero.Init keeps the parts in float32
     # While this object lives, from_pretrained builds under zero.Init: each parameter is cut up as soon as it exists.
     partitioning = HfDeepSpeedConfig(settings)
     module = load_model(config.model)
@@ -132,5 +136,27 @@ def _load_partitioned(config: Config) -> HFModel:
     engine.eval()
     model = wrap(engine, config.placement.exclude)
     model.device = device
-    model.release = engine.destroy
+    model.release = _released(engine)
     return model
+
+
+def _released(engine: Any) -> Callable[[], None]:
+    """Return what gives an engine back; until then what it gathered leaves the process as it is partitioned again."""
+    stack = ExitStack()
+    stack.callback(engine.destroy)
+    stack.enter_context(freed_at_once())
+    return stack.close
+
+
+def _gathered_at_most(config: Config) -> dict[str, int]:
+    """Return how many parameters are whole at a time: an eighth of a rank's share, and the module that runs.
+
+    DeepSpeed would keep up to 10^9, which is all of many a model, on every rank.
+    """
+    sizes = [parameter.numel() for parameter in meta_model(config.model).parameters()]
+    most = max(1, sum(sizes) // (8 * dist.get_world_size()))
+    return {
+        "stage3_max_live_parameters": most,
+        "stage3_max_reuse_distance": most,
+        "stage3_prefetch_bucket_size": most // 2,
+    }

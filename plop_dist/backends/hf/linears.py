@@ -107,7 +107,7 @@ def _with_part(linear: LinearModule, part: ModelPart, stream: str | None) -> Lin
 
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is one that find_linears returns."""
-    return isinstance(module, nn.Linear | Conv1D) or _is_router(module)
+    return isinstance(module, nn.Linear | Conv1D) or _is_router(module) or _is_quantised_linear(module)
 
 
 def projection_of(

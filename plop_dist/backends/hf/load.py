@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from plop_dist.backends.hf.built_whole import unpartitioned
 from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
 from plop_dist.backends.hf.memory import freed_at_once
@@ -143,7 +144,7 @@ def meta_model(model: ModelConfig, hf_config: Any = None) -> torch.nn.Module:
     It is whole at ZeRO-3 too, where transformers partitions every other model that it builds.
     """
     hf_config = hf_config or load_hf_config(model)
-    with _explained(model, "architecture"), _unpartitioned(), torch.device("meta"):
+    with _explained(model, "architecture"), unpartitioned(), torch.device("meta"):
         return build(model, hf_config).eval()
 
 
@@ -180,18 +181,6 @@ def _class_without(drop: Callable[[Any], None], model_class: Any) -> Any:
     # transformers would report every weight that is left out.
     fields["_keys_to_ignore_on_load_unexpected"] = [".*"]
     return type(model_class.__name__, (model_class,), fields)
-
-
-@contextmanager
-def _unpartitioned() -> Iterator[None]:
-    from transformers.integrations import deepspeed
-
-    alive = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = alive
 
 
 def needs_head(exclude: list[str]) -> bool:

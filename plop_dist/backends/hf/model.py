@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -13,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.hf.offload import execution_device
+from plop_dist.backends.hf.padding import TIMES_NOISE, sees_padding
 from plop_dist.backends.hf.unscored import watching
-from plop_dist.errors import DataError, ModelError
+from plop_dist.errors import DataError, ModelError, first_line
 from plop_dist.measure.protocols import Groups, MicroBatch, PassingWeights, Site
 from plop_dist.ranks import local_device
 from plop_dist.values.scores import Projection
 
-# Families whose forward pass gives a row's tokens other activations when padding stands beside them (transformers 5).
-_SEE_PADDING = frozenset({"doge", "nemotron_h", "zamba2"})
+log = logging.getLogger(__name__)
 
 
 class HFModel:
@@ -28,8 +30,9 @@ class HFModel:
 
     module: the transformers model that owns the sites. call: what runs the forward pass (the module itself, its base
     model without the head, or an engine around it). num_parameters: of the whole model.
-    release: ends what loading made. passing: see ScorableModel. An encoder-decoder model takes micro-batches of one
-    sample, with `labels`, from which it makes what its decoder reads.
+    release: ends what loading made. passing: see ScorableModel. knows_padding: padding is taken as it comes, without
+    asking whether tokens see it. An encoder-decoder model takes micro-batches of one sample, with `labels`, from which
+    it makes what its decoder reads.
     """
 
     micro_batches_per_step = 1
@@ -45,6 +48,7 @@ class HFModel:
         num_parameters: int | None = None,
         release: Callable[[], None] = lambda: None,
         passing: PassingWeights | None = None,
+        knows_padding: bool = False,
     ) -> None:
         self.module = module
         self.sites = sites
@@ -55,6 +59,7 @@ class HFModel:
         self._call = call or (module if with_head else headless(module))
         self._whole = call or module
         self._with_head = with_head
+        self._longest_known = sys.maxsize if knows_padding else 0  # up to which length padding is known not to be seen
         self._reads_pairs = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
         self._takes_positions = "position_ids" in _parameters_of(self._call)
         self._taken: dict[str, bool | None] = {}  # asked of every batch, and the answer looks at every module
@@ -73,12 +78,8 @@ class HFModel:
             )
         justified = _right_padded(micro_batch)
         mask, positions = justified.attention_mask, justified.position_ids
-        kind = getattr(getattr(self.module, "config", None), "model_type", None)
-        if kind in _SEE_PADDING and (mask.any(-1) & ~mask.bool().all(-1)).any():
-            raise DataError(
-                f"a micro-batch has padding, beside which transformers computes other activations for {kind}; pass one "
-                "sample per micro-batch (data.batch_size=1)."
-            )
+        if mask.shape[1] > self._longest_known and (mask.any(-1) & ~mask.bool().all(-1)).any():
+            self._check_padding(justified.input_ids[mask != 0], mask.shape[1], bool(micro_batch.extra))
         if positions is None or not is_packed(positions, mask):
             return
         packed = "a micro-batch has packed rows (position_ids that start again within a row)"
@@ -89,6 +90,39 @@ class HFModel:
                 f"{packed} and padding; transformers keeps packed samples apart only without padding: fill the rows, "
                 "or pass one sample per row."
             )
+
+    def _check_padding(self, tokens: Tensor, length: int, has_more: bool) -> None:
+        """Raise DataError if tokens see padding in rows of this length, or that cannot be told.
+
+        has_more: whether there is more than text, without which some models do not run: then it is said in the log.
+        """
+        config: Any = getattr(self.module, "config", None)
+        kind = getattr(config, "model_type", None) or type(self.module).__name__
+        rounded = 1 << (length - 1).bit_length()  # not anew for every longer batch
+        length = rounded if rounded <= getattr(config, "max_position_embeddings", rounded) else length
+        alone = "pass one sample per micro-batch (data.batch_size=1)."
+        try:
+            found = sees_padding(self.module, tokens, length, self.device, self._alike)
+        except Exception as error:  # transformers, and whatever code comes with a model
+            if has_more:
+                log.warning("Whether %s sees padding is not known: its text does not run alone (%s).", kind, error)
+                self._longest_known = length
+                return
+            raise DataError(
+                f"a micro-batch has padding, and whether it changes {kind}'s activations cannot be found out "
+                f"({type(error).__name__}: {first_line(error)}); {alone}"
+            ) from error
+        if found is not None and found > 1:
+            raise DataError(
+                f"a micro-batch has padding, beside which transformers computes other activations for {kind} (their "
+                f"gains differ by {found * TIMES_NOISE:.0f} times what rounding does); {alone}"
+            )
+        self._longest_known = length
+
+    def _alike(self, module: nn.Module, sites: Sequence[Site]) -> HFModel:
+        """Return another module as this one is run, whose padding is taken as it comes."""
+        wanted = [site for site in sites if self._with_head or site.projections[0].type != "lm_head"]
+        return HFModel(module, wanted, with_head=self._with_head, knows_padding=True)
 
     def takes(self, key: str) -> bool | None:
         """Tell whether the model's forward names the key, or takes any and a module inside it names this one."""

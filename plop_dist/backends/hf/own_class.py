@@ -71,6 +71,8 @@ def _named_class(model: ModelConfig, hf_config: Any) -> Any:
         for auto, address in (getattr(hf_config, "auto_map", None) or {}).items():
             if auto.startswith("AutoModel") and hasattr(transformers, auto) and address.rpartition(".")[2] == name:
                 return getattr(transformers, auto)
+        if _DEFAULT in (getattr(hf_config, "auto_map", None) or {}):  # the code that is trusted, by whatever name
+            return transformers.AutoModelForCausalLM
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         default = transformers.AutoModelForCausalLM

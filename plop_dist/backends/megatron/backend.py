@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+from plop_dist.backends.hf.memory import freed_at_once
 from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.backends.megatron.bridge import import_auto_bridge
@@ -22,17 +23,19 @@ from plop_dist.backends.megatron.checkpoint import load_checkpoint
 from plop_dist.backends.megatron.checks import (
     check_attention,
     check_projections,
-    check_weights,
 )
 from plop_dist.backends.megatron.chunk_sites import Logical
+from plop_dist.backends.megatron.chunks import unwrap
 from plop_dist.backends.megatron.families import check_family
 from plop_dist.backends.megatron.fusions import switch_off
+from plop_dist.backends.megatron.language import NAME, language_model, of_language
 from plop_dist.backends.megatron.layout import check_layout
 from plop_dist.backends.megatron.local_layers import use_local_layers
 from plop_dist.backends.megatron.model import MegatronModel
-from plop_dist.backends.megatron.names import bridge_names, conventional_names
+from plop_dist.backends.megatron.names import below, bridge_names, conventional_names
 from plop_dist.backends.megatron.renamed import as_modules
-from plop_dist.backends.megatron.rotary import complete_yarn
+from plop_dist.backends.megatron.rotary import complete_rotary
+from plop_dist.backends.megatron.stored import check_weights
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
 from plop_dist.backends.megatron.wide_norms import share_wide_norms
 from plop_dist.checkpoints.builtin import resolve
@@ -57,10 +60,13 @@ def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, wi
     hf_config = load_hf_config(config.model)
     whole = meta_model(config.model, hf_config)
     known = {item.fqn: item for site in whole_sites(whole, with_head) for item in site.projections}
-    names = as_modules(bridge_names(bridge._model_bridge.mapping_registry()), whole, known)
+    names = bridge_names(bridge._model_bridge.mapping_registry())
+    if language_model(chunks[0]) is not unwrap(chunks[0]):
+        names, known = below(NAME, names), of_language(whole, known)
+    names = as_modules(names, whole, known)
     model = MegatronModel(
         chunks,
-        Logical(names, known, hf_config.vocab_size, with_head),
+        Logical(names, known, hf_config.get_text_config().vocab_size, with_head),
         architecture=type(whole).__name__,
         model_type=hf_config.model_type,
         num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
@@ -92,6 +98,7 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
             "not installed; set parallel.cp=1 or install transformer-engine (CUDA only)."
         )
     initialize(config)
+    whole = meta_model(config.model, hf_config)
     dtype = weights_dtype(config.model, hf_config)
     with _explained(hf_config, config), redirect_stdout(io.StringIO()):  # Bridge prints sizes and a bar of its own
         bridge = auto_bridge.from_hf_pretrained(
@@ -99,10 +106,10 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
         )
         provider = bridge.to_megatron_provider(load_weights=False)
         check_family(hf_config, config)
-        complete_yarn(provider, hf_config)
+        complete_rotary(provider, hf_config)
         configure(provider, config, dtype)
         if config.model.checkpoint is None:
-            provider.register_pre_wrap_hook(lambda chunks: _load_weights(bridge, chunks, config))
+            provider.register_pre_wrap_hook(lambda chunks: _load_weights(bridge, chunks, whole, config))
         chunks = provider.provide_distributed_model(
             wrap_with_ddp=False,
             use_cpu_initialization=not torch.cuda.is_available(),
@@ -113,13 +120,14 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
         load_checkpoint(chunks, Path(config.model.checkpoint))
     for chunk in chunks:
         share_wide_norms(chunk)
-    check_attention(hf_config, meta_model(config.model, hf_config), chunks, config)
+    check_attention(hf_config, whole, [language_model(chunk) for chunk in chunks], config)
     return [chunk.eval() for chunk in chunks], bridge
 
 
-def _load_weights(bridge: Any, chunks: list[nn.Module], config: Config) -> list[nn.Module]:
-    check_weights(bridge, chunks, config)
-    return bridge.load_hf_weights(chunks)
+def _load_weights(bridge: Any, chunks: list[nn.Module], whole: nn.Module, config: Config) -> list[nn.Module]:
+    check_weights(bridge, chunks, whole, config)
+    with freed_at_once():  # whole tensors come by, of which a rank keeps its shard
+        return bridge.load_hf_weights(chunks)
 
 
 def initialize(config: Config) -> None:

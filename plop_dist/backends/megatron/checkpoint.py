@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from plop_dist.backends.megatron.checkpoint_keys import match_keys
 from plop_dist.checkpoints.safe_pickle import tensors_only
 from plop_dist.checkpoints.torch_dist_index import check_index, indexes_checked
 from plop_dist.errors import ModelError, as_cause, first_line
@@ -36,7 +37,7 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
     keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     wanted = {key: _tensors(cast(Any, chunk).sharded_state_dict()) for key, chunk in zip(keys, chunks, strict=True)}
     with indexes_checked():
-        _check_keys(wanted, directory)
+        match_keys(wanted, directory)
     try:
         with _weights_alone(), tensors_only(), indexes_checked():
             loaded: Any = dist_checkpointing.load(wanted, str(directory))
@@ -82,29 +83,6 @@ def _put(chunk: nn.Module, state: dict[str, Any]) -> None:
     lost = [name for name in missing if not name.rpartition(".")[2].startswith(_OBJECTS)] + unexpected
     if lost:
         raise RuntimeError(f"'{lost[0]}' is in only one of the two")
-
-
-def _check_keys(wanted: dict[str, Any], directory: Path) -> None:
-    """Raise ModelError naming a weight that the checkpoint lacks, or holds in another shape."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-    have = dist_checkpointing.load_tensors_metadata(str(directory))
-    built = [value.build() if isinstance(value, ShardedTensorFactory) else value for value in nested_values(wanted)]
-    for tensor in (part for part in nested_values(built) if isinstance(part, ShardedTensor)):
-        found = have.get(tensor.key)
-        if found is None:
-            some = f" (it has '{min(have)}')" if have else ""
-            raise ModelError(
-                f"model.checkpoint '{directory}' has no '{tensor.key}'{some}; it is a checkpoint of another "
-                "architecture than model.name_or_path's, or of adapters alone."
-            )
-        if found.global_shape != tensor.global_shape and not tensor.allow_shape_mismatch:
-            raise ModelError(
-                f"model.checkpoint '{directory}': '{tensor.key}' is {tuple(found.global_shape)}, and "
-                f"model.name_or_path's is {tuple(tensor.global_shape)}; both must be the same model."
-            )
 
 
 @contextmanager

@@ -68,43 +68,6 @@ def check_called(sites: Sequence[Site]) -> None:
         )
 
 
-def check_weights(bridge: Any, chunks: Sequence[nn.Module], config: Config) -> None:
-    """Raise ModelError, on every rank, if any parameter of any rank would be left random. Collective over the world."""
-    tasks = bridge._model_bridge.build_conversion_tasks(bridge.hf_pretrained, list(chunks))
-    filled = {id(task.param_weight) for task in tasks if task is not None}
-    names = [
-        name
-        for chunk in chunks
-        for name, parameter in unwrap(chunk).named_parameters()
-        if id(parameter) not in filled
-        # The last stage's copy of tied embeddings is filled from the first one's.
-        and not (name == "output_layer.weight" and unwrap(chunk).share_embeddings_and_output_weights)
-    ]
-    missing = sorted(gather_set(names))
-    if missing:
-        raise ModelError(
-            f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge finds no weights for {len(missing)} of "
-            f"Megatron's parameters, e.g. '{missing[0]}'; they would be random. {_ELSEWHERE.capitalize()}."
-        )
-    _check_biases(bridge, tasks, config)
-
-
-def _check_biases(bridge: Any, tasks: Sequence[Any], config: Config) -> None:
-    """Raise ModelError if the checkpoint holds biases that no task reads: Megatron's model would go without them."""
-    read: set[str] = set()
-    for task in tasks:
-        if task is not None:
-            names = task.mapping.hf_param
-            read.update(names.values() if isinstance(names, dict) else [names])
-    read = gather_set(name for name in read if name.endswith(".bias"))
-    unread = sorted(name for name in bridge.hf_pretrained.state if name.endswith(".bias") and name not in read)
-    if unread:
-        raise ModelError(
-            f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge leaves out {len(unread)} biases of the "
-            f"checkpoint, e.g. '{unread[0]}'. {_ELSEWHERE.capitalize()}."
-        )
-
-
 def check_projections(found: Iterable[str], expected: Iterable[str], config: Config, device: torch.device) -> None:
     """Raise ModelError, on every rank, unless all ranks' projections are the Hugging Face model's. Collective.
 

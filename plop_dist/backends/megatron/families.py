@@ -18,8 +18,10 @@ LOCAL_FAMILIES = (
 # Equal with Transformer Engine's layers.
 GPU_FAMILIES = (
     *LOCAL_FAMILIES, "Exaone4ForCausalLM", "ExaoneMoeForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
-    "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "GptOssForCausalLM", "HYV3ForCausalLM", "MiniMaxM2ForCausalLM",
-    "NemotronHForCausalLM", "OlmoeForCausalLM", "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM",
+    "Gemma3ForConditionalGeneration", "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "GptOssForCausalLM",
+    "HYV3ForCausalLM", "MiniMaxM2ForCausalLM", "NemotronHForCausalLM", "OlmoeForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration", "Qwen3NextForCausalLM", "Qwen3VLForConditionalGeneration",
+    "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM",
 )  # fmt: skip
 # Built, and otherwise than transformers does: why.
 _WRONG = {
@@ -48,6 +50,12 @@ def check_family(hf_config: Any, config: Config) -> None:
             f"here) are known to be right for {', '.join(LOCAL_FAMILIES)} alone; {_ELSEWHERE}."
         )
     _check_fields(hf_config, family, name)
+    if hf_config.get_text_config() is not hf_config and config.train.method != "none":
+        raise ModelError(
+            f"train.method is '{config.train.method}', and model.name_or_path '{name}' is a {family}, which sees "
+            "images beside its text: in Megatron its language model is scored, and not trained; set train.method=none, "
+            "or use parallel.backend=deepspeed or transformers."
+        )
 
 
 def _check_fields(hf_config: Any, family: str, name: str) -> None:

@@ -14,6 +14,7 @@ from plop_dist.backends.megatron.checks import check_called, check_experts
 from plop_dist.backends.megatron.chunk_sites import Logical, find_sites
 from plop_dist.backends.megatron.chunks import count_parameters, unwrap
 from plop_dist.backends.megatron.groups import read_groups, read_place
+from plop_dist.backends.megatron.language import language_model
 from plop_dist.backends.megatron.schedule import run_schedule
 from plop_dist.measure.protocols import MicroBatch, Site
 from plop_dist.values.scores import Projection
@@ -36,7 +37,7 @@ class MegatronModel:
         num_parameters: int | None = None,
     ) -> None:
         self._chunks = list(chunks)
-        self._bare = [unwrap(chunk) for chunk in chunks]
+        self._bare = [language_model(chunk) for chunk in chunks]
         self._config = self._bare[0].config
         self._with_head = logical.with_head
         check_experts(self._config)
@@ -79,7 +80,11 @@ class MegatronModel:
 
         def call(index: int, batch: Prepared, chunk: nn.Module) -> Tensor:
             begin(index)
-            return chunk(batch.input_ids, batch.position_ids, batch.mask)
+            positions = batch.position_ids
+            if getattr(unwrap(chunk), "position_embedding_type", None) == "mrope":
+                positions = positions.expand(3, *positions.shape)  # time, height and width, the same for text
+            output: Any = chunk(input_ids=batch.input_ids, position_ids=positions, attention_mask=batch.mask)
+            return output[0] if isinstance(output, tuple) else output  # a loss mask beside it
 
         with self._headless(), self._shapes(prepared), torch.no_grad():
             run_schedule(self._chunks, prepared, call, cp_size=self._place.cp_size, forward_only=True)

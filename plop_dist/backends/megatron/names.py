@@ -168,6 +168,11 @@ def bridge_names(registry: Any) -> HFNames:
     return look_up
 
 
+def below(prefix: str, names: HFNames) -> HFNames:
+    """Return the names of the parameters of a submodule, given those of the whole model."""
+    return lambda parameter: names(f"{prefix}.{parameter}") or conventional_names(parameter)
+
+
 def _split_fused(parameter: str, names: dict[str, str]) -> dict[str, str]:
     """Give the logical parts of a weight that the Hugging Face checkpoint itself keeps fused (Phi-3, 3-D experts)."""
     if list(names) != [""]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,18 +14,22 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _FUSED = ("gate_proj", "up_proj")
 
 
+def path_in(whole: nn.Module) -> Callable[[str], str]:
+    """Return what gives the parameter of a model into which transformers loads a stored weight."""
+    from transformers.core_model_loading import rename_source_key
+
+    model: Any = whole
+    renamings, converters = _transforms(model)
+    places, prefix = model.state_dict(), model.base_model_prefix
+    return lambda name: rename_source_key(name, renamings, converters, prefix, places)[0]
+
+
 def as_modules(names: HFNames, whole: nn.Module, known: Collection[str]) -> HFNames:
     """Return the names with every path that the model does not have renamed as transformers does when it loads.
 
     whole: the Hugging Face model, on the meta device. known: its projections' paths.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    model: Any = whole
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings, converters = _transforms(whole)
 
     def rename(name: str) -> str:
         if name.removesuffix(".weight") in known:
@@ -43,6 +47,16 @@ def as_modules(names: HFNames, whole: nn.Module, known: Collection[str]) -> HFNa
         return found and {part: rename(name) for part, name in found.items()}
 
     return look_up
+
+
+def _transforms(whole: Any) -> tuple[list[Any], list[Any]]:
+    """Return what transformers does to stored names: renamings, and converters, which also join weights."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    transforms = get_model_conversion_mapping(whole)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    return renamings, [transform for transform in transforms if isinstance(transform, WeightConverter)]
 
 
 def _one_of_experts(name: str, target: str, place: int) -> str:

@@ -18,8 +18,11 @@ _YARN_DEFAULTS = {
 }  # fmt: skip
 
 
-def complete_yarn(provider: Any, hf_config: Any) -> None:
-    """Give a Bridge provider with YaRN what its checkpoint leaves to transformers' defaults."""
+def complete_rotary(provider: Any, hf_config: Any) -> None:
+    """Give a Bridge provider the axes of its checkpoint, and with YaRN what this leaves to transformers' defaults."""
+    axes = (getattr(hf_config.get_text_config(), "rope_parameters", None) or {}).get("mrope_section")
+    if axes and getattr(provider, "mrope_section", None):
+        provider.mrope_section = axes  # Bridge takes that of the published models
     if getattr(provider, "position_embedding_type", None) != "yarn":
         return
     length = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
@@ -59,13 +62,21 @@ def check_rotary(hf_model: nn.Module, chunk: nn.Module, length: int, config: Con
 
 def _megatron_cosines(rotary: Any, length: int) -> Tensor:
     """Return the sorted cosines of every position, (s, D), whatever the order of dimensions."""
-    angles, scale = rotary(length), 1.0
+    if "Multimodal" in type(rotary).__name__:  # time, height and width, the same for text
+        angles, scale = rotary(_places(length), [rotary.inv_freq.numel(), 0, 0]), 1.0
+    else:
+        angles, scale = rotary(length), 1.0
     if isinstance(angles, tuple):
         angles, scale = angles
     return (angles.flatten(1).float().cos() * scale).sort(dim=-1).values.cpu()
 
 
 def _transformers_cosines(rotary: Any, length: int) -> Tensor:
-    found = rotary(torch.zeros(1), torch.arange(length)[None])
+    is_multimodal = "mrope_section" in (rotary.config.rope_parameters or {})
+    found = rotary(torch.zeros(1), _places(length) if is_multimodal else torch.arange(length)[None])
     cosines = found.real if torch.is_tensor(found) else found[0]
-    return cosines[0].float()
+    return (cosines[0] if cosines.dim() == 3 else cosines[0, 0]).float()
+
+
+def _places(length: int) -> Tensor:
+    return torch.arange(length).expand(3, 1, length)

@@ -72,12 +72,29 @@ def adapted_model(config: Config, placement: Placement) -> Any:
             "PEFT gives no dropout; set train.lora_dropout=0, or leave these types out (placement.exclude)."
         )
     base: Any = load_model(config.model)
+    _fit_for_trl(base)
     model = get_peft_model(base, adapters)
     shards = peft_shards(model)
     if all(module.storage == "linear" for module in placement.chosen):
         check_complete([shard.fqn for shard in shards], placement)
     set_initial(shards, config.train.seed)
     return model
+
+
+def _fit_for_trl(model: Any) -> None:
+    """Let TRL 1.16 find what it looks for in a model: its part below the head, and the number of experts.
+
+    It multiplies what model.base_model returns by the head's weight: the model itself, where base_model_prefix names
+    nothing (Llama 4's text model, which counts its experts in other words too, and returns no routers' logits).
+    """
+    from transformers import PreTrainedModel
+
+    bodies = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if model.base_model is model and len(bodies) == 1:
+        model.base_model_prefix = bodies[0]
+    text = model.config.get_text_config()
+    if hasattr(text, "router_aux_loss_coef") and not hasattr(text, "num_experts"):
+        text.router_aux_loss_coef = 0.0
 
 
 @contextmanager

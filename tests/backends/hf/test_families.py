@@ -258,7 +258,7 @@ def test_an_encoder_decoder_model_is_refused() -> None:
 def test_padding_is_refused_where_tokens_see_it() -> None:
     model = tiny("doge", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
                  num_key_value_heads=2)  # fmt: skip
-    with pytest.raises(DataError, match=r"other activations for doge; .* \(data.batch_size=1\)"):
+    with pytest.raises(DataError, match=r"other activations for doge \(their .*\); .* \(data.batch_size=1\)"):
         plop_dist.score(model, batches("right"))
     assert plop_dist.score(model, [{"input_ids": random_tokens(2, 7)}]).modules
 

@@ -25,6 +25,8 @@ from plop_dist.backends.hf.linears import find_linears
 from plop_dist.choose.diagnostics import diagnose
 from plop_dist.errors import ModelError, PlacementError
 from tests.models import random_tokens, tiny
+from tests.sweep.family import build
+from tests.sweep.table import architectures
 
 BATCHES = [{"input_ids": random_tokens(2, 9)}]
 NUM_EXPERTS = 4
@@ -246,3 +248,30 @@ def test_bitnet_is_scored_by_what_it_multiplies_by(options: dict[str, bool]) -> 
         gain = ((z @ weight.T).norm(dim=-1) / z.norm(dim=-1)).mean()
         assert module.gain == pytest.approx(float(gain), rel=1e-5), module.fqn
         assert module.baseline == pytest.approx(float(weight.norm()) / module.in_features**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "roles"),
+    [
+        ("llama", {}),
+        ("mixtral", {"gate": "router"}),
+        ("qwen2_moe", {"gate": "router", "shared_expert_gate": "router"}),
+        ("granitemoe", {"layer": "router"}),
+        ("deepseek_v3", {"gate": "router"}),
+        ("aria_text", {"router": "router"}),
+        ("mamba", {"in_proj": "recurrent", "x_proj": "recurrent", "dt_proj": "recurrent", "out_proj": "kernel"}),
+        ("recurrent_gemma", {"linear_x": "recurrent", "linear_y": "recurrent", "linear_out": "recurrent"}),
+        ("jamba", {"in_proj": "recurrent", "x_proj": "recurrent", "dt_proj": "recurrent", "out_proj": "recurrent",
+                   "router": "router"}),
+        ("falcon_h1", {"in_proj": "recurrent", "out_proj": "kernel"}),
+    ],
+)  # fmt: skip
+def test_routers_and_recurrent_layers_are_told_by_structure(family: str, roles: dict[str, str]) -> None:
+    model = build(family, architectures()[family])
+    found = {
+        block.projection.type: block.projection.role
+        for linear in find_linears(model)
+        for block in linear.blocks
+        if block.projection.role or block.projection.type in roles
+    }
+    assert found == roles

@@ -29,9 +29,11 @@ def samples() -> list[Tensor]:
     return [random_tokens(1, length, seed=number)[0] for number, length in enumerate(LENGTHS)]
 
 
-def true_gains(directory: Path, rows: Sequence[Tensor], attention: str | None = None) -> dict[str, tuple[float, int]]:
+def true_gains(
+    directory: Path, rows: Sequence[Tensor], attention: str | None = None, model_class: Any = AutoModelForCausalLM
+) -> dict[str, tuple[float, int]]:
     """Return per projection the mean gain and the number of tokens: float64, one row at a time, no padding."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model = model_class.from_pretrained(
         directory, dtype=torch.float64, experts_implementation="eager", attn_implementation=attention
     ).eval()
     seen: dict[str, list[Tensor]] = defaultdict(list)
@@ -57,7 +59,7 @@ def true_gains(directory: Path, rows: Sequence[Tensor], attention: str | None = 
         return observe
 
     for fqn, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) or type(module).__name__.endswith("TopKRouter"):
+        if isinstance(module, torch.nn.Linear) or type(module).__name__.lower().endswith("topkrouter"):
             module.register_forward_hook(linear(fqn))
         elif hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, torch.nn.Parameter):
             module.register_forward_hook(experts(fqn))

@@ -77,12 +77,12 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"pp": 2}),
 ]
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "unread_biases": ("qwen3", {"attention_bias": True}, "leaves out .* biases of the checkpoint, e.g. .*k_proj.bias"),
+    "unread_biases": ("qwen3", {"attention_bias": True}, "leaves out 8 of the .* weights, e.g. .*k_proj.bias"),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, "no weights for 8 .*linear_fc1.bias.*be random"),
     "a dense layer": ("qwen3_moe", {"mlp_only_layers": [0]}, "no weights for 9 .*; they would be random"),
     "windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
                 "layer 1 attends to 4 tokens, but Megatron-Bridge's to all; set data.max_length .* to 4 at most"),
-    "untied": ("gemma", {**SIZES, "tie_word_embeddings": False}, "tie_word_embeddings is False, which Megatron-Bridge"),
+    "untied": ("gemma", {**SIZES, "tie_word_embeddings": False}, "leaves out 1 of .* weights, e.g. .lm_head.weight"),
     "softcaps": ("gemma2", SIZES, "is a Gemma2ForCausalLM: Megatron's layers without Transformer Engine"),
     "mixtral": ("mixtral", {}, "is a MixtralForCausalLM, which Megatron-Bridge .* does not know"),
     "yarn": ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.5}}, "rotary embedding .* another in Meg"),

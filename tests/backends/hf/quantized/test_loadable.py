@@ -37,7 +37,7 @@ NF4 = {**BNB, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 @pytest.mark.parametrize(
     ("quantization", "parts"),
     [
-        ({"quant_method": "aqlm"}, ["aqlm, whose weights nothing here can read", "or quantised by bitsandbytes"]),
+        ({"quant_method": "aqlm"}, ["aqlm, whose weights nothing here can read", "by bitnet, bitsandbytes"]),
         ({"quant_method": "nonsense"}, ["nonsense, whose weights nothing here can read"]),
         ({**NF4, "bnb_4bit_quant_tpye": "nf4"}, ["'bnb_4bit_quant_tpye' is no key", "mean 'bnb_4bit_quant_type'"]),
         (torchao("Int4WeightOnlyConfig", group_size=32), ["torchao, which cannot be", "ImportError: Requires mslk"]),

@@ -20,6 +20,9 @@ from plop_dist.measure.weight import Stored, find_weight
 from tests.backends.hf.quantized.kinds import KINDS, load, save_plain
 from tests.models import random_tokens, tiny
 
+OFTEN = {"nf4-double", "int8", "torchao-int8-dynamic", "quanto-int8"}  # one of each package and each way to be read
+NAMES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.rare) for name in KINDS]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -49,7 +52,7 @@ def observed(model: nn.Module, dense: dict[str, Tensor], samples: list[Tensor]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_gains_and_baselines_are_those_of_dequantised_weights(name: str, folder: Path) -> None:
     kind = KINDS[name]
     model = load_model(ModelConfig(name_or_path=str(folder), dtype="float32", quantization=kind.quantization))
@@ -74,7 +77,7 @@ def test_gains_and_baselines_are_those_of_dequantised_weights(name: str, folder:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_are_those_of_the_whole_weight_before_and_after_a_forward_pass(name: str, folder: Path) -> None:
     kind = KINDS[name]
     # By transformers alone: on some CPUs bitsandbytes then orders its bytes anew in the first forward pass.

@@ -25,6 +25,7 @@ from tests.backends.hf.quantized.kinds import SIZES
 from tests.models import random_tokens, save_tiny, tiny
 
 pytestmark = pytest.mark.slow
+RARE = pytest.mark.rare
 
 BATCHES = [{"input_ids": random_tokens(1, length, seed=length)} for length in (5, 9, 23)]
 Rewrite = Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor]]
@@ -65,7 +66,7 @@ def float8(block: tuple[int, int] | None) -> Rewrite:
     return store
 
 
-@pytest.mark.parametrize("block", [(128, 128), None])
+@pytest.mark.parametrize("block", [(128, 128), pytest.param(None, marks=RARE)])
 def test_float8_by_blocks_and_by_tensor(block: tuple[int, int] | None, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, **SIZES)
     quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block and list(block)}
@@ -108,7 +109,7 @@ def test_mxfp4_experts_are_those_that_their_nibbles_stand_for(tmp_path: Path) ->
     assert_scored_as(tmp_path, dense)
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("scheme", ["W4A16", pytest.param("W8A8", marks=RARE), pytest.param("FP8_DYNAMIC", marks=RARE)])
 def test_compressed_tensors_of_several_formats(scheme: str, tmp_path: Path) -> None:
     plain = save_tiny("llama", tmp_path / "plain", **SIZES)
     dense = compress(plain, tmp_path / "packed", scheme)
@@ -149,7 +150,7 @@ def compress(plain: Path, packed: Path, scheme: str) -> nn.Module:
     return dense
 
 
-@pytest.mark.parametrize("kind", ["online", "offline", "packed"])
+@pytest.mark.parametrize("kind", ["online", pytest.param("offline", marks=RARE), "packed"])
 def test_bitnet_is_scored_by_its_ternary_weights(kind: str) -> None:
     from transformers.integrations.bitnet import AutoBitLinear, BitLinear, pack_weights
 
@@ -174,8 +175,10 @@ def test_bitnet_is_scored_by_its_ternary_weights(kind: str) -> None:
         module.weight.data = ternary * scale
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, new)
-        assert torch.allclose(read_weight(new), module.weight.data)
-    found, expected = plop_dist.score(model, BATCHES), plop_dist.score(dense, BATCHES)
+        # Where a sum was made in another order, a value half way between two may go to the other one.
+        assert (read_weight(new) - module.weight.data).abs().gt(1e-6).float().mean() < 1e-3
+    with torch.compiler.set_stance("force_eager"):
+        found, expected = plop_dist.score(model, BATCHES), plop_dist.score(dense, BATCHES)
     assert [(one.fqn, one.gain, one.baseline) for one in found.modules] == [
         (one.fqn, pytest.approx(one.gain, rel=3e-2), pytest.approx(one.baseline, rel=1e-3)) for one in expected.modules
     ]

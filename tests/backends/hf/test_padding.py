@@ -1,0 +1,116 @@
+"""Whether a model sees padding is found out, not known: families of either kind, and lengths at which one begins to."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import plop_dist
+from plop_dist.backends.hf import padding
+from plop_dist.errors import DataError
+from tests.models import random_tokens, tiny
+from tests.sweep.family import build
+from tests.sweep.table import architectures
+
+
+def padded(*lengths: int) -> dict[str, Tensor]:
+    ids = random_tokens(len(lengths), max(lengths), seed=1) % 90 + 5
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    return {"input_ids": ids.where(mask == 1, 0), "attention_mask": mask}
+
+
+def gains(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+    return {module.fqn: module.gain for module in plop_dist.score(model, batches, baseline="closed_form").modules}
+
+
+def alone(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    return [{"input_ids": row[mask == 1][None], "attention_mask": mask[mask == 1][None]} for row, mask in rows]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba", "roberta", "jamba", "deepseek_v32", "phi3"])
+def test_padding_is_taken_where_no_token_sees_it(family: str) -> None:
+    model, batch = build(family, architectures()[family]), padded(24, 9)
+    assert gains(model, [batch]) == pytest.approx(gains(model, alone(batch)), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["doge", "prophetnet", "fnet", "mobilebert", "yoso"])
+def test_padding_is_refused_where_tokens_see_it(family: str) -> None:
+    model, batch = build(family, architectures()[family]), padded(24, 9)
+    with pytest.raises(DataError, match=rf"other activations for {family} \(their gains differ by \d+ times"):
+        plop_dist.score(model, [batch])
+    assert plop_dist.score(model, alone(batch)).modules
+
+
+class SeesFarPadding(PreTrainedModel):
+    """Llama, which looks at the embedding behind its row from twenty tokens on, as sparse attention may."""
+
+    @classmethod
+    def around(cls, model: Any) -> Any:
+        inner = type(model)
+
+        class Far(inner):  # type: ignore[misc, valid-type]
+            def __init__(self, config: Any) -> None:
+                super().__init__(config)
+                self.model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+            def _look(self, _module: Any, args: Any, kwargs: Any) -> Any:
+                ids = kwargs["input_ids"]
+                embedded = self.model.embed_tokens(ids)
+                if ids.shape[1] > 20:
+                    embedded = embedded + 0.01 * embedded.flip(1)
+                return args, {**kwargs, "input_ids": None, "inputs_embeds": embedded}
+
+        return Far
+
+
+def test_the_length_counts() -> None:
+    base: Any = tiny("llama")
+    model = SeesFarPadding.around(base)(base.config).eval()
+    model.load_state_dict(base.state_dict())
+    short, long = padded(16, 9), padded(40, 9)
+    assert gains(model, [short]) == pytest.approx(gains(model, alone(short)), rel=1e-5)
+    with pytest.raises(DataError, match="other activations for llama"):
+        plop_dist.score(model, [short, long])
+
+
+def test_the_copy_is_small_said_in_the_log_and_leaves_the_host_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+    build_copy = padding._build
+    monkeypatch.setattr(padding, "_build", lambda *args: built.append(build_copy(*args)) or built[-1])
+    model = tiny("llama", num_hidden_layers=9)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with caplog.at_level(logging.INFO, "plop_dist"):
+        plop_dist.score(model, [padded(16, 9), padded(12, 15)])
+    assert torch.equal(torch.rand(3), expected)
+    (small,) = built
+    assert len(small.model.layers) == small.config.num_hidden_layers == 2
+    assert model.config.num_hidden_layers == 9
+    assert small.model.layers[0].mlp.up_proj.weight.shape == model.model.layers[0].mlp.up_proj.weight.shape
+    assert "LlamaForCausalLM at 16 tokens: padding is not seen" in caplog.text
+
+
+def test_rows_of_one_length_ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(padding, "_build", lambda *_: pytest.fail("nothing is padded"))
+    assert plop_dist.score(tiny("doge", hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                num_attention_heads=4, num_key_value_heads=2), [padded(9, 9)]).modules  # fmt: skip
+
+
+def test_what_cannot_be_found_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("layer_kinds")
+
+    monkeypatch.setattr(padding, "_build", fail)
+    with pytest.raises(DataError, match=r"cannot be found out \(KeyError: 'layer_kinds'\); pass one sample"):
+        plop_dist.score(tiny("llama"), [padded(16, 9)])
