@@ -50,12 +50,35 @@ def check_family(hf_config: Any, config: Config) -> None:
             f"here) are known to be right for {', '.join(LOCAL_FAMILIES)} alone; {_ELSEWHERE}."
         )
     _check_fields(hf_config, family, name)
-    if hf_config.get_text_config() is not hf_config and config.train.method != "none":
+    why = None if config.train.method != "sft" else _untrained(hf_config, family, config)
+    if why is not None:
         raise ModelError(
-            f"train.method is '{config.train.method}', and model.name_or_path '{name}' is a {family}, which sees "
-            "images beside its text: in Megatron its language model is scored, and not trained; set train.method=none, "
-            "or use parallel.backend=deepspeed or transformers."
+            f"train.method is '{config.train.method}', and model.name_or_path '{name}' is a {family}, {why}; set "
+            "train.method=none, or use parallel.backend=deepspeed or transformers."
         )
+
+
+def _untrained(hf_config: Any, family: str, config: Config) -> str | None:
+    """Return why adapters of this model are not trained rightly in this layout, in which it is scored, or None."""
+    text, parallel = hf_config.get_text_config(), config.parallel
+    if text is not hf_config:
+        return "which sees images beside its text: in Megatron its language model is scored, and not trained"
+    if parallel.tp == 1:
+        return None
+    if family == "MiniMaxM2ForCausalLM":
+        return "whose norms over all heads pass no gradient from rank to rank: parallel.tp must be 1 to train it"
+    if parallel.sequence_parallel and getattr(text, "kv_lora_rank", None):
+        return (
+            "whose latent attention every tensor-parallel rank holds whole, with a gradient of its share of the tokens "
+            "alone under parallel.sequence_parallel: train it without, or with tp 1"
+        )
+    has_experts = any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    if has_experts and not parallel.sequence_parallel:
+        return (
+            "whose routed experts Megatron trains at parallel.tp above 1 with parallel.sequence_parallel=true alone: "
+            "set that"
+        )
+    return None
 
 
 def _check_fields(hf_config: Any, family: str, name: str) -> None:
