@@ -19,7 +19,6 @@ from torch import Tensor
 
 from plop_dist.config.schema import EstimatorConfig
 from plop_dist.measure.collectives import Reducer
-from plop_dist.measure.draws import Draws
 from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import Groups, PassingWeights, Site, Sited, WeightHolder
 from plop_dist.measure.weight_sums import WeightSums, compute_sums
@@ -60,7 +59,7 @@ class PassedSums:
 
     def _take(self, site: Site) -> None:
         if site not in self.found:
-            self.found[site] = _take(site, self._estimator, Draws(self._estimator))
+            self.found[site] = _take(site, self._estimator)
 
 
 def compute_baselines(
@@ -80,22 +79,11 @@ def compute_baselines(
     found: dict[str, Baseline] = {}
     pending: list[Taken] = []
     num_bytes = done = 0
-    by_holder = list(_by_holder(model.sites, model.groups))
-    draws = Draws(
-        estimator,
-        (
-            projection
-            for _, sites in by_holder
-            for site, is_mine in sites
-            if is_mine and site not in passed
-            for projection in site.projections
-        ),
-    )
-    for holder, sites in by_holder:
+    for holder, sites in _by_holder(model.sites, model.groups):
         is_needed = holder is not None and not all(site in passed for site, _ in sites)
         with holder.opened() if holder is not None and is_needed else nullcontext():
             for site, is_mine in sites:
-                taken = passed[site] if site in passed else _take(site, estimator, draws, is_mine=is_mine)
+                taken = passed[site] if site in passed else _take(site, estimator, is_mine=is_mine)
                 pending += taken if is_mine else ()
                 num_bytes += sum(item.num_bytes for item in taken)
                 if num_bytes > _CHUNK_BYTES:
@@ -107,11 +95,11 @@ def compute_baselines(
     return _merge(found, reducer, fqns)
 
 
-def _take(site: Site, estimator: EstimatorConfig, draws: Draws, *, is_mine: bool = True) -> list[Taken]:
+def _take(site: Site, estimator: EstimatorConfig, *, is_mine: bool = True) -> list[Taken]:
     """Return the sums of a site's weights; of one that another rank reads none. Collective as site.weights() is."""
     with site.weights() as weights:
         return [
-            Taken(weight.projection.fqn, site.group, weight.is_sharded, compute_sums(weight, estimator, draws))
+            Taken(weight.projection.fqn, site.group, weight.is_sharded, compute_sums(weight, estimator))
             for weight in (weights if is_mine else ())
         ]
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from plop_dist.config.schema import EstimatorConfig
 from plop_dist.measure import norms
-from plop_dist.measure.draws import Draws
 from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import LocalWeight
 from plop_dist.measure.weight import Weight
@@ -49,7 +48,7 @@ class WeightSums:
 
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)  # a host's autocast must not round what belongs to the weight alone
-def compute_sums(local: LocalWeight, estimator: EstimatorConfig, draws: Draws) -> WeightSums:
+def compute_sums(local: LocalWeight, estimator: EstimatorConfig) -> WeightSums:
     """Return one local weight's sums. Local; reads the weight once (`exact` of wide weights: once per pair of blocks).
 
     Its columns stand for local.in_index of the directions where they are a shard.
@@ -62,7 +61,7 @@ def compute_sums(local: LocalWeight, estimator: EstimatorConfig, draws: Draws) -
         is_wide = not local.is_sharded and weight.shape[0] < weight.shape[1]
         gram = _gram_of_rows(weight) if is_row or is_wide else _gram_of_columns(weight)
         return WeightSums((_weight_sq(weight), gram), lambda _, parts: norms.exact(parts[1], in_features))
-    u_KI = draws.of(local.projection)
+    u_KI = norms.directions(estimator.seed, local.projection.fqn, estimator.num_directions, in_features)
     parts = _products(weight, u_KI[:, local.in_index]) if is_row else _product_norms(weight, u_KI)
 
     def estimate(weight_sq: float, parts: Sequence[Tensor]) -> Baseline:

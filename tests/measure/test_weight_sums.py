@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from plop_dist.config.schema import EstimatorConfig
 from plop_dist.measure import norms, weight_sums
-from plop_dist.measure.draws import Draws
 from plop_dist.measure.norms import Baseline
 from plop_dist.measure.protocols import LocalWeight
 from plop_dist.measure.weight import Weight
@@ -35,8 +34,7 @@ def local(weight: Weight | Tensor, **shard: Any) -> LocalWeight:
 
 
 def baseline(weight: Weight | Tensor, estimator: str) -> Baseline:
-    config = EstimatorConfig(baseline=estimator, num_directions=K)
-    sums = compute_sums(local(weight), config, Draws(config))
+    sums = compute_sums(local(weight), EstimatorConfig(baseline=estimator, num_directions=K))
     return sums.finish(sums.parts)
 
 
@@ -94,7 +92,7 @@ def test_sums_of_shards_add_up(estimator: str, num_shards: int, is_row: bool, bl
         own = slice(rank * width, (rank + 1) * width)
         part = weight_OI[:, own] if is_row else weight_OI[own]
         shard = local(part, I=24, is_sharded=True, in_index=own if is_row else None)
-        shards.append(compute_sums(shard, config, Draws(config)))
+        shards.append(compute_sums(shard, config))
     parts = [sum(tensors[1:], tensors[0]) for tensors in zip(*(shard.parts for shard in shards), strict=True)]
     found, expected = shards[0].finish(parts), in_float64(weight_OI, estimator)
     assert found.value == pytest.approx(expected.value, rel=1e-6)
