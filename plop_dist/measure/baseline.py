@@ -46,7 +46,7 @@ class PassedSums:
 
     def __init__(self, passing: PassingWeights | None, estimator: EstimatorConfig) -> None:
         self.found: dict[Site, list[Taken]] = {}
-        self._passing, self._estimator, self._draws = passing, estimator, Draws(estimator)
+        self._passing, self._estimator = passing, estimator
 
     @contextmanager
     def attached(self) -> Iterator[None]:
