@@ -2,7 +2,7 @@
 
 A file names who has it. It is made by a hard link, which is there or not on every file system, NFS included, and is
 touched every few seconds: whoever cannot look at the process itself, being on another host, sees by that whether it
-still lives. No clock is compared with that of another host.
+still lives. Times are compared with those of another file beside it alone, which the same file system has set.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -22,10 +23,11 @@ from typing import Any
 
 from plop_dist.errors import RunDirError
 from plop_dist.rundir.layout import unwritable
+from plop_dist.values.visible import say
 
 TAKEN = "in_use.json"
-BEAT_S = 5.0
-WATCHED_S = 4 * BEAT_S  # without a beat in this time the writer has ended
+BEAT_S = 2.0
+WATCHED_S = 5 * BEAT_S  # without a beat in this time the writer has ended
 
 
 @contextmanager
@@ -132,7 +134,17 @@ def _linked(draft: Path, file: Path) -> bool:
 def _lives(file: Path, other: dict[str, Any]) -> bool:
     if other.get("machine") == _machine() and isinstance(other.get("process"), int):
         return _is_running(other["process"]) and _start_of(other["process"]) == other.get("began")
+    if _is_old(file):
+        return False
+    say(f"waiting up to {WATCHED_S:g} s to see whether {_said(other)} still writes into {file.parent}", to_stderr=True)
     return _changes(file) and _beats(file) is not None
+
+
+def _is_old(file: Path) -> bool:
+    """Tell whether the last beat is long ago, by a file made now; what is not there, or a link, never beats."""
+    beats = _beats(file)
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.") as now:
+        return beats is None or os.fstat(now.fileno()).st_mtime_ns - beats[1] > WATCHED_S * 1e9
 
 
 def _changes(file: Path) -> bool:
@@ -164,8 +176,10 @@ def _start_of(process: int) -> str | None:
 
 
 def _said(other: dict[str, Any]) -> str:
-    command, host = str(other.get("command", "another command"))[:40], str(other.get("host", "an unknown host"))[:80]
-    return f"plop-dist {command} (host {host}, process {other.get('process')}, since {other.get('since')})"
+    command, host, process, since = (
+        str(other.get(key, "unknown"))[:80] for key in ("command", "host", "process", "since")
+    )
+    return f"plop-dist {command} (host {host}, process {process}, since {since})"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -180,11 +194,16 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _beats(file: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is touched or replaced; opened, because NFS looks anew at what is opened."""
     try:
-        found = os.lstat(file)
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    try:
+        found = os.fstat(descriptor)
+        return found.st_ino, found.st_mtime_ns
+    finally:
+        os.close(descriptor)
 
 
 def _beat(file: Path, ended: threading.Event) -> None:

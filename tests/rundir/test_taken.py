@@ -63,6 +63,12 @@ def test_a_second_one_names_the_first_and_nothing_stale_blocks(tmp_path: Path, m
     with taken(run_dir, "place"):
         assert json.loads((run_dir / TAKEN).read_text())["process"] == os.getpid()
     assert time.monotonic() - began < (1 if machine == home._machine() else 3)
+    (run_dir / TAKEN).write_text(json.dumps({"machine": machine, "process": process.pid}))
+    os.utime(run_dir / TAKEN, (time.time() - 60, time.time() - 60))
+    began = time.monotonic()
+    with taken(run_dir, "place"):
+        pass
+    assert time.monotonic() - began < 1, "the last sign of it is a minute old"
     assert list(run_dir.iterdir()) == []
 
 
