@@ -88,7 +88,7 @@ def judge(
         if tokenizer is None:
             problems.append("No tokenizer beside config.json: samples were not tokenised; scoring needs one.")
         _judge_rows(config, data, problems, warnings)
-        _judge_training_rows(config, tokenizer, model, problems)
+        _judge_training_rows(config, tokenizer, model, projections, problems)
     try:
         possible = possible_placements(projections, config.placement, model)
     except (PlacementError, ConfigError) as error:
@@ -159,12 +159,14 @@ def _judge_rows(config: Config, data: DataFacts, problems: list[str], warnings: 
         )
 
 
-def _judge_training_rows(config: Config, tokenizer: object, model: ModelInfo, problems: list[str]) -> None:
+def _judge_training_rows(
+    config: Config, tokenizer: object, model: ModelInfo, projections: Sequence[Projection], problems: list[str]
+) -> None:
     others = [path for path in (config.train.data_path, config.train.eval_path) if path is not None]
     if config.train.method == "none" or any(map(is_on_hub, others)):
         return
     try:
-        check_task(config, model)
+        check_task(config, model, projections if config.placement.experts else ())
         rows, held_out = split_rows(config)
         if any(has_images(row_set.rows, row_set.data) for row_set in (rows, held_out)):
             _judge_images(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from plop_dist.config.schema import Config
@@ -10,7 +11,7 @@ from plop_dist.exporters.task_type import task_type
 from plop_dist.registry import BACKENDS, EXTERNAL_ENGINES, TRAINING_ENGINES, import_attribute, load, names
 from plop_dist.training.engine import Data, Log, TrainingEngine
 from plop_dist.values.placement import Placement
-from plop_dist.values.scores import ModelInfo
+from plop_dist.values.scores import ModelInfo, Projection
 
 
 def train(config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     """
     name = engine_name(config)
     engine = load_engine(name)
-    check_task(config, placement.source.model)
+    check_task(config, placement.source.model, placement.chosen)
     if config.train.method not in engine.methods:
         raise ConfigError(
             f"train.method is '{config.train.method}', but the training engine '{name}' knows only "
@@ -32,12 +33,23 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     return engine.train(config, placement, log, data)
 
 
-def check_task(config: Config, model: ModelInfo) -> None:
-    """Raise ConfigError for a class that is not trained to write the next token, which is what all methods do."""
+def check_task(config: Config, model: ModelInfo, modules: Iterable[Projection]) -> None:
+    """Raise ConfigError for a class that is not trained to write the next token, which is what all methods do.
+
+    And for experts in a 3-D parameter that ZeRO-3 has partitioned. modules: those that are, or may be, adapted.
+    """
     if task_type(model) != "CAUSAL_LM":
         raise ConfigError(
             f"train.method is {config.train.method}, which trains models to write the next token, but "
             f"'{model.name_or_path}' is a {model.architecture}; set train.method=none, and train it with an export."
+        )
+    parallel = config.parallel
+    stacked = next((module for module in modules if module.storage == "expert_parameter"), None)
+    if stacked is not None and parallel.zero_stage == 3 and parallel.world_size > 1:
+        raise ConfigError(
+            f"train.method is {config.train.method} at parallel.zero_stage 3, but {stacked.type} may be chosen, whose "
+            f"experts are parts of '{stacked.holder}', and PEFT sees nothing of a parameter that is partitioned; use "
+            "parallel.zero_stage=2, or leave the experts out (placement.experts=false)."
         )
 
 

@@ -109,3 +109,13 @@ def test_what_would_run_next_knows_what_is_done(tmp_path: Path) -> None:
     assert plop_dist("score", config).status == 0
     assert "run would do: score: kept · place: it has not run yet" in check(config).out
     assert "score: data.max_length changed from 256 to 64 · place" in check(config, "data.max_length=64").out
+
+
+def test_experts_that_zero3_has_partitioned_are_not_trained(tmp_path: Path) -> None:
+    config = write_case(tmp_path, save_tiny("qwen3_moe", tmp_path / "model"), train=SFT)
+    parallel = ["parallel.backend=deepspeed", "parallel.dp=2", "parallel.zero_stage=3"]
+    outcome = check(config, "placement.experts=true", *parallel)
+    assert outcome.status == 2
+    assert "train.method is sft at parallel.zero_stage 3, but " in outcome.err
+    for others in (["placement.experts=true", *parallel[:2], "parallel.zero_stage=2"], parallel):
+        assert "parallel.zero_stage 3, but" not in check(config, *others).err

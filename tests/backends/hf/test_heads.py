@@ -132,7 +132,7 @@ def test_classifiers_are_scored_below_their_heads_and_have_their_task(tmp_path: 
     assert peft_config.task_type == task
     assert adapted_by(model, peft_config) == set(placement.modules)
     with pytest.raises(ConfigError, match=f"train.method is sft, .* is a {name}; set train.method=none"):
-        check_task(config_in(tmp_path, train={"method": "sft"}), scores.model)
+        check_task(config_in(tmp_path, train={"method": "sft"}), scores.model, ())
 
 
 @pytest.mark.parametrize("name", PAIRS)
