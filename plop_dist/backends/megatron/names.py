@@ -96,7 +96,7 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
             first = ep_rank * num_experts
             for slot in range(num_experts):
                 names = _names(hf_names, f"{global_path}.weight{first + slot}", global_path)
-                parts = _parts(path, names, modules, config)
+                parts = _parts(path, names, module, modules, config)
                 yield NamedLinear(path, module, parts, first + slot, router, slot, modules[path])
             continue
         match = _LOCAL_EXPERT.search(global_path)
@@ -107,7 +107,7 @@ def find_named_linears(model: nn.Module, config: Any, ep_rank: int, hf_names: HF
             expert = ep_rank * num_local + int(match.group(1))
             global_path = f"{global_path[: match.start(1)]}{expert}{global_path[match.end(1) :]}"
         names = _names(hf_names, f"{global_path}.weight", global_path)
-        parts = _parts(path, names, modules, config)
+        parts = _parts(path, names, module, modules, config)
         yield NamedLinear(path, module, parts, expert, router if match else None, called=modules[path])
 
 
@@ -194,9 +194,12 @@ def _names(hf_names: HFNames, parameter: str, global_path: str) -> Mapping[str, 
     return {part: name.removesuffix(".weight") for part, name in found.items()}
 
 
-def _parts(path: str, names: Mapping[str, str], modules: Mapping[str, nn.Module], config: Any) -> tuple[NamedPart, ...]:
+def _parts(
+    path: str, names: Mapping[str, str], module: nn.Module, modules: Mapping[str, nn.Module], config: Any
+) -> tuple[NamedPart, ...]:
+    """Return what a linear's rows are. module: the linear itself, which at its path an adapter may wrap."""
     owner, _, leaf = path.rpartition(".")
-    module, sections = modules[path], getattr(modules.get(owner), "in_proj_split_sections", None)
+    sections = getattr(modules.get(owner), "in_proj_split_sections", None)
     if leaf == "in_proj" and sections is not None and sorted("".join(names)) == sorted(_SECTIONS):
         return _section_parts(names, sections)
     if "q" in names and "k" in names:
