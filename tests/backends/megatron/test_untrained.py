@@ -10,7 +10,10 @@ import pytest
 from plop_dist.backends.megatron import families
 from plop_dist.config.loading import parse_config
 from plop_dist.errors import ModelError
+from tests.installed import needs_bridge
 from tests.models import tiny_config
+
+pytestmark = needs_bridge  # whose version the refusals name
 
 SFT = {"method": "sft"}
 
