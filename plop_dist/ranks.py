@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,18 +14,42 @@ from plop_dist.errors import ConfigError, LayoutError, PlopError, WorkerError, f
 
 _T = TypeVar("_T")
 
-# How many there are, and which one this is: torchrun and DeepSpeed, srun, mpirun, other MPIs.
-_LAUNCHERS = (
-    ("WORLD_SIZE", "RANK"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("PMI_SIZE", "PMI_RANK"),
-)
+
+@dataclass(frozen=True)
+class Launcher:
+    """Names of the variables of a launcher other than torchrun and DeepSpeed's.
+
+    How many processes, which one, which on its host, how many there, which job, which hosts.
+    """
+
+    name: str
+    size: str
+    rank: str
+    local_rank: tuple[str, ...]
+    local_size: tuple[str, ...]
+    job: tuple[str, ...]
+    hosts: str | None = None
+
+
+LAUNCHERS = (
+    Launcher(
+        "srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", ("SLURM_LOCALID",), ("SLURM_STEP_TASKS_PER_NODE",),
+        ("SLURM_JOB_ID", "SLURM_STEP_ID"), "SLURM_STEP_NODELIST",
+    ),
+    Launcher(
+        "mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_LOCAL_RANK",),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",), ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
+    ),
+    Launcher(
+        "mpiexec", "PMI_SIZE", "PMI_RANK", ("MPI_LOCALRANKID", "PALS_LOCAL_RANKID"), ("MPI_LOCALNRANKS",),
+        ("PMI_JOBID", "PALS_APID", "HYDI_CONTROL_FD"),
+    ),
+)  # fmt: skip
 
 
 def launched_ranks() -> int | None:
     """Return the number of ranks that torchrun or the DeepSpeed launcher started, or None outside a launcher."""
-    return _launcher_number("WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
+    return launcher_number(os.environ, "WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
 
 
 def said_ranks() -> tuple[str, int] | None:
@@ -32,9 +57,9 @@ def said_ranks() -> tuple[str, int] | None:
 
     None where no launcher has started this process: an allocation alone (SLURM_NTASKS) starts nothing.
     """
-    for size, place in _LAUNCHERS:
+    for size, place in (("WORLD_SIZE", "RANK"), *((launcher.size, launcher.rank) for launcher in LAUNCHERS)):
         if size in os.environ and place in os.environ:
-            return size, _launcher_number(size, 1)
+            return size, launcher_number(os.environ, size, 1)
     return None
 
 
@@ -42,7 +67,7 @@ def rank() -> int:
     """Return this process's global rank, 0 where there is only one."""
     import torch.distributed as dist
 
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else _launcher_number("RANK", 0)
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else launcher_number(os.environ, "RANK", 0)
 
 
 def local_device() -> int:
@@ -52,7 +77,7 @@ def local_device() -> int:
     """
     import torch
 
-    local_rank, count = _launcher_number("LOCAL_RANK", 0), torch.cuda.device_count()
+    local_rank, count = launcher_number(os.environ, "LOCAL_RANK", 0), torch.cuda.device_count()
     if count == 1:
         return 0
     if local_rank >= count:
@@ -63,8 +88,9 @@ def local_device() -> int:
     return local_rank
 
 
-def _launcher_number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
+def launcher_number(environment: Mapping[str, str], name: str, default: int = 0) -> int:
+    """Return a number that a launcher has put into the environment. Raises LayoutError for what is none."""
+    text = environment.get(name, str(default))
     if not text.isdecimal():
         raise LayoutError(
             f"the environment variable {name} is '{text}', expected a number; unset it or use a launcher."

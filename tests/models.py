@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,20 @@ def random_tokens(batch: int, length: int, *, seed: int = 0) -> Tensor:
     """Return (batch, length) int64 token ids without special tokens, seeded."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(len(SPECIAL_TOKENS), VOCAB_SIZE, (batch, length), generator=generator)
+
+
+def padded_batches(samples: Sequence[Tensor], side: str) -> list[dict[str, Tensor]]:
+    """Return the samples, (s,) each, two a batch, padded on this side."""
+    made = []
+    for start in range(0, len(samples), 2):
+        rows = samples[start : start + 2]
+        length = max(map(len, rows))
+        ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+        for row, sample in enumerate(rows):
+            place = slice(length - len(sample), length) if side == "left" else slice(0, len(sample))
+            ids[row, place], mask[row, place] = sample, 1
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -75,8 +75,9 @@ def build_plan(config: Config) -> Plan:
 
     Raises ModelError, DataError, and LayoutError naming the nearest sizes that divide the model.
     """
+    from plop_dist.backends.hf.dtype import weights_dtype
     from plop_dist.backends.hf.layout import num_experts
-    from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+    from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head
     from plop_dist.backends.hf.own_class import reads_pairs
     from plop_dist.backends.hf.placing import is_placed, plan_placing
     from plop_dist.backends.hf.quantized.loadable import check_quantized

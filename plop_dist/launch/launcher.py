@@ -9,40 +9,11 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
 
 from plop_dist.errors import LayoutError
+from plop_dist.ranks import LAUNCHERS, Launcher, launcher_number
 
 _PORTS = range(20000, 30000)  # below what Linux gives out by itself
-
-
-@dataclass(frozen=True)
-class _Launcher:
-    """Names of variables: how many processes, which one, which on its host, how many there, which job, which hosts."""
-
-    name: str
-    size: str
-    rank: str
-    local_rank: tuple[str, ...]
-    local_size: tuple[str, ...]
-    job: tuple[str, ...]
-    hosts: str | None = None
-
-
-_LAUNCHERS = (
-    _Launcher(
-        "srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", ("SLURM_LOCALID",), ("SLURM_STEP_TASKS_PER_NODE",),
-        ("SLURM_JOB_ID", "SLURM_STEP_ID"), "SLURM_STEP_NODELIST",
-    ),
-    _Launcher(
-        "mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_LOCAL_RANK",),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",), ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
-    ),
-    _Launcher(
-        "mpiexec", "PMI_SIZE", "PMI_RANK", ("MPI_LOCALRANKID", "PALS_LOCAL_RANKID"), ("MPI_LOCALNRANKS",),
-        ("PMI_JOBID", "PALS_APID", "HYDI_CONTROL_FD"),
-    ),
-)  # fmt: skip
 
 
 def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> str | None:
@@ -54,18 +25,20 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> str | 
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return None
-    for launcher in _LAUNCHERS:
+    for launcher in LAUNCHERS:
         if launcher.size not in environment or launcher.rank not in environment:
             continue
-        size, rank = _number(environment, launcher.size), _number(environment, launcher.rank)
+        size, rank = (launcher_number(environment, name) for name in (launcher.size, launcher.rank))
         if size < 2:
             return None
         if rank >= size:
             raise LayoutError(
-                f"{launcher.rank} is {rank} and {launcher.size} is {size}, which do not go together; start the ranks "
-                f"by {launcher.name} or unset both."
+                f"{launcher.rank} is {rank} and {launcher.size} is {size}, which do not go together; start "
+                f"the ranks by {launcher.name} or unset both."
             )
-        local_rank = next((_number(environment, name) for name in launcher.local_rank if name in environment), 0)
+        local_rank = next(
+            (launcher_number(environment, name) for name in launcher.local_rank if name in environment), 0
+        )
         said = {
             "RANK": str(rank),
             "WORLD_SIZE": str(size),
@@ -79,7 +52,7 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> str | 
     return None
 
 
-def _address(environment: Mapping[str, str], launcher: _Launcher, size: int) -> str:
+def _address(environment: Mapping[str, str], launcher: Launcher, size: int) -> str:
     if "MASTER_ADDR" in environment:
         return environment["MASTER_ADDR"]
     hosts = [] if launcher.hosts is None else [*expanded(environment.get(launcher.hosts, ""))]
@@ -93,7 +66,7 @@ def _address(environment: Mapping[str, str], launcher: _Launcher, size: int) -> 
     )
 
 
-def _port(environment: Mapping[str, str], launcher: _Launcher) -> int:
+def _port(environment: Mapping[str, str], launcher: Launcher) -> int:
     """Return a port that all ranks of a job come to, and those of another job hardly ever."""
     job = "/".join(environment.get(name, "") for name in launcher.job)
     return _PORTS[zlib.crc32(job.encode()) % len(_PORTS)]
@@ -115,11 +88,3 @@ def expanded(nodes: str) -> Iterator[str]:
             first, _, last = part.partition("-")
             for number in range(int(first), int(last or first) + 1):
                 yield from expanded(f"{before}{number:0{len(first)}d}{rest}")
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    if not environment[name].isdecimal():
-        raise LayoutError(
-            f"the environment variable {name} is '{environment[name]}', expected a number; unset it or use a launcher."
-        )
-    return int(environment[name])

@@ -17,6 +17,7 @@ import plop_dist
 from plop_dist.backends.record import Found
 from plop_dist.errors import ConfigError, DataError, LayoutError
 from plop_dist.plugin.score import _check_call
+from plop_dist.ranks import LAUNCHERS
 from plop_dist.values.scores import Scores
 from tests.models import random_tokens, save_tiny, tiny
 from tests.spawn import run_ranks
@@ -165,9 +166,9 @@ def test_options_that_do_not_fit_the_model_are_refused() -> None:
 def test_before_the_process_group_exists_no_rank_scores_by_itself(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: str | None
 ) -> None:
-    for size, place in plop_dist.ranks._LAUNCHERS:  # type: ignore[attr-defined]
-        monkeypatch.delenv(size, raising=False)
-        monkeypatch.delenv(place, raising=False)
+    names = ["WORLD_SIZE", "RANK", *(name for one in LAUNCHERS for name in (one.size, one.rank))]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     model, batches = tiny("llama"), [{"input_ids": random_tokens(1, 4)}]

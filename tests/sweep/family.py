@@ -23,7 +23,7 @@ from plop_dist.exporters.holders import hugging_face_targets
 from plop_dist.launch import pipeline
 from plop_dist.values.names import expert_index
 from plop_dist.values.scores import Scores
-from tests.models import spoil_all, tiny_tokenizer
+from tests.models import padded_batches, spoil_all, tiny_tokenizer
 from tests.sweep.products import Product, products_of
 from tests.sweep.tiny_configs import FIRST_TOKEN, tiny_config
 
@@ -165,16 +165,7 @@ def score_saved(model: Any, folder: Path, backend: str) -> Scores:
 
 def batches(side: str) -> list[dict[str, Tensor]]:
     """Return the samples two a batch, padded on this side."""
-    made = []
-    for start in range(0, len(TEXTS), 2):
-        rows = [torch.tensor(ids) for ids in tokens()[start : start + 2]]
-        length = max(map(len, rows))
-        ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
-        for row, sample in enumerate(rows):
-            place = slice(length - len(sample), length) if side == "left" else slice(0, len(sample))
-            ids[row, place], mask[row, place] = sample, 1
-        made.append({"input_ids": ids, "attention_mask": mask})
-    return made
+    return padded_batches([torch.tensor(ids) for ids in tokens()], side)
 
 
 class Reference:

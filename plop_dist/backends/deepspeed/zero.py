@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.load import load_hf_config, load_model, meta_model, needs_head, weights_dtype
+from plop_dist.backends.hf.dtype import weights_dtype
+from plop_dist.backends.hf.load import load_hf_config, load_model, meta_model, needs_head
 from plop_dist.backends.hf.memory import freed_at_once
 from plop_dist.backends.hf.model import HFModel, pick_device
 from plop_dist.backends.hf.whole import whole_model

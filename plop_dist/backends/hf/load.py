@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from plop_dist.backends.hf.built_whole import unpartitioned
+from plop_dist.backends.hf.dtype import weights_dtype
 from plop_dist.backends.hf.foreign_code import check_foreign_code
 from plop_dist.backends.hf.linears import find_linears
 from plop_dist.backends.hf.memory import freed_at_once
@@ -35,14 +36,6 @@ def load_hf_config(model: ModelConfig) -> Any:
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
         check_foreign_code(model, name, hf_config)
         return hf_config
-
-
-def weights_dtype(model: ModelConfig, hf_config: Any) -> torch.dtype:
-    """Return the dtype in which weights are loaded: model.dtype, or what the checkpoint's configuration says."""
-    if model.dtype != "auto":
-        return getattr(torch, model.dtype)
-    dtype = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def load_tokenizer(model: ModelConfig) -> Any:

@@ -23,6 +23,7 @@ from plop_dist.backends.hf.built_whole import unpartitioned
 from plop_dist.backends.hf.experts import find_expert_sites
 from plop_dist.backends.hf.linears import find_linears
 from plop_dist.backends.hf.own_modules import named_modules
+from plop_dist.backends.hf.silence import unheard
 from plop_dist.backends.hf.sites import LinearSite
 from plop_dist.measure.collector import Collector
 from plop_dist.measure.protocols import MicroBatch, ScorableModel, Site
@@ -108,7 +109,7 @@ def _build(model: Any, config: Any, device: torch.device) -> nn.Module:
     for one in _configs(config):
         vars(one).pop("quantization_config", None)
         one.dtype = torch.float32
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), unpartitioned(), _unheard():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), unpartitioned(), unheard():
         torch.manual_seed(0)
         with torch.device("meta"):
             twin = model_class(config)
@@ -202,19 +203,3 @@ def _configs(config: Any) -> Iterator[Any]:
     for value in list(vars(config).values()):
         if isinstance(value, PreTrainedConfig):
             yield from _configs(value)
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """Keep transformers from reporting the parameters that it makes itself."""
-    from transformers.utils import logging as theirs
-
-    verbosity, had_bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity(logging.CRITICAL)
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(verbosity)
-        if had_bars:
-            theirs.enable_progress_bar()

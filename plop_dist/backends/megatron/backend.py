@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head, weights_dtype
+from plop_dist.backends.hf.dtype import weights_dtype
+from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head
 from plop_dist.backends.hf.memory import freed_at_once
 from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.hf.whole import whole_sites

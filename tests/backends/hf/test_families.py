@@ -29,7 +29,7 @@ from plop_dist.measure.blocks import Block
 from plop_dist.values.names import expert_index
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModuleScore, Scores
-from tests.models import random_tokens, tiny
+from tests.models import padded_batches, random_tokens, tiny
 from tests.reference import Truth
 
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -116,20 +116,6 @@ def products_of(model: nn.Module, samples: Sequence[Tensor]) -> Products:
     return products
 
 
-def batches(side: str) -> list[dict[str, Tensor]]:
-    """Return the samples two a batch, padded on this side."""
-    made = []
-    for start in range(0, len(SAMPLES), 2):
-        rows = SAMPLES[start : start + 2]
-        length = max(map(len, rows))
-        ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
-        for row, sample in enumerate(rows):
-            place = slice(length - len(sample), length) if side == "left" else slice(0, len(sample))
-            ids[row, place], mask[row, place] = sample, 1
-        made.append({"input_ids": ids, "attention_mask": mask})
-    return made
-
-
 def truth_of(module: ModuleScore, block: Block, model: nn.Module, products: Products) -> Truth | None:
     """Return what a projection does to all samples, or None where torch was asked for no such product."""
     expert = expert_index(module.fqn)
@@ -156,6 +142,11 @@ def sampled_baseline(weight_OI: Tensor) -> float:
 
 # The fast lane takes those that differ most; each of these costs about a second.
 SLOW = ("gemma3_text", "phi3", "opt", "longcat_flash", "jetmoe", "falcon_mamba", "granitemoeshared", "big_bird", "bart")
+
+
+def batches(side: str) -> list[dict[str, Tensor]]:
+    """Return the samples two a batch, padded on this side."""
+    return padded_batches(SAMPLES, side)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from plop_dist.backends.hf.dtype import weights_dtype
 from plop_dist.backends.hf.silence import unheard
 from plop_dist.config.schema import Config, ModelConfig
 from plop_dist.errors import ModelError, first_line, suggest
@@ -151,7 +152,7 @@ def _try(wanted: dict[str, Any], model: ModelConfig, hf_config: Any, *, is_own: 
     if not is_own:
         quantization_config(wanted)
     quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(wanted), pre_quantized=is_own)
-    dtype = _dtype(model, hf_config)
+    dtype = weights_dtype(model, hf_config)
     with unheard():
         quantizer.validate_environment(dtype=dtype, device_map=None, weights_only=True)
     is_dense = bool(getattr(quantizer.quantization_config, "dequantize", False))
@@ -184,10 +185,3 @@ def _quantises_on_load(quantizer: Any) -> bool:
     except Exception:
         return False
     return True
-
-
-def _dtype(model: ModelConfig, hf_config: Any) -> torch.dtype:
-    if model.dtype != "auto":
-        return getattr(torch, model.dtype)
-    dtype = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
