@@ -74,6 +74,9 @@ class ImageRows:
                 f"the processor needs another package ({first_line(error)}): pip install 'plop-dist[vision]'"
             ) from error
         except Exception as error:  # processors raise whatever their authors chose
+            names = _placeholders(self.processor)
+            if any(counts) and names and not all(any(name in text for name in names) for text in texts):
+                raise self._no_place(where) from error
             raise DataError(
                 f"{where}: the processor cannot read text and {sum(counts)} images ({first_line(error)})."
             ) from error
@@ -84,14 +87,18 @@ class ImageRows:
         marks = [torch.tensor(self.processor.create_mm_token_type_ids([row])[0]) for row in _rows(input_ids)]
         return (torch.stack(marks) != 0).view(input_ids.shape)
 
+    def _no_place(self, where: str) -> DataError:
+        names = " or ".join(map(repr, _placeholders(self.processor))) or "its image token"
+        return DataError(
+            f"{where} has images, but the text has no place for them; put the processor's placeholder ({names}) where "
+            "each belongs, or use data.messages_field."
+        )
+
     def _cut(self, found: dict[str, Any], counts: Sequence[int], where: str) -> dict[str, Tensor]:
         ids = found["input_ids"]
         places = self.is_placeholder(ids)
         if any(counts) and not bool(places.any(dim=1).all()):
-            raise DataError(
-                f"{where} has images, but the text has no place for them; put the processor's placeholder "
-                f"({_placeholder(self.processor)}) where each belongs, or use data.messages_field."
-            )
+            raise self._no_place(where)
         if bool(places[:, self.max_length :].any()):
             last = int(places.any(dim=0).nonzero().max()) + 1
             raise DataError(
@@ -148,7 +155,7 @@ def _rows(input_ids: Tensor) -> list[list[int]]:
     return input_ids.reshape(-1, input_ids.shape[-1]).tolist()
 
 
-def _placeholder(processor: Any) -> str:
+def _placeholders(processor: Any) -> list[str]:
     # Gemma 3 writes a whole image where the token stands that begins one.
     names = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
-    return " or ".join(dict.fromkeys(repr(name) for name in names if isinstance(name, str))) or "its image token"
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))

@@ -23,7 +23,7 @@ import plop_dist
 from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.choose.candidates import find_candidates
 from plop_dist.config.schema import PlacementConfig
-from plop_dist.errors import DataError, ExportError, ModelError
+from plop_dist.errors import ExportError, ModelError
 from plop_dist.exporters.holders import hugging_face_targets
 from plop_dist.measure.blocks import Block
 from plop_dist.values.names import expert_index
@@ -244,14 +244,6 @@ def test_an_encoder_decoder_model_is_refused() -> None:
     config = BartConfig(**BART, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48, vocab_size=128)
     with pytest.raises(ModelError, match="BartForConditionalGeneration is an encoder-decoder model"):
         plop_dist.score(BartForConditionalGeneration(config), batches("right"))
-
-
-def test_padding_is_refused_where_tokens_see_it() -> None:
-    model = tiny("doge", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-                 num_key_value_heads=2)  # fmt: skip
-    with pytest.raises(DataError, match=r"other activations for doge \(their .*\); .* \(data.batch_size=1\)"):
-        plop_dist.score(model, batches("right"))
-    assert plop_dist.score(model, [{"input_ids": random_tokens(2, 7)}]).modules
 
 
 def test_double_precision_models_are_scored() -> None:

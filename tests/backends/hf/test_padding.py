@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from plop_dist.errors import DataError
 from tests.models import random_tokens, tiny
 from tests.sweep.family import build
 from tests.sweep.table import architectures
+
+# Doge's tokens see padding up to some release of transformers, and not in 5.24.
+DOGE_SEES = tuple(map(int, version("transformers").split(".")[:2])) < (5, 24)
 
 
 def padded(*lengths: int) -> dict[str, Tensor]:
@@ -35,16 +39,20 @@ def alone(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{"input_ids": row[mask == 1][None], "attention_mask": mask[mask == 1][None]} for row, mask in rows]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba", "roberta", "jamba", "deepseek_v32", "phi3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt2", "mamba", "roberta", "jamba", "deepseek_v32", "phi3", *([] if DOGE_SEES else ["doge"])],
+)
 def test_padding_is_taken_where_no_token_sees_it(family: str) -> None:
     model, batch = build(family, architectures()[family]), padded(24, 9)
     assert gains(model, [batch]) == pytest.approx(gains(model, alone(batch)), rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["doge", "prophetnet", "fnet", "mobilebert", "yoso"])
+@pytest.mark.parametrize("family", [*(["doge"] if DOGE_SEES else []), "prophetnet", "fnet", "mobilebert", "yoso"])
 def test_padding_is_refused_where_tokens_see_it(family: str) -> None:
     model, batch = build(family, architectures()[family]), padded(24, 9)
-    with pytest.raises(DataError, match=rf"other activations for {family} \(their gains differ by \d+ times"):
+    said = rf"other activations for {family} \(their gains differ by \d+ times.*\); .* \(data\.batch_size=1\)"
+    with pytest.raises(DataError, match=said):
         plop_dist.score(model, [batch])
     assert plop_dist.score(model, alone(batch)).modules
 
