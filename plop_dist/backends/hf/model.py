@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,8 +20,6 @@ from plop_dist.errors import DataError, ModelError, first_line
 from plop_dist.measure.protocols import Groups, MicroBatch, PassingWeights, Site
 from plop_dist.ranks import local_device
 from plop_dist.values.scores import Projection
-
-log = logging.getLogger(__name__)
 
 
 class HFModel:
@@ -79,7 +76,7 @@ class HFModel:
         justified = _right_padded(micro_batch)
         mask, positions = justified.attention_mask, justified.position_ids
         if mask.shape[1] > self._longest_known and (mask.any(-1) & ~mask.bool().all(-1)).any():
-            self._check_padding(justified.input_ids[mask != 0], mask.shape[1], bool(micro_batch.extra))
+            self._check_padding(justified.input_ids[mask != 0], mask.shape[1])
         if positions is None or not is_packed(positions, mask):
             return
         packed = "a micro-batch has packed rows (position_ids that start again within a row)"
@@ -91,11 +88,8 @@ class HFModel:
                 "or pass one sample per row."
             )
 
-    def _check_padding(self, tokens: Tensor, length: int, has_more: bool) -> None:
-        """Raise DataError if tokens see padding in rows of this length, or that cannot be told.
-
-        has_more: whether there is more than text, without which some models do not run: then it is said in the log.
-        """
+    def _check_padding(self, tokens: Tensor, length: int) -> None:
+        """Raise DataError if tokens see padding in rows of this length, or that cannot be told."""
         config: Any = getattr(self.module, "config", None)
         kind = getattr(config, "model_type", None) or type(self.module).__name__
         rounded = 1 << (length - 1).bit_length()  # not anew for every longer batch
@@ -104,15 +98,11 @@ class HFModel:
         try:
             found = sees_padding(self.module, tokens, length, self.device, self._alike)
         except Exception as error:  # transformers, and whatever code comes with a model
-            if has_more:
-                log.warning("Whether %s sees padding is not known: its text does not run alone (%s).", kind, error)
-                self._longest_known = length
-                return
             raise DataError(
                 f"a micro-batch has padding, and whether it changes {kind}'s activations cannot be found out "
                 f"({type(error).__name__}: {first_line(error)}); {alone}"
             ) from error
-        if found is not None and found > 1:
+        if found > 1:
             raise DataError(
                 f"a micro-batch has padding, beside which transformers computes other activations for {kind} (their "
                 f"gains differ by {found * TIMES_NOISE:.0f} times what rounding does); {alone}"

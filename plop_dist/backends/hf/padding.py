@@ -38,19 +38,16 @@ _MAX_LAYERS = 4
 _ROW_STEP = 13  # by which rows of the weights are displaced against each other in memory
 
 
-def sees_padding(
-    model: Any, tokens: Tensor, length: int, device: torch.device, as_scorable: AsScorable
-) -> float | None:
+def sees_padding(model: Any, tokens: Tensor, length: int, device: torch.device, as_scorable: AsScorable) -> float:
     """Return how much a row's gains change beside padding, as a multiple of TIMES_NOISE, below 1 where they do not.
 
-    model: a transformers model; of any other nothing is known, and None. tokens: ids that stand in the text, (T,), of
-    which rows are drawn. length: of the longest row. as_scorable: makes a copy and its sites what the collector runs,
-    asking nothing of its batches. Takes seconds; draws from no global random state. Raises whatever transformers raises
-    where it cannot make or run the copy.
+    model: a transformers model; no other can be made anew from its configuration. tokens: ids that stand in the text,
+    (T,), of which rows are drawn. length: of the longest row. as_scorable: makes a copy and its sites what the
+    collector runs, asking nothing of its batches. Takes seconds; draws from no global random state. Raises TypeError
+    for a model that is none of transformers', and whatever transformers raises where it cannot make or run the copy.
     """
     if not hasattr(type(model), "from_pretrained"):
-        log.warning("Whether %s sees the padding in its batches is not known.", type(model).__name__)
-        return None
+        raise TypeError(f"{type(model).__name__} is no model of transformers' that could be built from a configuration")
     ids = tokens[~torch.isin(tokens, torch.tensor(_special_ids(model.config)))]
     ids = ids if len(ids) else tokens
 

@@ -122,3 +122,17 @@ def test_what_cannot_be_found_out_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(padding, "_build", fail)
     with pytest.raises(DataError, match=r"cannot be found out \(KeyError: 'layer_kinds'\); pass one sample"):
         plop_dist.score(tiny("llama"), [padded(16, 9)])
+
+
+def test_a_class_that_is_not_transformers_is_refused_beside_padding() -> None:
+    class Host(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = torch.nn.Embedding(200, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.head(self.embedding(input_ids))
+
+    with pytest.raises(DataError, match=r"cannot be found out \(TypeError: Host is no model .*; pass one sample"):
+        plop_dist.score(Host(), [padded(16, 9)])
+    assert plop_dist.score(Host(), [padded(9, 9)]).modules
