@@ -12,7 +12,9 @@ from plop_dist.backends.hosts import bare, is_a
 from plop_dist.errors import LayoutError, ModelError, PlacementError
 from plop_dist.plugin.detect import find
 from plop_dist.training.adapters.on_hosts import adapt_ddp, adapt_engine, adapt_fsdp2, adapt_plain
+from plop_dist.training.adapters.placed import check_complete
 from plop_dist.training.adapters.shards import lora_layers
+from plop_dist.values.names import unwrapped as unwrapped_path
 from plop_dist.values.placement import Placement
 
 Adapt = Callable[[Any, Any], Any]
@@ -38,8 +40,12 @@ def apply(placement: Placement, model: Any, **options: Any) -> Any:
             f"placement.apply() cannot put adapters on a model of {found.backend} under '{found.wrapper}'; "
             f"{_BEFORE.get(found.wrapper, 'apply it before the model is wrapped')}."
         )
+    if is_a(model, "_FabricModule"):
+        raise LayoutError("placement.apply() got what fabric.setup returned; apply it to the model before that.")
+    _check_model(inner, placement)
     adapted = _ADAPT[found.wrapper](model, placement.to_peft(**options))
-    _check_modules(adapted, placement)
+    if all(module.storage in ("linear", "conv1d") for module in placement.chosen):
+        check_complete([path for path, _ in lora_layers(unwrapped(adapted))], placement)
     return adapted
 
 
@@ -71,11 +77,10 @@ def check_same(placement: Placement) -> None:
             )
 
 
-def _check_modules(adapted: Any, placement: Placement) -> None:
-    """Raise PlacementError unless PEFT has wrapped exactly the placement's modules (3-D parameters aside)."""
-    wrapped = {path for path, _ in lora_layers(unwrapped(adapted))}
+def _check_model(inner: Any, placement: Placement) -> None:
+    """Raise PlacementError, before anything is touched, for a model without the placement's modules."""
     chosen = {module.holder for module in placement.chosen if module.storage != "expert_parameter"}
-    if missing := sorted(chosen - wrapped):
+    if missing := sorted(chosen - {unwrapped_path(path) for path, _ in inner.named_modules()}):
         raise PlacementError(
             f"the model has no module '{missing[0]}', which the placement of {placement.source.model.name_or_path} "
             "chose; score and place this model."

@@ -183,5 +183,9 @@ def test_another_model_is_refused() -> None:
     del other.model.layers[1:]
     with pytest.raises(PlacementError, match=r"has no module 'model.layers.1"):
         placement.apply(other)
+    assert not hasattr(other, "peft_config"), "it was touched"
+    more: Any = tiny("llama", num_hidden_layers=3)
+    with pytest.raises(PlacementError, match=r"'model.layers.2\S*' got one without being chosen"):
+        placement.apply(more)
     with pytest.raises(ModelError, match="without adapters of PEFT"):
         plop_dist.save_adapter(tiny("llama"), "unused")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plop_dist.training.adapters.saved import write_weights
+from plop_dist.training.adapters.saved import write_config, write_weights
 
 _PREFIX = "base_model.model."
 
@@ -29,7 +29,9 @@ def peft_tensors(model: Any) -> dict[str, Tensor]:
 def write_peft(directory: Path, tensors: Mapping[str, Tensor], model: Any) -> None:
     """Write the weights and the configuration. Raises RunDirError."""
     write_weights(directory, tensors)
-    _write_config(directory, next(iter(model.peft_config.values())), model)
+    peft_config = next(iter(model.peft_config.values()))
+    own = getattr(getattr(model, "config", None), "_name_or_path", None)
+    write_config(directory, peft_config, peft_config.base_model_name_or_path or own)
 
 
 def _gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
@@ -42,13 +44,3 @@ def _gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
 
 def _as_peft(path: str) -> str:
     return path if path.startswith(_PREFIX) else _PREFIX + path
-
-
-def _write_config(directory: Path, peft_config: Any, model: Any) -> None:
-    base = peft_config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
-    kept = peft_config.inference_mode, peft_config.base_model_name_or_path
-    peft_config.inference_mode, peft_config.base_model_name_or_path = True, base
-    try:
-        peft_config.save_pretrained(str(directory))
-    finally:
-        peft_config.inference_mode, peft_config.base_model_name_or_path = kept

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def save_peft_adapter(
         for name, tensor in zip("AB", adapters[fqn], strict=True):
             tensors[f"base_model.model.{fqn}.lora_{name}.weight"] = tensor.contiguous()
     write_weights(directory, tensors)
-    write_config(directory, lora_config(placement, config), config)
+    write_config(directory, lora_config(placement, config), config.stored()["model"]["name_or_path"])
     if dist.is_initialized():
         dist.barrier()
 
@@ -61,8 +62,8 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     write_bytes(directory / WEIGHTS, save(dict(tensors), {"format": "pt"}))
 
 
-def write_config(directory: Path, peft_config: Any, config: Config) -> None:
-    """Write adapter_config.json, for use with the configured model and not for training on."""
-    peft_config.inference_mode = True
-    peft_config.base_model_name_or_path = config.stored()["model"]["name_or_path"]
-    peft_config.save_pretrained(str(directory))
+def write_config(directory: Path, peft_config: Any, base: str | None) -> None:
+    """Write adapter_config.json, for use with the model `base` and not for training on."""
+    written = copy.copy(peft_config)
+    written.inference_mode, written.base_model_name_or_path = True, base
+    written.save_pretrained(str(directory))

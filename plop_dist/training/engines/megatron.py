@@ -103,7 +103,7 @@ class MegatronEngine:
             if _experts(self._placement):
                 whole = meta_model(self._config.model)
                 write_weights(directory, fuse_experts(load_file(directory / WEIGHTS), peft_config, whole))
-            write_config(directory, peft_config, self._config)
+            write_config(directory, peft_config, self._config.stored()["model"]["name_or_path"])
         self._save_distributed(directory.with_name("megatron_adapter"))
 
     def close(self) -> None:
