@@ -36,7 +36,7 @@ def known(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, list[Tru
 
 
 def wrapped(model: nn.Module, call: Callable[..., Any] | None = None) -> HFModel:
-    return HFModel(model, whole_sites(model, True), call=call, with_head=True)
+    return HFModel(model, whole_sites(model, True), call=call, with_head=True, knows_padding=True)
 
 
 def collect(model: nn.Module, steps: Sequence[Sequence[MicroBatch]]) -> SampleTotals:

@@ -213,7 +213,7 @@ def test_two_ranks_give_the_scores_of_one() -> None:
 
 def test_a_failing_forward_names_rank_step_and_module() -> None:
     model = tiny("llama")
-    wrapped = HFModel(model, whole_sites(model, with_head=False))
+    wrapped = HFModel(model, whole_sites(model, with_head=False), knows_padding=True)
 
     def fail(*_: object) -> None:
         raise RuntimeError("no memory")
@@ -245,6 +245,6 @@ class InPlace(nn.Module):
 def test_an_input_changed_in_place_is_read_again(mode: Callable[[], Any]) -> None:
     model = InPlace()
     with mode():
-        before, after = score(HFModel(model, whole_sites(model, with_head=False))).modules[::-1]
+        before, after = score(HFModel(model, whole_sites(model, with_head=False), knows_padding=True)).modules[::-1]
     assert before.num_tokens == after.num_tokens == 18
     assert before.gain == pytest.approx(after.gain, rel=1e-6)  # a gain does not depend on its token's scale
