@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, LayoutError, PlopError, WorkerError, first_line
+
+if TYPE_CHECKING:
+    from plop_dist.config.schema import Config  # pydantic, which every command's --help would wait for
 
 _T = TypeVar("_T")
 
