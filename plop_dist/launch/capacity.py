@@ -72,7 +72,11 @@ def holders() -> list[str]:
         from ray.util.state import list_actors
 
         alive: Iterable[Any] = list_actors(
-            filters=[("state", "=", "ALIVE")], detail=True, timeout=_SECONDS_FOR_HOLDERS, raise_on_missing_output=False
+            address=ray.get_runtime_context().gcs_address,
+            filters=[("state", "=", "ALIVE")],
+            detail=True,
+            timeout=_SECONDS_FOR_HOLDERS,
+            raise_on_missing_output=False,
         )
         for actor in alive:
             for name in _COUNTED:
