@@ -30,7 +30,7 @@ class Hosts:
 
     def do(self, *command: str) -> None:
         """Cut, mend, kill or start a host."""
-        subprocess.run(["bash", str(SCRIPT), *command], env=self.variables, check=True, timeout=60)
+        subprocess.run(["bash", str(SCRIPT), *command], env={**os.environ, **self.variables}, check=True, timeout=60)
 
     def together(
         self, commands: Sequence[Sequence[str | Path]], timeout_s: float = 120, **more: str
@@ -51,7 +51,7 @@ def hosts(count: int, directory: Path, style: str = "good") -> Iterator[Hosts]:
     _skip_where_impossible()
     shared = directory / "shared"
     shared.mkdir(exist_ok=True)
-    variables = {**os.environ, "HOSTS_DIR": str(directory / "hosts"), "HOSTS_SHARE": str(shared), "HOSTS_STYLE": style}
+    variables = {"HOSTS_DIR": str(directory / "hosts"), "HOSTS_SHARE": str(shared), "HOSTS_STYLE": style}
     made = Hosts(shared, variables)
     try:
         made.do("up", str(count))
