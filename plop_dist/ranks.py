@@ -138,8 +138,9 @@ def joined(config: Config) -> Iterator[int]:
 def _init_group(backend: str, timeout: timedelta) -> None:
     """Join the process group, through the interface that reaches the other hosts where gloo would not find it."""
     import torch.distributed as dist
+    from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
-    store, own, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store, own, world_size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     if "GLOO_SOCKET_IFNAME" not in os.environ and os.environ.get("LOCAL_WORLD_SIZE") != str(world_size):
         address = address_towards(os.environ["MASTER_ADDR"]) or LOOPBACK
@@ -147,7 +148,7 @@ def _init_group(backend: str, timeout: timedelta) -> None:
         if name_is_loopback():
             _name_interface(address, [store.get(f"plop-dist/address/{rank}").decode() for rank in range(world_size)])
     dist.init_process_group(
-        backend, store=dist.PrefixStore("plop-dist", store), rank=own, world_size=world_size, timeout=timeout
+        backend, store=PrefixStore("plop-dist", store), rank=own, world_size=world_size, timeout=timeout
     )
 
 

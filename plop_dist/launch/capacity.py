@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import state  # what single nodes have free, and drivers: nothing public says it
 
 _COUNTED = ("CPU", "GPU")
 _STATIC = re.compile(r"node_[0-9a-f]{40,}|")  # what a monitor that may not start nodes calls those that are there
@@ -34,8 +35,7 @@ class Node:
 
 def living_nodes() -> list[Node]:
     """Return the nodes of the cluster that this process has joined."""
-    # What each node has free is known to this function alone: ray.available_resources() adds up all nodes.
-    free = ray._private.state.available_resources_per_node()
+    free = state.available_resources_per_node()
     return [
         Node(
             id=node["NodeID"],
@@ -71,7 +71,7 @@ def holders() -> list[str]:
     with suppress(Exception):  # a Ray without a dashboard cannot be asked
         from ray.util.state import list_actors
 
-        alive: Iterable[Any] = list_actors(
+        alive: list[Any] = list_actors(
             address=ray.get_runtime_context().gcs_address,
             filters=[("state", "=", "ALIVE")],
             detail=True,
@@ -81,7 +81,7 @@ def holders() -> list[str]:
         for actor in alive:
             for name in _COUNTED:
                 held[actor.job_id][name] += (actor.required_resources or {}).get(name, 0.0)
-    drivers = {job["JobID"]: job for job in ray._private.state.jobs()}
+    drivers = {job["JobID"]: job for job in state.jobs()}
     own = ray.get_runtime_context().get_job_id()
     found = []
     for job, amounts in sorted(held.items()):
