@@ -105,8 +105,8 @@ def _check_answers(address: str) -> None:
     if address in ("auto", "local"):
         return
     url = urlsplit(address if "://" in address else f"//{address}")
-    if url.scheme not in ("", "ray") or not url.hostname or not url.port:
-        raise ValueError("it is not host:port, ray://host:port or auto")
+    if url.scheme or not url.hostname or not url.port:  # a Ray client, ray://, does not see what single nodes have free
+        raise ValueError("it is not host:port or auto")
     socket.create_connection((url.hostname, url.port), timeout=10).close()
 
 

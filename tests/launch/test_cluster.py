@@ -175,7 +175,12 @@ def test_a_dead_process_is_named_before_what_its_peers_saw(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("address", "reason"),
-    [("http://127.0.0.1:8265", "not host:port"), ("nonsense", "not host:port"), ("127.0.0.1:1", "refused")],
+    [
+        ("http://127.0.0.1:8265", "not host:port"),
+        ("ray://127.0.0.1:10001", "not host:port"),
+        ("nonsense", "not host:port"),
+        ("127.0.0.1:1", "refused"),
+    ],
 )
 def test_an_address_where_no_ray_listens_fails_at_once(address: str, reason: str) -> None:
     tree = {"model": {"name_or_path": "m"}, "data": {"path": "d"}, "cluster": {"address": address}}
