@@ -54,7 +54,7 @@ def fit(trainer: TorchTrainer, stop_request: Path) -> None:
     finally:
         signal.signal(signal.SIGTERM, previous)
     if raised:
-        raise raised[0]
+        raise raised.pop()  # nothing here may keep it: its frames hold Ray's controller, which holds the resources
 
 
 def _wait(has_ended: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -112,6 +113,7 @@ class _Attempts:
             self.num_failures += 1
             if isinstance(failure, UserError) or self.num_failures > most:
                 raise failure
+            gc.collect()  # what Ray raised goes, and with it the controller that still has the workers' room
             self.notify(
                 "status",
                 text=f"{failure}; the workers are restarted, {self.num_failures} of {most} times "

@@ -57,7 +57,8 @@ def test_submitted_job_on_two_zero3_ranks_scores_like_one_process_and_trains(cas
 @pytest.mark.slow
 def test_workers_killed_in_scoring_and_in_training_change_nothing(case: Case, head: Head, submitted: Any) -> None:
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    config = case.write("killed", train=TRAINING, cluster={"address": head.address, "max_failures": 2})
+    whole = {"address": head.address, "max_failures": 2, "cpus_per_worker": 2}  # all of its 4 CPUs, at each start
+    config = case.write("killed", train=TRAINING, cluster=whole)
     run_dir = case.directory / "killed"
     with session([str(BIN / "plop-dist"), "run", str(config)], environment()) as process:
         for kind, least in (("scoring", 24), ("training", 4)):
