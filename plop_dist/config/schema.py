@@ -283,6 +283,13 @@ class ClusterConfig(_Section):
     cpus_per_worker: Amount = Field(default=1, description="CPU cores per rank.")
     max_failures: CountOrZero = Field(default=1, description="Restarts of the workers before the run fails.")
     timeout_s: Seconds = Field(default=600, description="Longest wait in one collective, in seconds.")
+    start_timeout_s: Seconds = Field(
+        default=600,
+        description="Longest wait for free resources at each start, and for an extension's build, in seconds.",
+    )
+    env: list[str] = Field(
+        default=[], description="Names of further environment variables that the workers get from here."
+    )
 
 
 class Config(_Section):
