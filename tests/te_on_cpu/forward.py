@@ -99,6 +99,7 @@ def _layernorm_linear(self: Any, inp: Tensor, *_: Any, **__: Any) -> Any:
         z = mappings.gather_from_sequence_parallel_region(z, group=self.tp_group)
         bias = self.bias if self.use_bias else None
         y = _multiply(z, self.weight, None if self.return_bias else bias)
+        z = z.detach()  # its backward adds no gradient of this one
     else:
         y, bias = _parallel(self, z)
     out = (y, bias) if self.return_bias else y
