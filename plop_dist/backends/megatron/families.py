@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
 from plop_dist.config.schema import Config
-from plop_dist.errors import ModelError
+from plop_dist.errors import MissingExtraError, ModelError
 
 # Equal with Megatron's own layers, i.e. without Transformer Engine; and so with it.
 LOCAL_FAMILIES = (
@@ -30,6 +31,8 @@ _WRONG = {
 }
 # Every how many layers Bridge builds one of full attention, whatever layer_types says; Gemma 3 turns those otherwise.
 _FULL_LAYERS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6, "Gemma3ForConditionalGeneration": 6}
+# Kind of layer -> the package of its kernels, for which Megatron has no other code, and what pip calls it.
+_KERNELS = {"linear_attention": ("fla", "flash-linear-attention"), "mamba": ("mamba_ssm", "mamba-ssm")}
 _ELSEWHERE = "use parallel.backend=deepspeed or transformers for it"
 
 
@@ -53,6 +56,7 @@ def check_family(hf_config: Any, config: Config) -> None:
             f"here) are known to be right for {', '.join(LOCAL_FAMILIES)} alone; {_ELSEWHERE}."
         )
     _check_fields(hf_config, family, name)
+    _check_kernels(hf_config, name)
     why = None if config.train.method != "sft" else _untrained(hf_config, family, config)
     if why is not None:
         raise ModelError(
@@ -105,4 +109,16 @@ def _check_period(layer_types: Sequence[str], period: int, name: str) -> None:
             raise ModelError(
                 f"model.name_or_path '{name}': layer_types[{layer}] is '{found}', where Megatron-Bridge builds "
                 f"'{built}', as in the published models (every {period}th layer is of full attention); {_ELSEWHERE}."
+            )
+
+
+def _check_kernels(hf_config: Any, name: str) -> None:
+    """Raise MissingExtraError for a package that the model's kinds of layers need and that is not installed."""
+    text = hf_config.get_text_config()
+    kinds = {kind for key in ("layer_types", "layers_block_type") for kind in getattr(text, key, None) or ()}
+    for kind, (package, distribution) in _KERNELS.items():
+        if kind in kinds and find_spec(package) is None:
+            raise MissingExtraError(
+                f"model.name_or_path '{name}' has layers of kind '{kind}', for which Megatron needs {package}, which "
+                f"is not installed: pip install {distribution}, or {_ELSEWHERE}."
             )
