@@ -45,7 +45,7 @@ class MegatronEngine:
 
     def __init__(self, config: Config, placement: Placement):
         _check(config, placement)
-        chunks, self._bridge = load_chunks(config)
+        chunks, self._bridge = load_chunks(config, experts_apart=bool(_experts(placement)))
         from megatron.core import parallel_state as state
 
         self._config, self._placement = config, placement
