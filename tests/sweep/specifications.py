@@ -35,6 +35,7 @@ def sweep_specifications(chosen: Mapping[str, str]) -> list[Family]:
         reader, writer = context.Pipe(duplex=False)
         worker = context.Process(target=_swept, args=(specification, dict(chosen), writer))
         worker.start()
+        writer.close()  # so that its end is seen here
         for name in chosen:
             rows[name][specification] = reader.recv()
             print(f"{specification:20} {name}: {rows[name][specification]}", flush=True)
