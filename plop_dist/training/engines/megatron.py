@@ -20,6 +20,7 @@ from plop_dist.backends.megatron.batch import Batching, Prepared
 from plop_dist.backends.megatron.chunks import unwrap
 from plop_dist.backends.megatron.classes import changes_output
 from plop_dist.backends.megatron.groups import read_place
+from plop_dist.backends.megatron.latent import sum_rotary_gradients
 from plop_dist.backends.megatron.schedule import run_schedule
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, PlacementError
@@ -44,7 +45,7 @@ class MegatronEngine:
 
     def __init__(self, config: Config, placement: Placement):
         _check(config, placement)
-        chunks, self._bridge = load_chunks(config)
+        chunks, self._bridge = load_chunks(config, experts_apart=bool(_experts(placement)))
         from megatron.core import parallel_state as state
 
         self._config, self._placement = config, placement
@@ -52,6 +53,7 @@ class MegatronEngine:
         self._chunks: list[Any] = self._peft(chunks, training=True)
         self._peft.set_params_to_save(self._chunks)
         _check_wrapped(self._chunks)
+        sum_rotary_gradients(self._chunks)
         first = unwrap(self._chunks[0])
         first.config.variable_seq_lengths = config.parallel.pp > 1
         self._place = read_place(first.config)
