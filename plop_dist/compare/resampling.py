@@ -18,6 +18,7 @@ import numpy as np
 NUM_RESAMPLES = 2000
 _LEVEL = 0.95
 _POWER = 0.8
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,11 @@ def student_tail(t: float, degrees: float) -> float:
         return 0.5 * math.erfc(t / math.sqrt(2))
     # The integral of the density, (1 + x^2 / v)^(-(v + 1) / 2), with x = sqrt(v) tan(a): cos(a)^(v - 1) up to pi / 2.
     start = math.atan(t / math.sqrt(degrees))
-    nodes, weights = np.polynomial.legendre.leggauss(200)
     # Squeezed towards pi / 2, where few degrees of freedom leave a power below one.
-    u = (nodes + 1) / 2
+    u = (_NODES + 1) / 2
     width = math.pi / 2 - start
     rest = width * u**2
-    integral = float((weights / 2 * 2 * u * width * np.sin(rest) ** (degrees - 1)).sum())
+    integral = float((_WEIGHTS * u * width * np.sin(rest) ** (degrees - 1)).sum())
     log_total = math.lgamma(degrees / 2) + 0.5 * math.log(math.pi) - math.lgamma((degrees + 1) / 2)
     return integral / math.exp(log_total)
 
@@ -127,7 +127,7 @@ def student_quantile(share: float, degrees: float) -> float:
     (4.3027, 1.96)
     """
     low, high = 0.0, 1e4
-    for _ in range(100):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if student_tail(middle, degrees) > 1 - share else (low, middle)
     return (low + high) / 2

@@ -72,7 +72,10 @@ class Runs:
         """Return the rows of a training; their order depends on its seed."""
         seed = config.train.seed
         if seed not in self._data:
-            self._data[seed] = TrainingData(config, load_tokenizer(config.model))
+            try:
+                self._data[seed] = TrainingData(config, load_tokenizer(config.model))
+            except DataError as error:  # the key that says here how many rows are held out
+                raise DataError(str(error).replace("train.eval_samples", "compare.held_out")) from error
         return self._data[seed]
 
     def measure_base(self, placement: Placement) -> tuple[list[float], float]:

@@ -130,8 +130,8 @@ same command goes on. No framework trains for it but those that `run` trains wit
 Examples:
 
     plop-dist compare config.yaml train.method=sft
-    plop-dist compare config.yaml compare.arms=[lowest_k,mlp] compare.held_out=512
-    plop-dist compare config.yaml compare.arms=[runs/gsm8k/placement.json,all]
+    plop-dist compare config.yaml compare.arms=[lowest_k,mlp]
+    plop-dist compare config.yaml compare.arms=[runs/a/placement.json,all]
 """,
     "submit": """\
 Paths in the configuration are those of the cluster's nodes, and `run_dir` must lie on storage that they share. The
