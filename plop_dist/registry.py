@@ -81,6 +81,7 @@ TRAINING_ENGINES = Kind(
     None,
     {
         "trl": "plop_dist.training.trl.engine:ENGINE",
+        "replicas": "plop_dist.training.engines.replicas:ENGINE",
         "autotp": "plop_dist.training.engines.autotp:ENGINE",
         "pipeline": "plop_dist.training.engines.pipeline:ENGINE",
         "tp_plan": "plop_dist.training.engines.tp_plan:ENGINE",

@@ -21,10 +21,13 @@ from plop_dist.config.fields import (
     AmountOrAuto,
     AxisSize,
     Count,
+    CountOfFew,
+    CountOfFewSeveral,
     CountOfSeveral,
     CountOrZero,
     DeviceMap,
     Dtype,
+    HeldOutRows,
     Location,
     MaxMemory,
     NameOf,
@@ -272,6 +275,27 @@ class ExportConfig(_Section):
     )
 
 
+class CompareConfig(_Section):
+    """What `plop-dist compare` trains beside the placement, and on how much the answer rests."""
+
+    arms: list[Location] = Field(
+        default=["lowest_k", "all", "mlp", "attention", "highest_k", "random"],
+        description="Placements to train: policies, random (as many types, drawn by compare.seed), or the path of a "
+        "placement.json; the first is compared with every other.",
+    )
+    rates: CountOfFew = Field(
+        default=3, description="Learning rates per arm, each twice the last, around train.learning_rate."
+    )
+    seeds: CountOfFewSeveral = Field(
+        default=3, description="Trainings of every arm at its chosen rate, with seeds from train.seed on."
+    )
+    held_out: HeldOutRows = Field(
+        default=256,
+        description="Held-out rows, in place of train.eval_samples: one half chooses the rate, the other is reported.",
+    )
+    seed: Seed = Field(default=0, description="Seed of the arm random and of the bootstrap.")
+
+
 class ClusterConfig(_Section):
     """Where the ranks run."""
 
@@ -303,6 +327,7 @@ class Config(_Section):
     placement: PlacementConfig = Field(default_factory=PlacementConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     _references: dict[str, str] = PrivateAttr(default_factory=dict)
 

@@ -55,6 +55,18 @@ def score(config: Config, command: str) -> RunDir:
     return stages.run_dir
 
 
+def compare(config: Config, command: str) -> RunDir:
+    """Score, where that is not done, train the arms of compare.arms, and return the run directory."""
+    from plop_dist.compare.comparison import check
+
+    check(config)
+    stages = Stages(config)
+    with _alone(stages.run_dir, "compare"):
+        launch(stages, ["score", "compare"], command)
+        report(stages.run_dir)
+    return stages.run_dir
+
+
 def _alone(run_dir: RunDir, command: str) -> AbstractContextManager[None]:
     """Return what has the run directory to this run; the ranks beside rank 0 are part of the same."""
     return taken(run_dir.path, command, makes=True) if ranks.rank() == 0 else nullcontext()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,9 +42,22 @@ def sum_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
 
 
+def row_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the same for each row: (batch,), float32."""
+    predictions = logits[:, :-1].float().transpose(1, 2)
+    return cross_entropy(predictions, labels[:, 1:], ignore_index=IGNORED, reduction="none").sum(dim=1)
+
+
 def batch_loss(model: Callable[..., Any], batch: Batch) -> Tensor:
     """Return sum_token_losses of what a model answers that is called as transformers' are."""
     return sum_token_losses(model(**model_inputs(batch)).logits, batch["labels"])
+
+
+@torch.no_grad()
+def row_losses(model: Callable[..., Any], micro_batches: Iterable[Batch]) -> list[float]:
+    """Return row_token_losses of all rows, one micro-batch after the other, as batch_loss calls the model."""
+    losses = (row_token_losses(model(**model_inputs(batch)).logits, batch["labels"]) for batch in micro_batches)
+    return [loss for rows in losses for loss in rows.tolist()]
 
 
 def count_targets(batch: Batch) -> int:

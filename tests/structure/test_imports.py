@@ -64,8 +64,8 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 # A folder answers one question; what is no folder stands above all of them or below.
 ROOMS = (
-    "cli", "launch", "report", "plugin", "costs", "training", "data", "backends", "measure", "choose", "rundir",
-    "ranks", "config", "exporters", "values", "canonical_lora", "checkpoints", "registry", "errors",
+    "cli", "launch", "report", "compare", "plugin", "costs", "training", "data", "backends", "measure", "choose",
+    "rundir", "ranks", "config", "exporters", "values", "canonical_lora", "checkpoints", "registry", "errors",
 )  # fmt: skip
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from plop_dist.backends.deepspeed.autotp import scorable
 from plop_dist.backends.hf.load import load_model, meta_model
 from plop_dist.config.schema import Config
 from plop_dist.training.adapters.saved import save_peft_adapter
-from plop_dist.training.adapters.tensor_parallel import add_adapters
-from plop_dist.training.batch import Batch, batch_loss
+from plop_dist.training.adapters.shards import remove_wrapped
+from plop_dist.training.adapters.tensor_parallel import TensorParallelLoRA, add_adapters
+from plop_dist.training.batch import Batch, batch_loss, row_losses
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.deepspeed import deepspeed_config, initialize, training_engine
 from plop_dist.training.loop import StepEngine
@@ -25,19 +27,14 @@ from plop_dist.values.placement import Placement
 class AutoTPEngine:
     """An Engine over deepspeed.initialize with tensor_parallel.autotp_size."""
 
-    def __init__(self, config: Config, placement: Placement):
+    def __init__(self, config: Config, placement: Placement, base: nn.Module | None = None):
         from deepspeed.utils import groups
 
         self._config, self._placement = config, placement
-        model: Any = load_model(config.model)
-        model.config.use_cache = False
         # The adapters are sized by AutoTP's shards, and the optimizer by the adapters: hence two engines in a row.
-        sharding = {**deepspeed_config(config), "zero_optimization": {"stage": 0}}
-        sharded = initialize(model, {**sharding, "tensor_parallel": {"autotp_size": config.parallel.tp}})
-        module = sharded.module
+        module = load(config) if base is None else base
         tp_group: Any = groups.get_tensor_model_parallel_group()
         self.shards = add_adapters(module, placement, config.train, tp_group)
-        sharded.destroy()
         self._engine, self.optimizer = training_engine(module, self.shards, config, mpu=groups)
         dp_group: Any = groups.get_data_parallel_group()
         self.dp_group: dist.ProcessGroup | None = dp_group
@@ -62,11 +59,10 @@ class AutoTPEngine:
             norm = float(self._engine.get_global_grad_norm())
         return total, norm
 
-    @torch.no_grad()
-    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
-        """Return the summed loss without gradients. See Engine."""
+    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Return each row's loss without gradients. See Engine."""
         self._engine.eval()
-        return sum(float(batch_loss(self._engine, batch)) for batch in micro_batches)
+        return row_losses(self._engine, micro_batches)
 
     def tracked(self, with_head: bool) -> Tracked:
         """Return the adapted model for scoring. See Engine."""
@@ -78,8 +74,21 @@ class AutoTPEngine:
         save_peft_adapter(directory, self.shards, self._placement, self._config, dp_rank=self.dp_rank)
 
     def close(self) -> None:
-        """Give DeepSpeed's hooks and buffers back."""
+        """Give DeepSpeed's hooks and buffers back, and leave the base model without adapters."""
+        module = self._engine.module
         self._engine.destroy()
+        remove_wrapped(module, lambda part: part.base_layer if isinstance(part, TensorParallelLoRA) else None)
 
 
-ENGINE = StepEngine(AutoTPEngine)
+def load(config: Config) -> nn.Module:
+    """Return this rank's shard of the model, as AutoTP has cut it. Collective over the world."""
+    model: Any = load_model(config.model)
+    model.config.use_cache = False
+    sharding = {**deepspeed_config(config), "zero_optimization": {"stage": 0}}
+    sharded = initialize(model, {**sharding, "tensor_parallel": {"autotp_size": config.parallel.tp}})
+    module = sharded.module
+    sharded.destroy()
+    return module
+
+
+ENGINE = StepEngine(AutoTPEngine, load)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from plop_dist.training.adapters.experts import fuse_experts
 from plop_dist.training.adapters.initial import set_initial
 from plop_dist.training.adapters.placed import check_complete, lora_config, ranks_of
 from plop_dist.training.adapters.saved import WEIGHTS, write_config, write_weights
-from plop_dist.training.adapters.shards import AdapterShard
+from plop_dist.training.adapters.shards import AdapterShard, remove_wrapped
 from plop_dist.training.batch import IGNORED, Batch
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.optimizer import AdapterOptimizer
@@ -39,13 +40,16 @@ from plop_dist.values.mesh import nearest
 from plop_dist.values.names import expert_index
 from plop_dist.values.placement import Placement
 
+Base = tuple[list[nn.Module], Any]
+
 
 class MegatronEngine:
     """An Engine over the model chunks of this rank."""
 
-    def __init__(self, config: Config, placement: Placement):
+    def __init__(self, config: Config, placement: Placement, base: Base | None = None):
         _check(config, placement)
-        chunks, self._bridge = load_chunks(config, experts_apart=bool(_experts(placement)))
+        chunks, self._bridge = base or _load(config, experts_apart=bool(_experts(placement)))
+        self._before = {module: _outputs_of(module) for chunk in chunks for module in chunk.modules()}
         from megatron.core import parallel_state as state
 
         self._config, self._placement = config, placement
@@ -53,7 +57,6 @@ class MegatronEngine:
         self._chunks: list[Any] = self._peft(chunks, training=True)
         self._peft.set_params_to_save(self._chunks)
         _check_wrapped(self._chunks)
-        sum_rotary_gradients(self._chunks)
         first = unwrap(self._chunks[0])
         first.config.variable_seq_lengths = config.parallel.pp > 1
         self._place = read_place(first.config)
@@ -69,9 +72,10 @@ class MegatronEngine:
         self.shards, names = self._find_shards()
         check_complete(names, placement)
         set_initial(self.shards, config.train.seed)
+        self._hook = None
         if config.parallel.pp > 1 and getattr(first, "pre_process", False):
             # A first stage without adapters would have nothing to send a gradient through.
-            first.embedding.register_forward_hook(_require_grad)
+            self._hook = first.embedding.register_forward_hook(_require_grad)
         stages = [self._pp_group] if config.parallel.pp > 1 else []
         self.optimizer = AdapterOptimizer(self.shards, config.train, gradient_group, stages)
 
@@ -81,12 +85,12 @@ class MegatronEngine:
             chunk.train()
         # The schedule divides by the number of micro-batches and multiplies by the context-parallel size.
         scale = len(micro_batches) / (num_targets * self._place.cp_size)
-        total = self._run(micro_batches, scale, forward_only=False)
+        total = math.fsum(self._run(micro_batches, scale, forward_only=False))
         return total, self.optimizer.step(learning_rate, self.device)
 
     @torch.no_grad()
-    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
-        """Return the summed loss without gradients. See Engine."""
+    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Return each row's loss without gradients. See Engine."""
         for chunk in self._chunks:
             chunk.eval()
         return self._run(micro_batches, 1.0, forward_only=True)
@@ -109,7 +113,15 @@ class MegatronEngine:
         self._save_distributed(directory.with_name("megatron_adapter"))
 
     def close(self) -> None:
-        """Give back nothing: what Megatron holds besides the model are its process groups."""
+        """Leave the chunks without adapters, their linears returning what they did before."""
+        from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
+
+        for chunk in self._chunks:
+            remove_wrapped(chunk, lambda module: module.to_wrap if isinstance(module, AdapterWrapper) else None)
+        for module, outputs in self._before.items():
+            vars(module).update(outputs)
+        if self._hook is not None:
+            self._hook.remove()
 
     def _save_distributed(self, directory: Path) -> None:
         from megatron.core import dist_checkpointing
@@ -131,21 +143,23 @@ class MegatronEngine:
             partial.rename(directory)
         dist.barrier()
 
-    def _run(self, micro_batches: Sequence[Batch], scale: float, *, forward_only: bool) -> float:
-        """Return the summed loss of the replica's micro-batches; gradients are of scale times that sum."""
+    def _run(self, micro_batches: Sequence[Batch], scale: float, *, forward_only: bool) -> list[float]:
+        """Return the summed loss of each of the replica's rows; gradients are of scale times their sum."""
 
         def loss(output: Tensor, *, batch: Prepared) -> tuple[Tensor, dict[str, Any]]:
-            total = output.float().masked_select(_targets(batch) >= 0).sum()
-            return total * scale, {"total": total.detach()}
+            rows = output.float().masked_fill(_targets(batch) < 0, 0).sum(dim=1)
+            return rows.sum() * scale, {"rows": rows.detach()}
 
         prepared = [self._prepare(batch) for batch in micro_batches]
         stored = run_schedule(
             self._chunks, prepared, _losses, loss, cp_size=self._place.cp_size, forward_only=forward_only
         )
-        total = float(sum(float(entry["total"]) for entry in stored))  # the last stage's; others store nothing
+        # The last stage's; others store nothing.
+        rows = [loss for entry in stored for loss in entry["rows"].tolist()]
+        rows = rows or [0.0] * sum(len(batch["input_ids"]) for batch in micro_batches)
         for group in (self._pp_group, self._cp_group):
-            total = sum_over(group, total, device=self.device)[0]
-        return total
+            rows = sum_over(group, *rows, device=self.device)
+        return rows
 
     def _prepare(self, batch: Batch) -> Prepared:
         """Return what the chunks are called with; labels hold the next token's, negative: none."""
@@ -182,6 +196,12 @@ def _losses(index: int, batch: Prepared, chunk: Any) -> Tensor:
 def _targets(batch: Prepared) -> Tensor:
     assert batch.labels is not None
     return batch.labels
+
+
+def _outputs_of(module: nn.Module) -> dict[str, Any]:
+    """Return what Bridge sets on a linear with a norm in it, so that an adapter gets the normed input."""
+    names = ("return_layernorm_output", "return_layernorm_output_gathered")
+    return {name: vars(module)[name] for name in names if name in vars(module)}
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -223,4 +243,11 @@ def _check(config: Config, placement: Placement) -> None:
         )
 
 
-ENGINE = StepEngine(MegatronEngine)
+def _load(config: Config, *, experts_apart: bool = True) -> Base:
+    """Return the chunks and what made them; apart, because one of several placements may adapt routed experts."""
+    chunks, bridge = load_chunks(config, experts_apart=experts_apart)
+    sum_rotary_gradients(chunks)
+    return chunks, bridge
+
+
+ENGINE = StepEngine(MegatronEngine, _load)

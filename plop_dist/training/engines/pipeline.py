@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,36 @@ from plop_dist.errors import LayoutError
 from plop_dist.training.adapters.initial import set_initial
 from plop_dist.training.adapters.placed import check_complete, lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
-from plop_dist.training.adapters.shards import AdapterShard, parameters_of, peft_shards
+from plop_dist.training.adapters.shards import (
+    AdapterShard,
+    parameters_of,
+    peft_shards,
+    remove_peft,
+)
 from plop_dist.training.adapters.tensor_parallel import mark_sharded
-from plop_dist.training.batch import Batch, sum_token_losses
+from plop_dist.training.batch import Batch, row_token_losses
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.deepspeed import training_engine
 from plop_dist.training.loop import StepEngine
 from plop_dist.training.sums import clip_factor, grad_norm, sum_over
 from plop_dist.values.placement import Placement
 
+Base = tuple[nn.Module, dict[str, Any]]
+
 
 class PipelineEngine:
     """An Engine over deepspeed.pipe.PipelineModule."""
 
-    def __init__(self, config: Config, placement: Placement):
+    def __init__(self, config: Config, placement: Placement, base: Base | None = None):
         from deepspeed.pipe import PipelineModule
 
         self._config, self._placement = config, placement
-        model, options = load_stage(config)
-        layers = pipeline_layers(model)
-        self.shards = self._add_adapters(model)
+        self._model, options = base or load_stage(config)
+        layers = pipeline_layers(self._model)
+        self.shards = self._add_adapters(self._model)
         for parameter in parameters_of(self.shards):
             mark_sharded(parameter, True)  # DeepSpeed's ZeRO norm counts unmarked parameters on the first stage alone
-        self._total, self._scale, self._grad_norm = 0.0, 1.0, 0.0
+        self._rows, self._scale, self._grad_norm = list[float](), 1.0, 0.0
         self._pipe = PipelineModule(
             layers=layers, loss_fn=self._loss, activation_checkpoint_interval=0, dynamic_shape=True, **options
         )
@@ -56,15 +64,15 @@ class PipelineEngine:
         """Run one optimizer step through DeepSpeed's 1F1B schedule. See Engine."""
         self.optimizer.set_learning_rate(learning_rate)
         # DeepSpeed averages over micro-batches and replicas; the loss is a mean over tokens.
-        self._total, self._scale = 0.0, len(micro_batches) * self.dp_size / num_targets
+        self._rows, self._scale = [], len(micro_batches) * self.dp_size / num_targets
         self._engine.train_batch(iter([_as_pipe_input(batch) for batch in micro_batches]))
         if self._config.parallel.zero_stage:
             self._grad_norm = float(self._engine.get_global_grad_norm())
-        return sum_over(self._pp_group, self._total, device=self.device)[0], self._grad_norm
+        return sum_over(self._pp_group, math.fsum(self._rows), device=self.device)[0], self._grad_norm
 
-    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
-        """Return the summed loss without gradients. See Engine."""
-        self._total, self._scale = 0.0, 1.0
+    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Return each row's loss without gradients. See Engine."""
+        self._rows, self._scale = [], 1.0
         self._engine.eval_batch(
             iter([_as_pipe_input(batch) for batch in micro_batches]),
             reduce_output=None,
@@ -72,7 +80,9 @@ class PipelineEngine:
             num_micro_batches=len(micro_batches),
         )
         self._engine.fwd_outputs = []
-        return sum_over(self._pp_group, self._total, device=self.device)[0]
+        # The last stage alone has seen losses.
+        rows = self._rows or [0.0] * sum(len(batch["input_ids"]) for batch in micro_batches)
+        return sum_over(self._pp_group, *rows, device=self.device)
 
     def tracked(self, with_head: bool) -> Tracked:
         """Return the adapted stage for scoring. See Engine."""
@@ -85,8 +95,9 @@ class PipelineEngine:
         save_peft_adapter(directory, self.shards, self._placement, self._config, dp_rank=self.dp_rank)
 
     def close(self) -> None:
-        """Give DeepSpeed's hooks and buffers back."""
+        """Give DeepSpeed's hooks and buffers back, and leave the base model without adapters."""
         self._engine.destroy()
+        remove_peft(self._model)
 
     def _add_adapters(self, model: nn.Module) -> list[AdapterShard]:
         """Put this stage's adapters into the model, set to the initial ones, and freeze the rest. Collective."""
@@ -104,9 +115,9 @@ class PipelineEngine:
         return shards
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = sum_token_losses(logits, labels)
-        self._total += float(loss.detach())
-        return loss * self._scale
+        losses = row_token_losses(logits, labels)
+        self._rows += losses.tolist()
+        return losses.sum() * self._scale
 
     def _clip(self) -> None:
         """Clip by the norm over all stages, and keep it. Collective over the pipeline."""
@@ -132,4 +143,4 @@ def _as_pipe_input(batch: Batch) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]
     return (batch["input_ids"], batch["position_ids"], batch["attention_mask"]), batch["labels"]
 
 
-ENGINE = StepEngine(PipelineEngine)
+ENGINE = StepEngine(PipelineEngine, load_stage)
