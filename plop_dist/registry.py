@@ -75,12 +75,16 @@ REWARDS = Kind(
     },
 )
 
+# Who writes the completions of GRPO where the ranks that scored train, named by train.sampler.
+SAMPLERS = Kind("sampler", None, {"model": "plop_dist.training.samplers.model:ModelSampler"})
+
 # What trains in the ranks that scored, named by a backend's record for a layout.
 TRAINING_ENGINES = Kind(
     "training engine",
     None,
     {
         "trl": "plop_dist.training.trl.engine:ENGINE",
+        "whole": "plop_dist.training.engines.whole:ENGINE",
         "autotp": "plop_dist.training.engines.autotp:ENGINE",
         "pipeline": "plop_dist.training.engines.pipeline:ENGINE",
         "tp_plan": "plop_dist.training.engines.tp_plan:ENGINE",

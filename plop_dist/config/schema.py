@@ -41,11 +41,15 @@ from plop_dist.config.fields import (
     Share,
 )  # fmt: skip
 from plop_dist.config.references import digest, replaced, yaml_text
-from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES, REWARDS
+from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES, REWARDS, SAMPLERS
 from plop_dist.values.mesh import Layout
 
 _SHORTEST_HIDDEN = 4  # characters; a shorter value stands in other words too
 _LATER_KEYS = frozenset({"quantization", "device_map", "max_memory", "offload_folder"})
+_LATER_GRPO = frozenset(
+    {"sampler", "loss_type", "num_iterations", "beta", "epsilon", "epsilon_high", "importance_sampling_level",
+     "scale_rewards", "reward_weights", "reward_timeout_s"}
+)  # fmt: skip
 
 
 class _Section(BaseModel):
@@ -242,9 +246,31 @@ class TrainConfig(_Section):
     lora_dropout: Share = Field(default=0.0, description="Dropout before A.")
     save_steps: Count = Field(default=10, description="Steps between checkpoints.")
     seed: NumpySeed = Field(default=0, description="Seed of adapters, data order and dropout.")
-    engine: Annotated[str, NameOf(EXTERNAL_ENGINES, also=("auto", "trl"))] = Field(
-        default="auto", description="GRPO engine: trl in these ranks, or one that runs by itself."
+    engine: Annotated[str, NameOf(EXTERNAL_ENGINES, also=("auto", "plop", "trl"))] = Field(
+        default="auto",
+        description="GRPO engine: plop or trl in these ranks, or one that runs by itself; auto: trl in one process and "
+        "with ZeRO, plop elsewhere.",
     )
+    sampler: Annotated[str, NameOf(SAMPLERS, also=("auto",))] = Field(
+        default="auto", description="GRPO, engine plop: who writes the completions; model: the one being trained."
+    )
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"] = Field(
+        default="dapo", description="GRPO: the loss, by TRL's names."
+    )
+    num_iterations: Count = Field(default=1, description="GRPO: optimizer steps on the same completions.")
+    beta: PositiveOrZero = Field(default=0.0, description="GRPO: weight of the KL to the model without adapters.")
+    epsilon: Positive = Field(default=0.2, description="GRPO: how far below 1 the ratio to the old policy counts.")
+    epsilon_high: Positive | None = Field(
+        default=None, description="GRPO: how far above 1 it counts (cispo: the bound itself); null: epsilon."
+    )
+    importance_sampling_level: Literal["token", "sequence"] = Field(
+        default="token", description="GRPO: the ratio of each token, or of the whole completion (GSPO)."
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        default="group", description="GRPO: whose standard deviation divides the advantages."
+    )
+    reward_weights: list[Real] | None = Field(default=None, description="GRPO: a weight for each reward; null: all 1.")
+    reward_timeout_s: Seconds = Field(default=300, description="GRPO: longest time for one reward in one step.")
     rewards: list[Annotated[str, NameOrFunction(REWARDS)]] = Field(
         default=["builtin:number"],
         description="GRPO rewards: builtin:number, builtin:format, those of installed packages, or module:function.",
@@ -258,6 +284,12 @@ class TrainConfig(_Section):
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         default=[], description="Besides console and JSONL."
     )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Finished stages and checkpoints from before there were these keys stay as they are.
+        tree, fields = handler(self), type(self).model_fields
+        return {key: value for key, value in tree.items() if key not in _LATER_GRPO or value != fields[key].default}
 
 
 class ExportConfig(_Section):
