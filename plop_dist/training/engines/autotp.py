@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from plop_dist.backends.deepspeed.autotp import scorable
 from plop_dist.backends.hf.load import load_model, meta_model
 from plop_dist.config.schema import Config
 from plop_dist.training.adapters.saved import save_peft_adapter
 from plop_dist.training.adapters.tensor_parallel import add_adapters
-from plop_dist.training.batch import Batch, batch_loss
+from plop_dist.training.batch import Batch, batch_loss, read_batch
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.deepspeed import deepspeed_config, initialize, training_engine
+from plop_dist.training.logits import Objective, Read
 from plop_dist.training.loop import StepEngine
 from plop_dist.training.sums import grad_norm
 from plop_dist.values.placement import Placement
@@ -44,7 +46,13 @@ class AutoTPEngine:
         self.dp_rank, self.dp_size = dist.get_rank(dp_group), dist.get_world_size(dp_group)
         self.device: torch.device = self._engine.device
 
-    def step(self, micro_batches: Sequence[Batch], num_targets: int, learning_rate: float) -> tuple[float, float]:
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        num_targets: int,
+        learning_rate: float,
+        objective: Objective | None = None,
+    ) -> tuple[float, float]:
         """Run one optimizer step. See Engine."""
         self.optimizer.set_learning_rate(learning_rate)
         self._engine.train()
@@ -52,7 +60,7 @@ class AutoTPEngine:
         # DeepSpeed averages over micro-batches and replicas; the loss is a mean over tokens.
         scale = len(micro_batches) * self.dp_size / num_targets
         for batch in micro_batches:
-            loss = batch_loss(self._engine, batch)
+            loss = batch_loss(self._engine, batch, objective)
             total += float(loss.detach())
             self._engine.backward(loss * scale)
             if self._engine.is_gradient_accumulation_boundary() and not self._config.parallel.zero_stage:
@@ -68,6 +76,17 @@ class AutoTPEngine:
         self._engine.eval()
         return sum(float(batch_loss(self._engine, batch)) for batch in micro_batches)
 
+    @torch.no_grad()
+    def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """Return what is read of each micro-batch's logits. See RewardedEngine."""
+        self._engine.eval()
+        return [read_batch(self._engine, batch, read) for batch in micro_batches]
+
+    def generating(self) -> Any:
+        """Return the sharded model: every rank of a replica has its logits whole. See RewardedEngine."""
+        self._engine.eval()
+        return self._engine.module
+
     def tracked(self, with_head: bool) -> Tracked:
         """Return the adapted model for scoring. See Engine."""
         module = self._engine.module
@@ -82,4 +101,4 @@ class AutoTPEngine:
         self._engine.destroy()
 
 
-ENGINE = StepEngine(AutoTPEngine)
+ENGINE = StepEngine(AutoTPEngine, methods=("sft", "grpo"))

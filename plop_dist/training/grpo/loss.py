@@ -65,7 +65,14 @@ class GRPOObjective:
         high = train.epsilon if train.epsilon_high is None else train.epsilon_high
         importance = batch.get("importance")
         terms = Terms(
-            torch.exp(exponent), log_ratio, log_probabilities, batch["advantages"], mask, importance, train.epsilon, high
+            torch.exp(exponent),
+            log_ratio,
+            log_probabilities,
+            batch["advantages"],
+            mask,
+            importance,
+            train.epsilon,
+            high,
         )
         losses = self._token_loss(terms)
         if importance is not None and self._corrects:

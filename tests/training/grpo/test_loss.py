@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,8 +111,8 @@ def test_loss_and_gradient_are_trls(trainer: Any, loss_type: str, level: str, sa
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     train = TrainConfig.model_validate(
-        {"method": "grpo", "loss_type": loss_type, "epsilon_high": 0.3, "importance_sampling_level": level, "beta": 0.05,
-         "temperature": 0.8, "max_completion_length": NUM_COMPLETION}
+        {"method": "grpo", "loss_type": loss_type, "epsilon_high": 0.3, "importance_sampling_level": level,
+         "beta": 0.05, "temperature": 0.8, "max_completion_length": NUM_COMPLETION}
     )  # fmt: skip
     batch = _ours(tokens, values, advantages, train)
     if not sampled_elsewhere:
