@@ -22,6 +22,7 @@ from plop_dist.training.batch import Batch, count_targets, to_device, without_ta
 from plop_dist.training.checkpoint import Checkpoints, fingerprint
 from plop_dist.training.data import TrainingData, count_rows
 from plop_dist.training.engine import Data, Engine, Evaluating, Log, Stateful
+from plop_dist.training.grpo.checks import check_layout
 from plop_dist.training.stopping import stoppable
 from plop_dist.training.sums import sum_over
 from plop_dist.training.track import NfnTracker, with_head
@@ -40,8 +41,14 @@ class StepEngine:
     open: Callable[[Config, Placement], Engine]
     methods: tuple[str, ...] = ("sft",)
 
+    def check(self, config: Config) -> None:
+        """Raise ConfigError for what these loops do not train in a layout."""
+        if config.train.method == "grpo":
+            check_layout(config)
+
     def train(self, config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
-        """Train as run does, or grpo.train. See TrainingEngine."""
+        """Train as run does, or as grpo/train.py does. See TrainingEngine."""
+        self.check(config)
         if config.train.method == "grpo":
             train = import_attribute("plop_dist.training.grpo.train:train", "train.method grpo")
             return train(self.open, config, placement, log)

@@ -34,9 +34,7 @@ def checked(name: str, reward: Callable[..., Any], timeout_s: float | None = Non
         try:
             returned = once(slice(None))
         except _RaisedError as raised:
-            where = _first_row(once, numbers or range(1, len(completions) + 1)) if len(completions) > 1 else None
-            where = where or ("" if numbers is None else f" for row {numbers[0]}" if len(numbers) == 1 else "")
-            error = raised.cause
+            where, error = _failing_row(once, numbers), raised.cause
             raise ConfigError(
                 f"train.rewards: '{name}' raised {type(error).__name__}{where}: {error}; it is called with prompts, "
                 f"completions and {', '.join(columns)}, each a list: end its parameters with **columns."
@@ -84,14 +82,14 @@ async def _awaited(returned: Any) -> Any:
     return await returned
 
 
-def _first_row(once: Callable[[slice], Any], numbers: Sequence[int]) -> str | None:
-    """Return which row a reward fails for, by asking for each row alone; None where it fails for none of them alone."""
-    for index, number in enumerate(numbers):
+def _failing_row(once: Callable[[slice], Any], numbers: Sequence[int] | None) -> str:
+    """Return " for row N", the first that a reward fails for when it is asked for that row alone, or nothing."""
+    for index, number in enumerate(numbers or ()):
         try:
             once(slice(index, index + 1))
         except (_RaisedError, ConfigError):
             return f" for row {number}"
-    return None
+    return ""
 
 
 def _values(name: str, returned: Any, completions: Sequence[str], numbers: Sequence[int] | None) -> Values:

@@ -33,6 +33,14 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     return engine.train(config, placement, log, data)
 
 
+def check_trainable(config: Config) -> None:
+    """Raise UserError for what the training engine of a configuration does not train; reads and loads nothing."""
+    engine = load_engine(engine_name(config))
+    check = getattr(engine, "check", None)  # an engine of another package may do without
+    if check is not None:
+        check(config)
+
+
 def check_task(config: Config, model: ModelInfo, modules: Iterable[Projection]) -> None:
     """Raise ConfigError for a class that is not trained to write the next token, which is what all methods do.
 

@@ -21,6 +21,7 @@ from plop_dist.backends.megatron.chunks import unwrap
 from plop_dist.backends.megatron.classes import changes_output
 from plop_dist.backends.megatron.groups import read_place
 from plop_dist.backends.megatron.schedule import run_schedule
+from plop_dist.backends.megatron.vocab_parallel import VocabParallelLogits
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, PlacementError
 from plop_dist.measure.protocols import MicroBatch
@@ -32,7 +33,6 @@ from plop_dist.training.adapters.shards import AdapterShard
 from plop_dist.training.batch import IGNORED, OBJECTIVE_KEYS, Batch
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.optimizer import AdapterOptimizer
-from plop_dist.training.engines.vocab_parallel import VocabParallelLogits
 from plop_dist.training.logits import Objective, Read, next_tokens
 from plop_dist.training.loop import StepEngine
 from plop_dist.training.sums import from_last, sum_over

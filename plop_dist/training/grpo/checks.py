@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import torch
+
 from plop_dist.config.schema import Config
-from plop_dist.errors import ConfigError
+from plop_dist.errors import ConfigError, MissingExtraError
 
 
 def check_batch(config: Config) -> None:
@@ -40,3 +44,18 @@ def check_layout(config: Config) -> None:
             f"train.method is grpo with parallel.cp {parallel.cp}: a completion's tokens lie on several ranks, which "
             "train.engine=plop does not train; use parallel.cp=1, or an engine that runs by itself (train.engine=verl)."
         )
+
+
+def check_trl(config: Config) -> None:
+    """Raise UserError for what TRL's GRPO cannot do; imports nothing of it."""
+    train = config.train
+    check_batch(config)
+    if train.sampler == "vllm":
+        raise ConfigError(
+            "train.sampler is vllm, which train.engine=plop knows, but TRL trains here; use train.engine=plop, or "
+            "leave the completions to the model (train.sampler=model)."
+        )
+    if train.use_vllm and not torch.cuda.is_available():
+        raise ConfigError("train.use_vllm is true, but there is no GPU, which vLLM needs; set train.use_vllm=false.")
+    if train.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError("train.use_vllm needs the package 'vllm', which is not installed: pip install vllm")

@@ -12,7 +12,6 @@ from plop_dist.registry import SAMPLERS, load
 from plop_dist.training.batch import to_device
 from plop_dist.training.data import prompts_of, split_rows
 from plop_dist.training.engine import Log, RewardedEngine
-from plop_dist.training.grpo.checks import check_layout
 from plop_dist.training.grpo.loss import GRPOObjective
 from plop_dist.training.grpo.rating import Rater
 from plop_dist.training.grpo.rollout import Rollout, Rollouts
@@ -30,7 +29,6 @@ def train(
     open_engine: makes the layout's RewardedEngine. Prompts and rewards are those of the configured rows. Collective
     over all ranks.
     """
-    check_layout(config)
     settings = config.train
     row_set, _ = split_rows(config)
     rewards = load_rewards(settings.rewards, row_set.rows, settings.answer_field)

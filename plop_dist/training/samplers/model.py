@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plop_dist.checkpoints.builtin import resolve
+from plop_dist.backends.hf.load import load_end_tokens
 from plop_dist.config.schema import Config
 from plop_dist.training.batch import Batch, to_device
 from plop_dist.training.engine import RewardedEngine
@@ -31,7 +31,7 @@ class ModelSampler:
     def __init__(self, engine: RewardedEngine, config: Config, tokenizer: Any) -> None:
         self._engine, self._train = engine, config.train
         self._pad_id: int = tokenizer.pad_token_id
-        self._end_ids = end_tokens(config, tokenizer)
+        self._end_ids = load_end_tokens(config.model, tokenizer)
 
     def sample(self, prompts: Sequence[Prompt], generation: int) -> list[Completion]:
         """Return the completions. See Sampler."""
@@ -98,18 +98,6 @@ class ModelSampler:
     def _ended(self, ids: list[int]) -> list[int]:
         """Return the tokens up to the first one that ends a text."""
         return ids[: next((place + 1 for place, token in enumerate(ids) if token in self._end_ids), len(ids))]
-
-
-def end_tokens(config: Config, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a completion: the tokenizer's, and those of the checkpoint's generation_config."""
-    from transformers import GenerationConfig
-
-    try:
-        found = GenerationConfig.from_pretrained(resolve(config.model.name_or_path)).eos_token_id
-    except OSError:  # most checkpoints of base models have none
-        found = None
-    further = found if isinstance(found, list) else [] if found is None else [found]
-    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *further) if token is not None))
 
 
 def _last_places(rows: Sequence[list[int]], pad_id: int) -> Batch:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]  # TRL exports them lazily
 
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
-from plop_dist.errors import ConfigError, MissingExtraError
 from plop_dist.training import rewards
 from plop_dist.training.data import RowSet, prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
-from plop_dist.training.grpo.checks import check_batch
+from plop_dist.training.grpo.checks import check_trl
 from plop_dist.training.reward_calls import checked
 from plop_dist.training.trl.callbacks import LogCallback
 from plop_dist.training.trl.checkpoints import finish, last_checkpoint
@@ -33,7 +30,7 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     Prompts and rewards are those of the configured rows. Collective over all ranks.
     """
     assert data is None, "data holds micro-batches with labels, and GRPO reads rows"
-    check(config)
+    check_trl(config)
     settings = config.train
     row_set, _ = split_rows(config)
     own = rewards.load_rewards(settings.rewards, row_set.rows, settings.answer_field)
@@ -57,21 +54,6 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
         trainer.add_callback(TrackCallback(trainer, config, placement, tokenizer, log))
     adapter = finish(trainer, config, resume)
     return {**history.summary(), "num_steps": trainer.state.global_step, "adapter": str(adapter)}
-
-
-def check(config: Config) -> None:
-    """Raise UserError for what TRL's GRPO cannot do, before any weight is loaded."""
-    train, parallel = config.train, config.parallel
-    if parallel.tp > 1 or parallel.pp > 1:
-        raise ConfigError(
-            f"train.method is 'grpo' with parallel.tp {parallel.tp} and parallel.pp {parallel.pp}; TRL trains replicas "
-            "only: use train.engine=plop, or parallel.backend=deepspeed with dp and zero_stage."
-        )
-    check_batch(config)
-    if train.use_vllm and not torch.cuda.is_available():
-        raise ConfigError("train.use_vllm is true, but there is no GPU, which vLLM needs; set train.use_vllm=false.")
-    if train.use_vllm and importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError("train.use_vllm needs the package 'vllm', which is not installed: pip install vllm")
 
 
 def trl_rewards(row_set: RowSet, own: Mapping[str, rewards.Reward], timeout_s: float | None = None) -> list[Any]:

@@ -115,7 +115,11 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any], directory: Path
     ]
     for key in KEYS:
         values = [entry[key] for entry in expected["entries"]][-len(found["entries"]) :]
-        assert_equal(key, [entry[key] for entry in found["entries"]], values)
+        if key == "loss" and max(map(abs, values)) < 1e-3:
+            values = [value + 1.0 for value in values]  # the first loss on new completions is advantages that cancel
+            assert_equal(key, [entry[key] + 1.0 for entry in found["entries"]], values, tolerance=1e-6)
+        else:
+            assert_equal(key, [entry[key] for entry in found["entries"]], values)
     weights = []
     for run in (expected, found):
         model = PeftModel.from_pretrained(tiny(family), run["summary"]["adapter"])

@@ -19,7 +19,10 @@ class VocabParallelLogits:
     group: dist.ProcessGroup
 
     def log_probabilities(self, targets_bs: Tensor, temperature: float) -> Tensor:
-        """Return the targets' log-probabilities. See Logits."""
+        """Return the log-probability of each target, (b, s), float32, of logits / temperature; 0 for negative ones.
+
+        targets_bs: int64, the token that comes next. Differentiable. Collective over `group`.
+        """
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
         # A new tensor, because Megatron's own changes what it is given.
@@ -27,7 +30,7 @@ class VocabParallelLogits:
         return -losses.masked_fill(targets_bs < 0, 0.0)
 
     def at(self, places_b: Tensor) -> Tensor:
-        """Return the logits at one place of each row. See Logits."""
+        """Return each row's logits at one place, (b, V), float32, whole. Collective over `group`."""
         local = self.values[torch.arange(len(places_b), device=places_b.device), places_b].float().contiguous()
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, local, group=self.group)
