@@ -15,7 +15,7 @@ from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.data.builtin import arithmetic_rows
 from plop_dist.data.rows import load_rows
-from plop_dist.errors import ConfigError, DataError, MissingExtraError
+from plop_dist.errors import ConfigError, DataError
 from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.stages import Stages
 from plop_dist.training import rewards
@@ -170,7 +170,7 @@ def test_prompts_are_the_template_the_text_or_the_open_chat(tmp_path: Path) -> N
         ({"num_generations": 3}, {}, ConfigError, "= 4 completions per step, which train.num_generations = 3 does not"),
         ({"engine": "trl"}, {"backend": "megatron"}, ConfigError, "train.engine is 'trl', but parallel.backend is"),
         ({"engine": "verl"}, {"backend": "deepspeed", "pp": 2}, ConfigError, "only parallel.backend=megatron hands tp"),
-        ({"use_vllm": True}, {}, (ConfigError, MissingExtraError), "train.use_vllm"),
+        ({"sampler": "vllm"}, {}, ConfigError, "train.sampler is vllm, but train.vllm.url names no server"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_model_is_loaded(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
-
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, MissingExtraError
 
@@ -44,18 +42,39 @@ def check_layout(config: Config) -> None:
             f"train.method is grpo with parallel.cp {parallel.cp}: a completion's tokens lie on several ranks, which "
             "train.engine=plop does not train; use parallel.cp=1, or an engine that runs by itself (train.engine=verl)."
         )
+    vllm = config.train.vllm
+    if sampler_name(config) != "vllm":
+        return
+    if vllm.url is None or vllm.mode != "server":
+        raise ConfigError(
+            f"train.sampler is vllm with train.vllm.url {vllm.url} and mode {vllm.mode}; train.engine=plop asks a "
+            "server: start one (vllm serve MODEL --enable-lora) and give its address as train.vllm.url."
+        )
+    if parallel.world_size > 1 and vllm.timeout_s >= config.cluster.timeout_s:
+        raise ConfigError(
+            f"train.vllm.timeout_s is {vllm.timeout_s:g}, but the other ranks wait no longer than cluster.timeout_s "
+            f"({config.cluster.timeout_s:g} s); lower the first, or raise the second."
+        )
 
 
 def check_trl(config: Config) -> None:
     """Raise UserError for what TRL's GRPO cannot do; imports nothing of it."""
     train = config.train
     check_batch(config)
-    if train.sampler == "vllm":
+    vllm = train.vllm
+    if sampler_name(config) == "vllm" and vllm.mode == "server" and vllm.url is None:
         raise ConfigError(
-            "train.sampler is vllm, which train.engine=plop knows, but TRL trains here; use train.engine=plop, or "
-            "leave the completions to the model (train.sampler=model)."
+            "train.sampler is vllm, but train.vllm.url names no server; give it, or train.vllm.mode=colocate."
         )
-    if train.use_vllm and not torch.cuda.is_available():
-        raise ConfigError("train.use_vllm is true, but there is no GPU, which vLLM needs; set train.use_vllm=false.")
-    if train.use_vllm and importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError("train.use_vllm needs the package 'vllm', which is not installed: pip install vllm")
+    if sampler_name(config) == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError(
+            "train.sampler is vllm, for which TRL needs the package 'vllm', which is not installed: pip install vllm. "
+            "train.engine=plop needs a server alone."
+        )
+
+
+def sampler_name(config: Config) -> str:
+    """Return which of the registry's samplers writes the completions."""
+    if config.train.sampler != "auto":
+        return config.train.sampler
+    return "vllm" if config.train.vllm.url is not None else "model"

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from plop_dist import ranks
@@ -33,7 +32,7 @@ class Rater:
         self.names = list(rewards)
         self._calls = [checked(name, reward, train.reward_timeout_s) for name, reward in rewards.items()]
         self._row_set, self._prompts, self._columns = row_set, prompts, columns_of(row_set.rows)
-        self._is_first = _on_all_ranks(dp_rank).index(dp_rank) == ranks.rank()
+        self._is_first = ranks.gathered(dp_rank).index(dp_rank) == ranks.rank()
         self._dp_rank = dp_rank
 
     def rate(
@@ -53,7 +52,7 @@ class Rater:
                 own["rated"] = dict(zip(places, zip(self._rated(rows, texts), lengths, strict=True), strict=True))
             except UserError as error:
                 own["failed"] = str(error)
-        every = _on_all_ranks(own)
+        every = ranks.gathered(own)
         _check_alike(every)
         failed = [entry["failed"] for entry in every if entry["failed"] is not None]
         if failed:
@@ -84,11 +83,3 @@ def _check_alike(every: Sequence[Mapping[str, Any]]) -> None:
                 f"ranks {other} and {rank} hold the same replica, but have sampled different completions: their logits "
                 "differ. Use train.sampler=vllm, or report this layout."
             )
-
-
-def _on_all_ranks(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value)
-    return every

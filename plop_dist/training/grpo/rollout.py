@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plop_dist import ranks
 from plop_dist.config.schema import Config
 from plop_dist.data.texts import token_ids
 from plop_dist.training.adapters.shards import AdapterShard
@@ -24,6 +25,8 @@ from plop_dist.training.grpo.rating import Rater
 from plop_dist.training.logits import Logits, next_tokens
 from plop_dist.training.loop import micro_batch_indices
 from plop_dist.training.samplers.sampler import Completion, Prompt, Sampler
+
+_MOST_IMPORTANCE = 3.0
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class Rollouts:
             self._batch(prompts[start : start + size], completions[start : start + size], advantages, sum(lengths))
             for start in range(0, len(prompts), size)
         ]
-        self._read_policies(batches)
-        return Rollout(batches, self._entry(rewards, totals, lengths))
+        gap = self._read_policies(batches, completions)
+        return Rollout(batches, {**self._entry(rewards, totals, lengths), **gap})
 
     def _batch(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], advantages: Tensor, num_tokens: int
@@ -91,14 +94,16 @@ class Rollouts:
                  "advantages": advantages_bs, "position_ids": torch.arange(longest).repeat(shape[0], 1)}  # fmt: skip
         return to_device(batch, self._engine.device)
 
-    def _read_policies(self, batches: Sequence[Batch]) -> None:
+    def _read_policies(self, batches: Sequence[Batch], completions: Sequence[Completion]) -> dict[str, float]:
         """Add to the micro-batches what other policies than the one in training say of their tokens.
 
         `old`: the one that training begins this generation with, where that is not the first step's own answer;
-        `reference`: the model without adapters.
+        `reference`: the model without adapters; `importance`: old / sampler, where another program has sampled. Returns
+        by how much these two differ at most, for the log.
         """
         engine, train = self._engine, self._train
-        if train.num_iterations > 1:
+        is_foreign = completions[0].log_probabilities is not None
+        if train.num_iterations > 1 or is_foreign:
             for batch, old in zip(batches, engine.read_logits(batches, self._log_probabilities), strict=True):
                 batch["old"] = old
         if train.beta:
@@ -106,6 +111,19 @@ class Rollouts:
                 found = engine.read_logits(batches, self._log_probabilities)
             for batch, reference in zip(batches, found, strict=True):
                 batch["reference"] = reference
+        return self._weigh(batches, completions) if is_foreign else {}
+
+    def _weigh(self, batches: Sequence[Batch], completions: Sequence[Completion]) -> dict[str, float]:
+        gaps = [0.0]
+        for index, batch in enumerate(batches):
+            mask_bs, sampled_bs = batch["weights"] > 0, torch.zeros_like(batch["weights"])
+            size = len(mask_bs)
+            for row, completion in enumerate(completions[index * size : (index + 1) * size]):
+                sampled_bs[row, mask_bs[row]] = torch.tensor(completion.log_probabilities, device=sampled_bs.device)
+            difference_bs = (batch["old"] - sampled_bs).where(mask_bs, 0.0).nan_to_num(nan=0.0)
+            gaps.append(float(difference_bs.abs().max()))
+            batch["importance"] = importance_weights(difference_bs)
+        return {"sampler_gap": max(ranks.gathered(max(gaps)))}
 
     def _log_probabilities(self, logits: Logits, batch: Batch) -> Tensor:
         return logits.log_probabilities(next_tokens(batch["labels"]), self._train.temperature)
@@ -121,6 +139,15 @@ class Rollouts:
                 pairs = zip(self._rater.names, means, strict=True)
                 entry |= {f"reward/{name}": mean for name, mean in pairs if mean == mean}
         return entry
+
+
+def importance_weights(difference_bs: Tensor) -> Tensor:
+    """Return (b, s), the same for all tokens of a completion: pi_old / pi_sampler, 0 where that is above 3.
+
+    difference_bs: log pi_old - log pi_sampler, 0 outside completions. TRL's default, sequence_mask with 3.0 at most.
+    """
+    ratio = difference_bs.sum(-1, keepdim=True).exp()
+    return ratio.where(ratio <= _MOST_IMPORTANCE, 0.0).expand(difference_bs.shape).contiguous()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from plop_dist.registry import SAMPLERS, load
 from plop_dist.training.batch import to_device
 from plop_dist.training.data import prompts_of, split_rows
 from plop_dist.training.engine import Log, RewardedEngine
+from plop_dist.training.grpo.checks import sampler_name
 from plop_dist.training.grpo.loss import GRPOObjective
 from plop_dist.training.grpo.rating import Rater
 from plop_dist.training.grpo.rollout import Rollout, Rollouts
@@ -36,8 +37,7 @@ def train(
     prompts = prompts_of(row_set, settings, tokenizer)
     engine = open_engine(config, placement)
     try:
-        name = "model" if settings.sampler == "auto" else settings.sampler
-        sampler = load(SAMPLERS, name)(engine, config, tokenizer)
+        sampler = load(SAMPLERS, sampler_name(config))(engine, config, tokenizer)
         rater = Rater(rewards, row_set, prompts, settings, engine.dp_rank)
         run = GRPORun(engine, Rollouts(engine, sampler, rater, config, row_set, prompts, tokenizer), config)
         history = RewardHistory(log)

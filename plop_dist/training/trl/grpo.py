@@ -13,7 +13,7 @@ from plop_dist.config.schema import Config
 from plop_dist.training import rewards
 from plop_dist.training.data import RowSet, prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
-from plop_dist.training.grpo.checks import check_trl
+from plop_dist.training.grpo.checks import check_trl, sampler_name
 from plop_dist.training.reward_calls import checked
 from plop_dist.training.trl.callbacks import LogCallback
 from plop_dist.training.trl.checkpoints import finish, last_checkpoint
@@ -89,8 +89,15 @@ def _arguments(config: Config) -> GRPOConfig:
         "importance_sampling_level": train.importance_sampling_level,
         "scale_rewards": train.scale_rewards,
         "reward_weights": train.reward_weights,
-        "use_vllm": train.use_vllm,
     }
-    if train.use_vllm:
-        arguments["vllm_mode"] = "colocate"
+    if sampler_name(config) == "vllm":
+        arguments |= {
+            "use_vllm": True,
+            "vllm_mode": train.vllm.mode,
+            "vllm_server_base_url": train.vllm.url,
+            "vllm_server_timeout": train.vllm.timeout_s,
+            "vllm_tensor_parallel_size": train.vllm.tensor_parallel_size,
+            "vllm_gpu_memory_utilization": train.vllm.gpu_memory_utilization,
+            "vllm_max_model_length": train.vllm.max_model_len,
+        }
     return GRPOConfig(**arguments)
