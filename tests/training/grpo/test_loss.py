@@ -21,7 +21,7 @@ LENGTHS = torch.tensor([7, 3, 5, 6])  # of the completions
 PROMPTS = torch.tensor([5, 2, 4, 3])  # lengths of the prompts
 
 
-def unused(completions: list[str], **_: Any) -> list[float]:
+def unused(completions: list[str], **_: Any) -> list[float | None]:
     """TRL wants a reward, which computing a loss never calls."""
     raise AssertionError
 
