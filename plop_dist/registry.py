@@ -75,6 +75,16 @@ REWARDS = Kind(
     },
 )
 
+# Who writes the completions of GRPO where the ranks that scored train, named by train.sampler.
+SAMPLERS = Kind(
+    "sampler",
+    None,
+    {
+        "model": "plop_dist.training.samplers.model:ModelSampler",
+        "vllm": "plop_dist.training.samplers.vllm:VLLMSampler",
+    },
+)
+
 # What trains in the ranks that scored, named by a backend's record for a layout.
 TRAINING_ENGINES = Kind(
     "training engine",

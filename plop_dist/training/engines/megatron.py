@@ -1,6 +1,6 @@
 """Training in Megatron at any layout: Bridge's adapters, Megatron's schedules, a frozen base."""
 
-# b samples, s tokens of the longest
+# b samples, s tokens of the longest, V entries of the vocabulary
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from plop_dist.backends.megatron.classes import changes_output
 from plop_dist.backends.megatron.groups import read_place
 from plop_dist.backends.megatron.latent import sum_rotary_gradients
 from plop_dist.backends.megatron.schedule import run_schedule
+from plop_dist.backends.megatron.vocab_parallel import VocabParallelLogits
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, PlacementError
 from plop_dist.measure.protocols import MicroBatch
@@ -31,11 +32,12 @@ from plop_dist.training.adapters.initial import set_initial
 from plop_dist.training.adapters.placed import check_complete, lora_config, ranks_of
 from plop_dist.training.adapters.saved import WEIGHTS, write_config, write_weights
 from plop_dist.training.adapters.shards import AdapterShard, remove_wrapped
-from plop_dist.training.batch import IGNORED, Batch
+from plop_dist.training.batch import IGNORED, OBJECTIVE_KEYS, Batch
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.optimizer import AdapterOptimizer
+from plop_dist.training.logits import Objective, Read, next_tokens
 from plop_dist.training.loop import StepEngine
-from plop_dist.training.sums import sum_over
+from plop_dist.training.sums import from_last, sum_over
 from plop_dist.values.mesh import nearest
 from plop_dist.values.names import expert_index
 from plop_dist.values.placement import Placement
@@ -79,13 +81,19 @@ class MegatronEngine:
         stages = [self._pp_group] if config.parallel.pp > 1 else []
         self.optimizer = AdapterOptimizer(self.shards, config.train, gradient_group, stages)
 
-    def step(self, micro_batches: Sequence[Batch], num_targets: int, learning_rate: float) -> tuple[float, float]:
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        num_targets: int,
+        learning_rate: float,
+        objective: Objective | None = None,
+    ) -> tuple[float, float]:
         """Run one optimizer step through Megatron's schedule. See Engine."""
         for chunk in self._chunks:
             chunk.train()
         # The schedule divides by the number of micro-batches and multiplies by the context-parallel size.
         scale = len(micro_batches) / (num_targets * self._place.cp_size)
-        total = math.fsum(self._run(micro_batches, scale, forward_only=False))
+        total = math.fsum(self._run(micro_batches, scale, objective, forward_only=False))
         return total, self.optimizer.step(learning_rate, self.device)
 
     @torch.no_grad()
@@ -93,7 +101,23 @@ class MegatronEngine:
         """Return each row's loss without gradients. See Engine."""
         for chunk in self._chunks:
             chunk.eval()
-        return self._run(micro_batches, 1.0, forward_only=True)
+        return self._run(micro_batches, 1.0, None, forward_only=True)
+
+    @torch.no_grad()
+    def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """Return what is read of each micro-batch's logits, from the last stage. See RewardedEngine."""
+        for chunk in self._chunks:
+            chunk.eval()
+
+        def found(output: Tensor, *, batch: Prepared) -> tuple[Tensor, dict[str, Any]]:
+            return output.new_zeros(()), {"read": read(self._logits(output), _answers(batch))}
+
+        prepared = [self._prepare(batch) for batch in micro_batches]
+        stored = run_schedule(self._chunks, prepared, _forward, found, cp_size=1, forward_only=True)
+        return from_last(self._pp_group, [entry["read"] for entry in stored], self.device)
+
+    def generating(self) -> None:
+        """Return nothing: Megatron's chunks are no transformers model. See RewardedEngine."""
 
     def tracked(self, with_head: bool) -> Tracked:
         """Return the adapted chunks for scoring. See Engine."""
@@ -143,31 +167,42 @@ class MegatronEngine:
             partial.rename(directory)
         dist.barrier()
 
-    def _run(self, micro_batches: Sequence[Batch], scale: float, *, forward_only: bool) -> list[float]:
-        """Return the summed loss of each of the replica's rows; gradients are of scale times their sum."""
+    def _run(
+        self, micro_batches: Sequence[Batch], scale: float, objective: Objective | None, *, forward_only: bool
+    ) -> list[float]:
+        """Return the summed loss of each of the replica's rows, of each micro-batch where an objective says it.
+
+        Gradients are of scale times their sum.
+        """
 
         def loss(output: Tensor, *, batch: Prepared) -> tuple[Tensor, dict[str, Any]]:
-            rows = output.float().masked_fill(_targets(batch) < 0, 0).sum(dim=1)
-            return rows.sum() * scale, {"rows": rows.detach()}
+            if objective is None:
+                losses = output.float().masked_fill(_targets(batch) < 0, 0).sum(dim=1)
+            else:
+                losses = objective(self._logits(output), _answers(batch)).reshape(1)
+            return losses.sum() * scale, {"losses": losses.detach()}
 
         prepared = [self._prepare(batch) for batch in micro_batches]
+        call = _losses if objective is None else _forward
         stored = run_schedule(
-            self._chunks, prepared, _losses, loss, cp_size=self._place.cp_size, forward_only=forward_only
+            self._chunks, prepared, call, loss, cp_size=self._place.cp_size, forward_only=forward_only
         )
         # The last stage's; others store nothing.
-        rows = [loss for entry in stored for loss in entry["rows"].tolist()]
-        rows = rows or [0.0] * sum(len(batch["input_ids"]) for batch in micro_batches)
+        losses = [loss for entry in stored for loss in entry["losses"].tolist()]
+        losses = losses or [0.0] * sum(1 if objective else len(batch["input_ids"]) for batch in micro_batches)
         for group in (self._pp_group, self._cp_group):
-            rows = sum_over(group, *rows, device=self.device)
-        return rows
+            losses = sum_over(group, *losses, device=self.device)
+        return losses
 
     def _prepare(self, batch: Batch) -> Prepared:
         """Return what the chunks are called with; labels hold the next token's, negative: none."""
-        targets = torch.full_like(batch["labels"], IGNORED)
-        targets[:, :-1] = batch["labels"][:, 1:]
         mask = batch["attention_mask"]
         micro_batch = MicroBatch(batch["input_ids"], mask, mask - 1, batch["position_ids"])
-        return self._batching.prepare(micro_batch, targets)
+        further = {name: batch[name] for name in OBJECTIVE_KEYS if name in batch}
+        return self._batching.prepare(micro_batch, next_tokens(batch["labels"]), further)
+
+    def _logits(self, output_bsV: Tensor) -> VocabParallelLogits:
+        return VocabParallelLogits(output_bsV, self._tp_group)
 
     def _find_shards(self) -> tuple[list[AdapterShard], set[str]]:
         """Return this rank's adapters, and the logical names of all ranks'. Collective."""
@@ -191,6 +226,19 @@ class MegatronEngine:
 def _losses(index: int, batch: Prepared, chunk: Any) -> Tensor:
     """Return the chunk's output: each token's loss (b, s) from the last one, hidden states from the others."""
     return chunk(batch.input_ids, batch.position_ids, batch.mask, labels=_targets(batch).clamp_min(0))
+
+
+def _forward(index: int, batch: Prepared, chunk: Any) -> Tensor:
+    """Return the chunk's output: logits (b, s, V_local) from the last one, hidden states from the others."""
+    return chunk(batch.input_ids, batch.position_ids, batch.mask)
+
+
+def _answers(batch: Prepared) -> Batch:
+    """Return what an objective reads of a micro-batch, as the chunks have it: its labels stand at their own place."""
+    targets = _targets(batch)
+    labels = torch.full_like(targets, IGNORED)
+    labels[:, 1:] = targets[:, :-1]
+    return {"labels": labels, **batch.further}
 
 
 def _targets(batch: Prepared) -> Tensor:
@@ -250,4 +298,4 @@ def _load(config: Config, *, experts_apart: bool = True) -> Base:
     return chunks, bridge
 
 
-ENGINE = StepEngine(MegatronEngine, _load)
+ENGINE = StepEngine(MegatronEngine, _load, methods=("sft", "grpo"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plop_dist.backends.hf.load import load_model, meta_model
@@ -19,9 +19,10 @@ from plop_dist.training.adapters.initial import set_initial
 from plop_dist.training.adapters.placed import check_complete, lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
 from plop_dist.training.adapters.shards import AdapterShard, gather_lengths, lora_layers, remove_peft
-from plop_dist.training.batch import Batch, batch_loss, row_losses
+from plop_dist.training.batch import Batch, batch_loss, read_batch, row_losses
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.optimizer import AdapterOptimizer
+from plop_dist.training.logits import Objective, Read
 from plop_dist.training.loop import StepEngine
 from plop_dist.values.placement import Placement
 
@@ -46,12 +47,18 @@ class HFTensorParallelEngine:
         set_initial(self.shards, config.train.seed)
         self.optimizer = AdapterOptimizer(self.shards, config.train, self.dp_group)
 
-    def step(self, micro_batches: Sequence[Batch], num_targets: int, learning_rate: float) -> tuple[float, float]:
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        num_targets: int,
+        learning_rate: float,
+        objective: Objective | None = None,
+    ) -> tuple[float, float]:
         """Run one optimizer step. See Engine."""
         self._model.train()
         total = 0.0
         for batch in micro_batches:
-            loss = batch_loss(self._model, batch)
+            loss = batch_loss(self._model, batch, objective)
             (loss / num_targets).backward()
             total += float(loss.detach())
         return total, self.optimizer.step(learning_rate, self.device)
@@ -60,6 +67,17 @@ class HFTensorParallelEngine:
         """Return each row's loss without gradients. See Engine."""
         self._model.eval()
         return row_losses(self._model, micro_batches)
+
+    @torch.no_grad()
+    def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """Return what is read of each micro-batch's logits. See RewardedEngine."""
+        self._model.eval()
+        return [read_batch(self._model, batch, read) for batch in micro_batches]
+
+    def generating(self) -> Any:
+        """Return the model: every rank of a replica has its logits whole. See RewardedEngine."""
+        self._model.eval()
+        return self._model
 
     def tracked(self, with_head: bool) -> Tracked:
         """Return the adapted model for scoring. See Engine."""
@@ -125,4 +143,4 @@ def _plan(fqn: str, layer: Any) -> str | None:
     return plan
 
 
-ENGINE = StepEngine(HFTensorParallelEngine, load)
+ENGINE = StepEngine(HFTensorParallelEngine, load, methods=("sft", "grpo"))
