@@ -45,7 +45,7 @@ from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES, 
 from plop_dist.values.mesh import Layout
 
 _SHORTEST_HIDDEN = 4  # characters; a shorter value stands in other words too
-_LATER_KEYS = frozenset({"quantization", "device_map", "max_memory", "offload_folder"})
+_LATER_KEYS = frozenset({"quantization", "device_map", "max_memory", "offload_folder", "engine_python"})
 
 
 class _Section(BaseModel):
@@ -245,6 +245,11 @@ class TrainConfig(_Section):
     engine: Annotated[str, NameOf(EXTERNAL_ENGINES, also=("auto", "trl"))] = Field(
         default="auto", description="GRPO engine: trl in these ranks, or one that runs by itself."
     )
+    engine_python: Location | None = Field(
+        default=None,
+        min_length=1,
+        description="Python of the environment in which that engine is installed; null: this one.",
+    )
     rewards: list[Annotated[str, NameOrFunction(REWARDS)]] = Field(
         default=["builtin:number"],
         description="GRPO rewards: builtin:number, builtin:format, those of installed packages, or module:function.",
@@ -258,6 +263,11 @@ class TrainConfig(_Section):
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         default=[], description="Besides console and JSONL."
     )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree = handler(self)
+        return {key: value for key, value in tree.items() if value is not None or key not in _LATER_KEYS}
 
 
 class ExportConfig(_Section):
@@ -281,6 +291,10 @@ class ClusterConfig(_Section):
     num_workers: Count | None = Field(default=None, description="Ranks; default and expectation: tp * pp * dp * cp.")
     gpus_per_worker: AmountOrAuto = Field(default="auto", description="auto: 1 where the cluster has GPUs.")
     cpus_per_worker: Amount = Field(default=1, description="CPU cores per rank.")
+    gpus_per_node: Count | None = Field(
+        default=None,
+        description="GPUs of each node, for an engine that runs by itself; null: as many as ranks lie on one.",
+    )
     max_failures: CountOrZero = Field(default=1, description="Restarts of the workers before the run fails.")
     timeout_s: Seconds = Field(default=600, description="Longest wait in one collective, in seconds.")
 

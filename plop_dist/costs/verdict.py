@@ -12,13 +12,22 @@ from plop_dist.choose.policy import policy_of
 from plop_dist.config.schema import Config
 from plop_dist.costs.possible import Possible, possible_placements
 from plop_dist.data.images import has_images
-from plop_dist.errors import ConfigError, DataError, ExportError, ModelError, PlacementError, PlopError, RankError
+from plop_dist.errors import (
+    ConfigError,
+    DataError,
+    ExportError,
+    LayoutError,
+    ModelError,
+    PlacementError,
+    PlopError,
+    RankError,
+)
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.registry import BACKENDS, load
 from plop_dist.rundir.stages import Stages
 from plop_dist.training.data import encode, split_rows
 from plop_dist.training.image_data import check_keys
-from plop_dist.training.train import check_task
+from plop_dist.training.train import check_engine, check_task
 from plop_dist.values.adapter_ranks import oversized_ranks
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModelInfo, Projection
@@ -167,6 +176,8 @@ def _judge_training_rows(
         return
     try:
         check_task(config, model, projections if config.placement.experts else ())
+        if config.train.method == "grpo":
+            check_engine(config)
         rows, held_out = split_rows(config)
         if any(has_images(row_set.rows, row_set.data) for row_set in (rows, held_out)):
             _judge_images(config)
@@ -174,7 +185,7 @@ def _judge_training_rows(
         if tokenizer is not None and config.train.method == "sft":
             encode(rows, config.train, tokenizer)
             encode(held_out, config.train, tokenizer)
-    except (DataError, ConfigError) as error:
+    except (DataError, ConfigError, LayoutError) as error:
         problems.append(str(error))
 
 
