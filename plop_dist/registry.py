@@ -54,6 +54,7 @@ EXPORTERS = Kind(
         "trl": "plop_dist.exporters.peft_trainers:TRL",
         "megatron-bridge": "plop_dist.exporters.megatron_bridge:EXPORTER",
         "nemo-rl": "plop_dist.exporters.nemo_rl:EXPORTER",
+        "skyrl": "plop_dist.exporters.skyrl:EXPORTER",
         "verl": "plop_dist.exporters.verl:EXPORTER",
         "openrlhf": "plop_dist.exporters.peft_trainers:OPENRLHF",
         "ms-swift": "plop_dist.exporters.peft_trainers:MS_SWIFT",
@@ -119,6 +120,7 @@ EXTERNAL_ENGINES = Kind(
     "engine",
     None,
     {
+        "skyrl": "plop_dist.training.external.skyrl:ENGINE",
         "verl": "plop_dist.training.external.verl:ENGINE",
         "nemo-rl": "plop_dist.training.external.nemo_rl:ENGINE",
     },

@@ -50,6 +50,11 @@ def dot_list(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(shlex.quote(f"{name}={_yaml_scalar(value)}") for name, value in fields.items())
 
 
+def omegaconf_overrides(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return `name=value` for each field, as a dot list that OmegaConf resolves: what reads as a reference is none."""
+    return tuple(shlex.quote(f"{name}={_yaml_value(_literal_for_omegaconf(value))}") for name, value in fields.items())
+
+
 def hydra_overrides(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Return `name=value` overrides as Hydra parses them, quoted for a shell where it needs that."""
     return tuple(shlex.quote(f"{name}={_hydra(value)}") for name, value in fields.items())
@@ -116,9 +121,20 @@ def _yaml_character(character: str) -> str:
 def _yaml_scalar(value: Any) -> str:
     if not isinstance(value, str):
         return str(value)
-    if _is_bare(value.replace(",", "_")):
-        return value
+    return value if _is_bare(value.replace(",", "_")) else _quoted(value)
+
+
+def _quoted(value: str) -> str:
     return yaml.dump(value, Dumper=_Dumper, default_style="'", width=float("inf")).removesuffix("\n")
+
+
+def _yaml_value(value: Any) -> str:
+    """Return a value as YAML on one line: null, booleans, numbers, texts, and lists of these."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(item if _is_bare(str(item)) else _quoted(item) for item in value)}]"
+    return _yaml_scalar(value)
 
 
 def _words(name: str, value: Any) -> list[str]:
@@ -136,8 +152,10 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def _hydra(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_hydra(item)}' for key, item in value.items())}}}"
     if isinstance(value, str):
         if _is_bare(value):
             return value
