@@ -38,7 +38,8 @@ def placements() -> Iterator[Placement]:
     qkv, mlp = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]
     for types in (["v_proj"], qkv, ["o_proj", "down_proj"], [*qkv, *mlp], ["v_proj", "down_proj"]):
         yield place(LLAMA, types, rank=16, alpha=48)
-    yield place(LLAMA, [*qkv, "o_proj", *mlp], rank=16, alpha=32)
+    for types in ([*qkv, "o_proj", *mlp], [*qkv, "o_proj"], mlp):
+        yield place(LLAMA, types, rank=16, alpha=32)
     yield place(LLAMA, qkv, where=lambda item: item.layer == 1)
     yield place(LLAMA, where=lambda item: item.fqn == "model.layers.1.self_attn.v_proj")
     yield place(LLAMA, [*qkv, *mlp], rank_pattern={"v_proj": 16, "model.layers.0.mlp.up_proj": 2})
