@@ -64,6 +64,13 @@ EXPORTERS = Kind(
         "torchtune": "plop_dist.exporters.torchtune:EXPORTER",
         "torchtitan": "plop_dist.exporters.torchtitan:EXPORTER",
         "deepspeed": "plop_dist.exporters.deepspeed:EXPORTER",
+        "areal": "plop_dist.exporters.areal:EXPORTER",
+        "prime-rl": "plop_dist.exporters.prime_rl:EXPORTER",
+        "miles": "plop_dist.exporters.miles:EXPORTER",
+        "cosmos-rl": "plop_dist.exporters.cosmos_rl:EXPORTER",
+        "automodel": "plop_dist.exporters.automodel:EXPORTER",
+        "litgpt": "plop_dist.exporters.litgpt:EXPORTER",
+        "tinker": "plop_dist.exporters.tinker:EXPORTER",
     },
 )
 

@@ -32,6 +32,16 @@ def yaml_lines(tree: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(yaml_text(tree).removesuffix("\n").split("\n"))
 
 
+def toml_lines(section: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a section as TOML, a line each. Pasted into a shell by mistake, no name in it runs anything."""
+    return (f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in fields.items()))
+
+
+def toml_text(section: str, fields: Mapping[str, Any]) -> str:
+    """Return toml_lines as the text of a file."""
+    return "\n".join(toml_lines(section, fields)) + "\n"
+
+
 def shell_flags(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Return `--name value` for each field, lists separated by spaces, quoted for a shell.
 
@@ -116,6 +126,24 @@ def _yaml_character(character: str) -> str:
         code = ord(character)
         return f"\\x{code:02X}" if code < 0x100 else f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
     return character
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if not isinstance(value, str):
+        return repr(value)
+    # TOML's literal strings are a shell's too; what they cannot hold is written with escapes alone.
+    if "'" not in value and value.isprintable():
+        return f"'{value}'"
+    return f'"{"".join(map(_toml_character, value))}"'
+
+
+def _toml_character(character: str) -> str:
+    plain = character.isalnum() and character.isascii()
+    return character if plain else f"\\U{ord(character):08X}"
 
 
 def _yaml_scalar(value: Any) -> str:

@@ -114,7 +114,8 @@ def test_an_engine_accepts_its_launch(engine: str, model: Path, tmp_path: Path) 
         assert "wandb" not in found["logger"]
         assert found["prompt"] == arithmetic_rows()[0]["question"], "a text is asked as it is"
         assert found.get("merge_lora", False) is False
-    assert (last["nodes"], last["targets"], last["schedule"]) == ([1, 2], ["q_proj", "k_proj", "v_proj"], "cosine")
+    assert (last["nodes"], last["schedule"]) == ([1, 2], "cosine")
+    assert sorted(last["targets"]) == ["k_proj", "q_proj", "v_proj"]
     assert last["logger"] == {"verl": ["console", "file", "wandb"], "skyrl": ["wandb"]}[engine]
     assert last["prompt"] == "<system>Be brief.<user>2 + 3?<a>"
     assert last.get("rated", [1.0, 0.0]) == [1.0, 0.0]
