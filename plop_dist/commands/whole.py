@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from plop_dist.commands.program import checked_config, command, speaks, way_on
@@ -61,7 +63,7 @@ def submit(
 
     if (config is None) == (stop is None):
         raise ConfigError("plop-dist submit takes either CONFIG, to start a job, or --stop JOB.")
-    loaded = checked_config(config, overrides) if config is not None else None
+    loaded: Any = checked_config(config, overrides) if config is not None else None
     try:
         from plop_dist.launch import jobs
     except ModuleNotFoundError as error:

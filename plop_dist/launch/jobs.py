@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,12 +54,11 @@ def submit_job(config: Config, address: str, *, working_dir: Path | None = None,
     if not waits:
         say(f"job {job} is taken\n{_way_on(job, address)}")
         return 0
-    try:
+    with suppress(KeyboardInterrupt):
         return _follow_job(client, job)
-    except KeyboardInterrupt:
-        error = WorkerError(f"no longer followed: job {job} goes on on the cluster.\n{_way_on(job, address)}")
-        error.exit_status = 128 + signal.SIGINT
-        raise error from None
+    error = WorkerError(f"no longer followed: job {job} goes on on the cluster.\n{_way_on(job, address)}")
+    error.exit_status = 128 + signal.SIGINT
+    raise error
 
 
 def stop_job(job: str, address: str) -> None:

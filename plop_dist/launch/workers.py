@@ -142,6 +142,8 @@ class _Attempts:
     def _trainer(self, per_worker: dict[str, float], places: Places) -> TorchTrainer:
         """Return Ray Train's trainer over the ranks, each on its node."""
         use_gpu, secrets, launch = "GPU" in per_worker, self.secrets, self.launch
+        # Ray shows a worker without GPUs of its own all of its node's.
+        variables = self.variables if use_gpu else {**self.variables, "CUDA_VISIBLE_DEVICES": ""}
 
         def work() -> None:
             os.environ.update(secrets)
@@ -162,7 +164,7 @@ class _Attempts:
                 name=f"ray-{self.num_started}",
                 storage_path=str(self.records),
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-                worker_runtime_env={"env_vars": self.variables},
+                worker_runtime_env={"env_vars": variables},
             ),
         )
 

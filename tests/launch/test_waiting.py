@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -95,8 +96,29 @@ def test_a_job_is_left_to_itself_stopped_and_sent_its_folder(tmp_path: Path, hea
     assert "run_dir 'here' is relative" in refused.stderr
     taken = run(BIN / "plop-dist", "submit", path, *given, "--no-wait")
     assert taken.returncode == 0, taken.stderr
-    job = taken.stdout.split()[1]
-    assert f"stop it: plop-dist submit --stop {job} --address {head.dashboard}" in taken.stdout
+    _stop(taken.stdout.split()[1], head, taken.stdout)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_the_job_and_says_so(tmp_path: Path, head: Head) -> None:
+    path = config(tmp_path, head, start_timeout_s=300)
+    command = [str(BIN / "plop-dist"), "submit", str(path), "--address", head.dashboard]
+    with session(command, environment()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline(), "the job's log did not begin"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGINT
+    said = re.search(r"error: no longer followed: job (\w+) goes on on the cluster\.", err)
+    assert said, err
+    assert "Traceback" not in err
+    _stop(said[1], head, err)
+
+
+def _stop(job: str, head: Head, said: str) -> None:
+    """Stop a job by the command that was said."""
+    assert f"stop it: plop-dist submit --stop {job} --address {head.dashboard}" in said
     stopped = run(BIN / "plop-dist", "submit", "--stop", job, "--address", head.dashboard)
-    assert stopped.returncode == 0, stopped.stderr
-    assert f"job {job} is being stopped" in stopped.stdout
+    assert (stopped.returncode == 0 and f"job {job} is being stopped" in stopped.stdout) or (
+        stopped.returncode == 2 and f"--stop {job}: it has ended already" in stopped.stderr
+    ), stopped.stderr
