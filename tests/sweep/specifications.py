@@ -40,12 +40,7 @@ def sweep_specifications(chosen: Mapping[str, str]) -> list[Family]:
             rows[name][specification] = reader.recv()
             print(f"{specification:20} {name}: {rows[name][specification]}", flush=True)
         worker.join()
-    return [_row(name, model_type, rows[name]) for name, model_type in chosen.items()]
-
-
-def _row(class_name: str, model_type: str, ways: dict[str, Outcome]) -> Family:
-    not_built = next((way for way in ways.values() if way.verdict == "not built"), None)
-    return Family(model_type, class_name, ways if not_built is None else {"": not_built})
+    return [Family(model_type, name, rows[name]) for name, model_type in chosen.items()]
 
 
 def _bridge() -> Any:
@@ -82,17 +77,18 @@ def _one(model_type: str, class_name: str, writer: Any) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         row = sweep_family(model_type, class_name, Path(folder), "megatron")
-    writer.send(next(iter(row.ways.values())))
+    (outcome,) = row.ways.values()
+    writer.send(_by_name(class_name) if outcome.verdict == "not built" else outcome)
 
 
 def _by_name(class_name: str) -> Outcome:
-    """Return what is said of a checkpoint whose class comes with it and is not in transformers."""
+    """Return what is said of a checkpoint of a class that is not in transformers, or not to be had small."""
     tree = {"model": {"name_or_path": "model"}, "data": {"path": "builtin:random"}, "parallel": {"backend": "megatron"}}
     try:
         check_family(SimpleNamespace(architectures=[class_name]), parse_config(tree))
     except UserError as error:
         return Outcome("refused", f"{type(error).__name__}: {error}")
-    return Outcome("wrong", "it is not in transformers and not refused")
+    return Outcome("wrong", "it cannot be built here and is not refused")
 
 
 def _too_long(number: int, frame: Any) -> None:

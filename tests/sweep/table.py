@@ -117,11 +117,11 @@ def markdown(rows: Sequence[Family], backend: str = "transformers") -> str:
         f"| model type | class | {head} |",
         f"|{' --- |' * (2 + len(ways))}",
         *(f"| {row.model_type} | {row.class_name} | {_cells(row, ways)} |" for row in built),
-        "",
-        "Not built: transformers refuses the small configuration, needs another package, or the model fails by itself.",
-        "",
-        *(f"- {row.model_type}: {_shortened(row.ways[''].said)}" for row in rows if "" in row.ways),
     ]
+    not_built = [f"- {row.model_type}: {_shortened(row.ways[''].said)}" for row in rows if "" in row.ways]
+    if not_built:
+        why = "transformers refuses the small configuration, needs another package, or the model fails by itself."
+        lines += ["", f"Not built: {why}", "", *not_built]
     return "\n".join(lines) + "\n"
 
 
