@@ -156,9 +156,13 @@ def with_absolute_paths(config: Config) -> Config:
         update={name: absolute(getattr(config.model, name)) for name in ("name_or_path", "checkpoint")}
     )
     data = config.data.model_copy(update={"path": absolute(config.data.path)})
+    arms = [absolute(name) if name.endswith(".json") else name for name in config.compare.arms]
     return config.model_copy(
-        update={"run_dir": str(Path(config.run_dir).resolve()), "train": train, "model": model, "data": data}
-    )
+        update={
+            "run_dir": str(Path(config.run_dir).resolve()), "train": train, "model": model, "data": data,
+            "compare": config.compare.model_copy(update={"arms": arms}),
+        }
+    )  # fmt: skip
 
 
 def last_line(error: BaseException) -> str:
