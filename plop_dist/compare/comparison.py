@@ -18,6 +18,7 @@ from plop_dist.compare.summing_up import Trained, sum_up
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, WorkerError
 from plop_dist.rundir.layout import RunDir
+from plop_dist.training.train import check_task
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Scores
 
@@ -44,6 +45,8 @@ def compare(config: Config, notify: Notify) -> Comparison:
     run_dir, options = RunDir(config.run_dir), config.compare
     scores = Scores.from_file(run_dir.scores)
     candidates = build_arms(scores, options.arms, config.placement, options.seed)
+    for candidate in candidates:
+        check_task(config, scores.model, candidate.placement.chosen)
     trainer = _Trainer(_with(config, eval_samples=options.held_out), notify, candidates)
     base = trainer.measure_base()
     by_placement: dict[str, Trained] = {}

@@ -48,7 +48,7 @@ class Arm(Value):
     deviation: Finite
     learning_rate: Finite
     bracketed: bool
-    runs: tuple[ArmRun, ...]
+    runs: tuple[ArmRun, ...] = Field(min_length=1)
     value: Finite | None
     cost: ArmCost
 
@@ -62,7 +62,9 @@ class ComparisonOf(Value):
     ci95: tuple[Finite, Finite] | None
     p_adjusted: Finite | None
     smallest_detectable: Finite | None
-    verdict: Text
+    verdict: Annotated[
+        str, Field(max_length=4096, pattern=r"^(better|worse|no difference larger than \S+|undecided, .+)$")
+    ]
 
 
 class CompareCost(Value):
@@ -92,7 +94,7 @@ class Comparison(Value):
     margin: Finite
     rows: RowCounts
     arms: tuple[Arm, ...] = Field(min_length=1)
-    comparisons: tuple[ComparisonOf, ...]
+    comparisons: tuple[ComparisonOf, ...] = Field(min_length=1)
     cost: CompareCost
     scores_digest: str | None = None
     versions: dict[str, Any] = Field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from plop_dist.compare.result import Arm, Comparison, ComparisonOf
+from plop_dist.compare.result import Comparison, ComparisonOf
 from plop_dist.report.grid import Grid, show, show_line
 
 
@@ -56,11 +56,6 @@ def gain_text(one: ComparisonOf | None) -> str:
 def short(verdict: str) -> str:
     """Return a verdict as it fits into a table."""
     return verdict.replace("no difference larger than ", "none > ").replace("undecided, needs ", "undecided: ")
-
-
-def cost_of(arm: Arm) -> str:
-    """Return what an arm's training takes."""
-    return f"{arm.cost.tokens_per_second:,.0f} tokens/s, {arm.cost.peak_memory_bytes / 1e9:.2f} GB"
 
 
 def _listed(names: list[str]) -> str:

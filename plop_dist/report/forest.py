@@ -7,9 +7,10 @@ from typing import Any
 
 from plop_dist.compare.result import Comparison
 from plop_dist.report.axes import Axis, numbers_axis
-from plop_dist.report.comparison import cost_of, gain_text, short, summary
+from plop_dist.report.comparison import gain_text, summary
 from plop_dist.report.panels import Panel, lines_panel
 from plop_dist.rundir.layout import RunDir
+from plop_dist.values.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,17 @@ class Forest:
     high: float
 
 
-def comparison_of(run_dir: RunDir) -> dict[str, Any] | None:
+def comparison_of(run_dir: RunDir, scores: Scores) -> dict[str, Any] | None:
     """Return what the page shows of a comparison, or None where there is none. Raises ScoresError."""
     if not run_dir.comparison.is_file():
         return None
     found = Comparison.from_file(run_dir.comparison)
     return {
         "found": found,
+        "is_older": found.scores_digest not in (None, scores.digest),
         "summary": summary(found),
         "forest": forest_figure(found),
         "rates": rates_panel(found),
-        "costs": {arm.arm: cost_of(arm) for arm in found.arms},
-        "short": {one.against: short(one.verdict) for one in found.comparisons},
     }
 
 

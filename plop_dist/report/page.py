@@ -104,7 +104,7 @@ def build_context(run_dir: RunDir) -> dict[str, Any]:
         "is_of_older_scores": placement is not None and placement.is_of_older_scores,
         "outdated": [entry for entry in outdated(run_dir) if entry.name != run_dir.report.name],
         "training": redact(training.summary),
-        "comparison": comparison_of(run_dir),
+        "comparison": comparison_of(run_dir, scores),
         "held_out_label": training.held_out_label,
         "num_unreadable": training.num_unreadable,
         "folded": folded,

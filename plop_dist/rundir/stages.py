@@ -82,7 +82,10 @@ class Stages:
             return {"placement": tree["placement"], "scores": content_hash(self.run_dir.scores)}
         if stage == "compare":
             rows = {name: tree["data"][name] for name in _ROWS}
-            inputs = {name: tree[name] for name in ("model", "parallel", "placement", "train", "compare")}
+            inputs = {name: tree[name] for name in ("model", "parallel", "placement", "train")}
+            # Placements by what they say: their paths are others for Ray's workers.
+            arms = [content_hash(Path(arm)) or arm if arm.endswith(".json") else arm for arm in config.compare.arms]
+            inputs["compare"] = {**tree["compare"], "arms": arms}
             return {**inputs, "data": rows, "scores": content_hash(self.run_dir.scores), "files": self._files}
         placement = content_hash(self.run_dir.placement)
         if stage == "export":
