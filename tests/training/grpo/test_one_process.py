@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from plop_dist.errors import ConfigError
+from plop_dist.errors import ConfigError, DataError
 from plop_dist.training.train import check_trainable, engine_name
 from tests.models import save_tiny, tiny
 from tests.training.cases import make_placement
@@ -116,3 +116,10 @@ def test_who_trains(directory: Path) -> None:
     assert name("auto", backend="transformers", tp=2) == "tp_plan"
     assert name("plop") == "whole"
     assert name("verl", backend="megatron") == "verl"
+
+
+def test_a_prompt_without_a_token_is_refused(directory: Path) -> None:
+    rows = [{"text": "2 + 3 = ", "number": "5"}, {"text": "", "number": "5"}] * 20
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl: row 2: the prompt has no token"):
+        run_grpo(directory, "refused", train={"data_path": str(directory / "rows.jsonl")})
