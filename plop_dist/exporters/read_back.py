@@ -40,7 +40,7 @@ def _read(target: str, fields: Mapping[str, Any], path: Path, placement: Placeme
         return read(fields, placement, str(path))
     except PlopError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise ConfigError(
             f"{path} cannot be read as {exporter.name}'s ({reason}); it sets {', '.join(exporter.keys[:6])}, ... "
