@@ -294,7 +294,7 @@ class TrainConfig(_Section):
         default="group", description="GRPO: whose standard deviation divides the advantages."
     )
     reward_weights: list[Real] | None = Field(default=None, description="GRPO: a weight for each reward; null: all 1.")
-    reward_timeout_s: Seconds = Field(default=300, description="GRPO: longest time for one reward in one step.")
+    reward_timeout_s: Seconds = Field(default=60, description="GRPO: longest time for one reward in one step.")
     engine_python: Location | None = Field(
         default=None,
         min_length=1,

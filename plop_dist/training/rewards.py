@@ -97,17 +97,15 @@ class RewardHistory:
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any], **_: Any
 ) -> float:
-    """Return the weighted sum of the rewards of one completion; the signature by which verl calls a reward.
+    """Return the sum of the rewards of one completion; the signature by which verl calls a reward.
 
-    extra_info: rewards, weights (none: all 1), answer_field and row (JSON), as plop_dist.training.external.verl writes
-    them.
+    extra_info: rewards, answer_field and row (JSON), as plop_dist.training.external.verl writes them.
     """
     row = json.loads(extra_info["row"])
     total = 0.0
-    rewards = load_rewards(extra_info["rewards"], [row], extra_info["answer_field"])
-    for (name, reward), weight in zip(rewards.items(), extra_info.get("weights") or [1.0] * len(rewards), strict=True):
+    for name, reward in load_rewards(extra_info["rewards"], [row], extra_info["answer_field"]).items():
         columns = {key: [value] for key, value in row.items() if key not in ("prompts", "completions")}
-        total += weight * (checked(name, reward)([""], [solution_str], **columns)[0] or 0.0)
+        total += checked(name, reward)([""], [solution_str], **columns)[0] or 0.0
     return total
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from plop_dist import ranks
 from plop_dist.config.schema import Config
 from plop_dist.data.texts import token_ids
+from plop_dist.errors import DataError
 from plop_dist.training.adapters.shards import AdapterShard
 from plop_dist.training.batch import IGNORED, Batch, to_device
 from plop_dist.training.data import Endless, RowSet
@@ -40,7 +41,7 @@ class Rollout:
 class Rollouts:
     """Makes the generations of a run: each has the completions of one optimizer step, over all replicas.
 
-    prompts: of each training row, as text.
+    prompts: of each training row, as text. Raises DataError for one without a token.
     """
 
     def __init__(
@@ -50,6 +51,12 @@ class Rollouts:
         self._engine, self._sampler, self._rater = engine, sampler, rater
         self._train, self._dp = config.train, config.parallel.dp
         self._ids = token_ids(prompts, row_set.data, tokenizer, first=row_set.first)
+        empty = next((number for number, ids in enumerate(self._ids, start=row_set.first) if not ids), None)
+        if empty is not None:
+            raise DataError(
+                f"{row_set.data.path}: row {empty}: the prompt has no token, so that nothing predicts a completion's "
+                "first; give it text (train.prompt_template), or leave the row out."
+            )
         self._tokenizer = tokenizer
         per_step = self._train.micro_batch_size * self._train.gradient_accumulation_steps * self._dp
         self._order = Endless(range(len(prompts)), self._train.seed, per_step // self._train.num_generations)

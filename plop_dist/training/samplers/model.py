@@ -36,21 +36,30 @@ class ModelSampler:
     def sample(self, prompts: Sequence[Prompt], generation: int) -> list[Completion]:
         """Return the completions. See Sampler."""
         model = self._engine.generating()
-        rows = self._by_passes(prompts, generation) if model is None else self._generated(model, prompts, generation)
+        rows = self._by_passes(prompts, generation) if model is None else self._by_length(model, prompts, generation)
         return [Completion(self._ended(ids)) for ids in rows]
+
+    def _by_length(self, model: Any, prompts: Sequence[Prompt], generation: int) -> list[list[int]]:
+        """Return what the model generates of prompts of one length at a time.
+
+        Beside longer ones a prompt is padded on the left, which some models take for text (recurrent layers, places
+        that count): the tokens would be of another policy than the one that training sees.
+        """
+        rows: list[list[int]] = [[] for _ in prompts]
+        for length in sorted({len(prompt.ids) for prompt in prompts}):
+            places = [place for place, prompt in enumerate(prompts) if len(prompt.ids) == length]
+            made = self._generated(model, [prompts[place] for place in places], generation)
+            for place, ids in zip(places, made, strict=True):
+                rows[place] = ids
+        return rows
 
     def _generated(self, model: Any, prompts: Sequence[Prompt], generation: int) -> list[list[int]]:
         from transformers import GenerationConfig, LogitsProcessorList
 
-        longest = max(len(prompt.ids) for prompt in prompts)
-        ids_bs = torch.full((len(prompts), longest), self._pad_id)
-        mask_bs = torch.zeros_like(ids_bs)
-        for row, prompt in enumerate(prompts):
-            ids_bs[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
-            mask_bs[row, longest - len(prompt.ids) :] = 1
+        length, ids_bs = len(prompts[0].ids), torch.tensor([prompt.ids for prompt in prompts])
 
         def add_noise(tokens_bs: Tensor, logits_bV: Tensor) -> Tensor:
-            keys = self._keys(prompts, generation, tokens_bs.shape[1] - longest)
+            keys = self._keys(prompts, generation, tokens_bs.shape[1] - length)
             return perturbed(logits_bV, self._train.temperature, keys)
 
         base = getattr(model, "get_base_model", lambda: model)()
@@ -59,7 +68,7 @@ class ModelSampler:
         try:
             out_bs = model.generate(
                 input_ids=ids_bs.to(self._engine.device),
-                attention_mask=mask_bs.to(self._engine.device),
+                attention_mask=torch.ones_like(ids_bs, device=self._engine.device),
                 generation_config=GenerationConfig(
                     do_sample=False, max_new_tokens=self._train.max_completion_length, use_cache=True,
                     eos_token_id=self._end_ids or None, pad_token_id=self._pad_id,
@@ -68,7 +77,7 @@ class ModelSampler:
             )  # fmt: skip
         finally:
             base.generation_config = own
-        return out_bs[:, longest:].tolist()
+        return out_bs[:, length:].tolist()
 
     def _by_passes(self, prompts: Sequence[Prompt], generation: int) -> list[list[int]]:
         engine, size = self._engine, self._train.micro_batch_size

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from plop_dist.errors import ConfigError
+from plop_dist.errors import ConfigError, DataError
 from plop_dist.training.train import check_trainable, engine_name
 from tests.models import save_tiny, tiny
 from tests.training.cases import make_placement
@@ -35,6 +36,33 @@ def test_a_run_that_was_cut_off_ends_like_a_whole_one(directory: Path, train: di
     resumed = run_grpo(directory, "cut", **options)
     assert [entry["step"] for entry in resumed["entries"]] == [3, 4, 5]
     check_equal(resumed, whole, directory, "llama")
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_trls_on_the_same_tokens(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl
+
+    # Rows that are all alike: TRL and we draw their order from different generators.
+    row = {"text": "2 + 3 = ", "number": "5"}
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(40)))
+    options = {"max_steps": 4, "num_iterations": 2, "beta": 0.05, "gradient_accumulation_steps": 2, "temperature": 0.8,
+               "data_path": str(directory / "rows.jsonl"), "answer_field": "number"}  # fmt: skip
+    ours = run_grpo(directory, "ours", train=options)
+    calls: list[int] = []
+
+    def generate(trainer: Any, prompts: list[str]) -> Any:
+        ids = trainer.processing_class(prompts)["input_ids"]
+        completions = [ours["sampled"][len(calls), place] for place in range(len(prompts))]
+        calls.append(len(prompts))
+        return ids, completions, None, trainer.processing_class.batch_decode(completions), None, {}, None, None
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate", generate)
+    theirs = run_grpo(directory, "theirs", train={**options, "engine": "trl"})
+    assert calls == [8, 8]
+    check_equal(ours, theirs, directory, "llama", keys=("grad_norm", "learning_rate"))
+    for key in ("reward", "reward_std"):  # TRL logs them of the first step on new completions alone
+        expected = [entry[key] for entry in theirs["entries"] if key in entry]
+        assert [entry[key] for entry in ours["entries"][::2]] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_reward_that_fails_names_the_row_and_loses_no_step(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +116,10 @@ def test_who_trains(directory: Path) -> None:
     assert name("auto", backend="transformers", tp=2) == "tp_plan"
     assert name("plop") == "whole"
     assert name("verl", backend="megatron") == "verl"
+
+
+def test_a_prompt_without_a_token_is_refused(directory: Path) -> None:
+    rows = [{"text": "2 + 3 = ", "number": "5"}, {"text": "", "number": "5"}] * 20
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl: row 2: the prompt has no token"):
+        run_grpo(directory, "refused", train={"data_path": str(directory / "rows.jsonl")})
