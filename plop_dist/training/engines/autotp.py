@@ -12,6 +12,7 @@ import torch.distributed as dist
 from plop_dist.backends.deepspeed.autotp import scorable
 from plop_dist.backends.hf.load import load_model, meta_model
 from plop_dist.config.schema import Config
+from plop_dist.training.adapters.placed import lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
 from plop_dist.training.adapters.tensor_parallel import add_adapters
 from plop_dist.training.batch import Batch, batch_loss
@@ -36,7 +37,7 @@ class AutoTPEngine:
         sharded = initialize(model, {**sharding, "tensor_parallel": {"autotp_size": config.parallel.tp}})
         module = sharded.module
         tp_group: Any = groups.get_tensor_model_parallel_group()
-        self.shards = add_adapters(module, placement, config.train, tp_group)
+        self.shards = add_adapters(module, placement, lora_config(placement, config), tp_group, seed=config.train.seed)
         sharded.destroy()
         self._engine, self.optimizer = training_engine(module, self.shards, config, mpu=groups)
         dp_group: Any = groups.get_data_parallel_group()
