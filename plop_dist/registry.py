@@ -134,6 +134,23 @@ EXTERNAL_ENGINES = Kind(
 )
 
 # Methods of the values that floors above theirs carry out, by what they are called.
+# By the wrapper that a backend finds around a host's model: how adapters are put on it and saved.
+HOST_LAYOUTS = Kind(
+    "wrapper",
+    None,
+    {
+        "plain": "plop_dist.training.adapters.on_hosts:PLAIN",
+        "ddp": "plop_dist.training.adapters.on_hosts:DDP",
+        "fsdp2": "plop_dist.training.adapters.on_hosts:FSDP2",
+        "tp_plan": "plop_dist.training.adapters.on_hosts:TP_PLAN",
+        "zero_init": "plop_dist.training.adapters.on_hosts:PLAIN",
+        "zero": "plop_dist.training.adapters.on_engines:ZERO",
+        "autotp": "plop_dist.training.adapters.on_engines:AUTOTP",
+        "pipeline": "plop_dist.training.adapters.on_engines:PIPELINE",
+        "megatron": "plop_dist.training.adapters.on_megatron:MEGATRON",
+    },
+)
+
 METHODS = Kind(
     "method",
     None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from plop_dist.backends.deepspeed.autotp import scorable
 from plop_dist.backends.hf.load import load_model, meta_model
 from plop_dist.config.schema import Config
+from plop_dist.training.adapters.placed import lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
 from plop_dist.training.adapters.shards import remove_wrapped
 from plop_dist.training.adapters.tensor_parallel import TensorParallelLoRA, add_adapters
@@ -35,7 +36,7 @@ class AutoTPEngine:
         # The adapters are sized by AutoTP's shards, and the optimizer by the adapters: hence two engines in a row.
         module = load(config) if base is None else base
         tp_group: Any = groups.get_tensor_model_parallel_group()
-        self.shards = add_adapters(module, placement, config.train, tp_group)
+        self.shards = add_adapters(module, placement, lora_config(placement, config), tp_group, seed=config.train.seed)
         self._engine, self.optimizer = training_engine(module, self.shards, config, mpu=groups)
         dp_group: Any = groups.get_data_parallel_group()
         self.dp_group: dist.ProcessGroup | None = dp_group

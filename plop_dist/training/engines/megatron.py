@@ -19,17 +19,17 @@ from plop_dist.backends.hf.load import meta_model
 from plop_dist.backends.megatron.backend import describe_chunks, load_chunks
 from plop_dist.backends.megatron.batch import Batching, Prepared
 from plop_dist.backends.megatron.chunks import unwrap
-from plop_dist.backends.megatron.classes import changes_output
 from plop_dist.backends.megatron.groups import read_place
 from plop_dist.backends.megatron.latent import sum_rotary_gradients
 from plop_dist.backends.megatron.schedule import run_schedule
 from plop_dist.backends.megatron.vocab_parallel import VocabParallelLogits
 from plop_dist.config.schema import Config
-from plop_dist.errors import LayoutError, PlacementError
+from plop_dist.errors import PlacementError
 from plop_dist.measure.protocols import MicroBatch
 from plop_dist.training.adapters.experts import fuse_experts
 from plop_dist.training.adapters.initial import set_initial
-from plop_dist.training.adapters.placed import check_complete, lora_config, ranks_of
+from plop_dist.training.adapters.megatron_chunks import add_bridge_adapters, check_ranks
+from plop_dist.training.adapters.placed import check_complete, lora_config, sizes_of
 from plop_dist.training.adapters.saved import WEIGHTS, write_config, write_weights
 from plop_dist.training.adapters.shards import AdapterShard, remove_wrapped
 from plop_dist.training.batch import IGNORED, OBJECTIVE_KEYS, Batch
@@ -38,7 +38,6 @@ from plop_dist.training.engines.optimizer import AdapterOptimizer
 from plop_dist.training.logits import Objective, Read, next_tokens
 from plop_dist.training.loop import StepEngine
 from plop_dist.training.sums import from_last, sum_over
-from plop_dist.values.mesh import nearest
 from plop_dist.values.names import expert_index
 from plop_dist.values.placement import Placement
 
@@ -56,9 +55,9 @@ class MegatronEngine:
 
         self._config, self._placement = config, placement
         self._peft = placement.to_megatron(engine="canonical", dropout=config.train.lora_dropout)
-        self._chunks: list[Any] = self._peft(chunks, training=True)
+        self._chunks: list[Any] = chunks
+        self._hook = add_bridge_adapters([unwrap(chunk) for chunk in chunks], self._peft)
         self._peft.set_params_to_save(self._chunks)
-        _check_wrapped(self._chunks)
         first = unwrap(self._chunks[0])
         first.config.variable_seq_lengths = config.parallel.pp > 1
         self._place = read_place(first.config)
@@ -74,10 +73,6 @@ class MegatronEngine:
         self.shards, names = self._find_shards()
         check_complete(names, placement)
         set_initial(self.shards, config.train.seed)
-        self._hook = None
-        if config.parallel.pp > 1 and getattr(first, "pre_process", False):
-            # A first stage without adapters would have nothing to send a gradient through.
-            self._hook = first.embedding.register_forward_hook(_require_grad)
         stages = [self._pp_group] if config.parallel.pp > 1 else []
         self.optimizer = AdapterOptimizer(self.shards, config.train, gradient_group, stages)
 
@@ -252,37 +247,14 @@ def _outputs_of(module: nn.Module) -> dict[str, Any]:
     return {name: vars(module)[name] for name in names if name in vars(module)}
 
 
-def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_()
-
-
 def _experts(placement: Placement) -> list[str]:
     return [fqn for fqn in placement.modules if expert_index(fqn) is not None]
 
 
-def _check_wrapped(chunks: Sequence[nn.Module]) -> None:
-    """Raise PlacementError for an adapter that Bridge adds behind a norm, which PEFT and inference add before it."""
-    for name, module in (item for chunk in chunks for item in chunk.named_modules()):
-        base = getattr(module, "to_wrap", None)
-        if base is not None and changes_output(base):
-            raise PlacementError(
-                f"'{name}' is a {type(base).__name__}: its norm comes after the projection, and Megatron-Bridge adds "
-                "the adapter's output after the norm, where PEFT adds it before; place adapters on other types than "
-                "o_proj and down_proj (placement.exclude), or train with parallel.backend=deepspeed or transformers."
-            )
-
-
 def _check(config: Config, placement: Placement) -> None:
-    lora_config(placement, config)  # what PEFT cannot express is known before hours of training
+    peft_config = lora_config(placement, config)  # what PEFT cannot express is known before hours of training
     tp, ep = config.parallel.tp, config.parallel.ep
-    for rank in sorted(set(ranks_of(placement).values())):
-        if rank % tp:
-            fitting = " or ".join(str(tp * near) for near in nearest(rank // tp, range(1, rank // tp + 2)))
-            raise LayoutError(
-                f"placement.rank ({rank}) is not divisible by parallel.tp ({tp}): Megatron shards A along the rank; "
-                f"use placement.rank={fitting}."
-            )
+    check_ranks([rank for rank, _ in sizes_of(placement, peft_config).values()], tp)
     experts = _experts(placement)
     if experts and (tp > 1 or ep > 1):
         raise PlacementError(
