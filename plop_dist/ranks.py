@@ -194,6 +194,17 @@ def barrier() -> None:
         dist.barrier()
 
 
+def gathered(value: _T) -> list[_T]:
+    """Return every rank's value, in the order of the ranks. Collective over the world."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
 def agree(decide: Callable[[], _T]) -> _T:
     """Return rank 0's decision on every rank; only rank 0 decides. Collective over the world.
 

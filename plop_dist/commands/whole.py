@@ -35,6 +35,21 @@ def run(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
 
 
 @command(WHOLE)
+def compare(config: given.ConfigFile, overrides: given.Overrides = None) -> None:
+    """Train placements of equal size against each other: does the choice pay on this model and data?"""
+    from plop_dist.compare.result import Comparison
+    from plop_dist.launch import pipeline
+    from plop_dist.report import closing, comparison
+
+    loaded = checked_config(config, overrides)
+    run_dir = pipeline.compare(loaded, pipeline.command_line())
+    if speaks():
+        comparison.print_comparison(Comparison.from_file(run_dir.comparison))
+        closing.print_files(run_dir.comparison, run_dir.report)
+        way_on("place", run_dir.path, "--explain")
+
+
+@command(WHOLE)
 def submit(
     config: given.JobConfigFile = None,
     overrides: given.Overrides = None,

@@ -121,6 +121,18 @@ Examples:
     plop-dist run config.yaml train.method=sft train.max_steps=1000
     torchrun --nproc-per-node 8 --module plop_dist.cli run config.yaml
 """,
+    "compare": """\
+Trains every placement of `compare.arms` with as many parameters and the same alpha, at its own best learning rate, from
+the same seeds on the same rows, and says of the first one whether it is better, worse, or no different, and how sure
+that is. Needs `train.method=sft`, and its training section. Prints what it is going to train first; interrupted, the
+same command goes on. No framework trains for it but those that `run` trains with, in the same layouts.
+
+Examples:
+
+    plop-dist compare config.yaml train.method=sft
+    plop-dist compare config.yaml compare.arms=[lowest_k,mlp]
+    plop-dist compare config.yaml compare.arms=[runs/a/placement.json,all]
+""",
     "submit": """\
 Paths in the configuration are those of the cluster's nodes, or lie in `--working-dir`, which is sent there; `run_dir`
 must lie on storage that the nodes share. The job runs in the interpreter that Ray runs in on the head. No variable of

@@ -211,11 +211,22 @@ def train(stages: Stages, notify: Notify) -> None:
         stages.finish("train", [str(path.relative_to(run_dir.path)) for path in outputs])
 
 
+def compare(stages: Stages, notify: Notify) -> None:
+    """Train the placements of compare.arms against each other in the same ranks. Collective over all ranks."""
+    from plop_dist.compare.comparison import compare as compare_arms
+
+    found = compare_arms(stages.config, notify)
+    if ranks.rank() == 0:
+        found.to_file(stages.run_dir.comparison)
+        stages.finish("compare", [stages.run_dir.comparison.name])
+
+
 _STAGES: dict[str, Callable[[Stages, Notify], Any]] = {
     "score": score,
     "place": place,
     "export": export,
     "train": train,
+    "compare": compare,
 }
 
 

@@ -92,4 +92,6 @@ def with_absolute_paths(config: Config) -> Config:
             section, _, name = key.partition(".")
             updates.setdefault(section, {})[name] = str(Path(value).resolve())
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in updates.items()}
+    arms = [str(Path(arm).resolve()) if arm.endswith(".json") else arm for arm in config.compare.arms]
+    sections["compare"] = config.compare.model_copy(update={"arms": arms})
     return config.model_copy(update={"run_dir": str(Path(config.run_dir).resolve()), **sections})
