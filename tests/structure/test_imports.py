@@ -18,7 +18,7 @@ ROOT = Path(plop_dist.__file__).parent
 
 # Where a framework may be imported: files, or folders with a closing slash.
 HOMES = {
-    "ray": ("launch/",),
+    "ray": ("launch/", "training/external/skyrl_job.py"),
     "deepspeed": ("backends/", "training/", "exporters/deepspeed.py"),
     "megatron": (
         "backends/megatron/",
