@@ -19,6 +19,7 @@ import os
 import shlex
 import sys
 import tempfile
+import tomllib
 import typing
 from collections.abc import Iterator
 from datetime import datetime
@@ -50,6 +51,8 @@ from tests.models import save_tiny
 axolotl, llamafactory, ms_swift, openrlhf = map(find_exporter, ("axolotl", "llamafactory", "ms-swift", "openrlhf"))
 megatron_swift, nemo_rl, torchtitan = map(find_exporter, ("megatron-swift", "nemo-rl", "torchtitan"))
 skyrl, torchtune, verl = map(find_exporter, ("skyrl", "torchtune", "verl"))
+areal, automodel, cosmos_rl = map(find_exporter, ("areal", "automodel", "cosmos-rl"))
+litgpt, miles, tinker = map(find_exporter, ("litgpt", "miles", "tinker"))
 
 CHOICE = ("v_proj", "o_proj", "down_proj")
 
@@ -110,6 +113,108 @@ def check_llamafactory() -> None:
             name = ModelArguments(model_name_or_path="tiny")
             assert_adapted(_setup_lora_tuning(model.config, model, name, arguments, True, False), placement)
             assert (arguments.lora_rank, arguments.lora_alpha) == (placement.rank, placement.alpha)
+
+
+def source_of(package: str, file: str) -> Path:
+    """Return a file of a framework that is not imported: what it imports itself is not here, or needs a GPU."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    return Path(str((spec.submodule_search_locations or [None])[0])) / file
+
+
+def defined_in(path: Path, wanted: set[str], **namespace: Any) -> dict[str, Any]:
+    """Return what these statements of a file define: functions, classes and constants, run as they stand there."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = [ast.unparse(item) for item in getattr(node, "targets", [getattr(node, "target", None)]) if item]
+        if getattr(node, "name", None) in wanted or (wanted.intersection(targets) and isinstance(node, ast.stmt)):
+            found.append(node)
+    assert len(found) == len(wanted), path
+    names = {**vars(typing), **vars(dataclasses), "__name__": __name__, **namespace}
+    exec(compile(ast.Module(found, []), str(path), "exec", dont_inherit=True), names)
+    return names
+
+
+def check_areal() -> None:
+    (fields,) = [
+        {item.target.id: ast.unparse(item.annotation) for item in node.body if isinstance(item, ast.AnnAssign)}
+        for node in ast.parse(source_of("areal", "api/cli_args.py").read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "TrainEngineConfig"
+    ]
+    kinds = {"bool": bool, "int": int, "str": str, "list[str]": list}
+    for placement in placements():
+        section = file_tree(areal.export(placement))["actor"]
+        for key, value in section.items():
+            assert isinstance(value, kinds[fields[key]]), key
+        names = section["target_modules"]
+        model = adapt("llama", r=section["lora_rank"], lora_alpha=section["lora_alpha"], target_modules=names)
+        assert_adapted(model, placement)
+    fused = place(scores_of(projections_of(model_of("llama"))), ["q_proj", "k_proj", "v_proj", "down_proj"])
+    section = file_tree(areal.export(fused, engine="megatron"))["actor"]
+    assert section["target_modules"] == ["linear_qkv", "linear_fc2"]
+
+
+def check_cosmos_rl() -> None:
+    import pydantic
+
+    config = defined_in(source_of("cosmos_rl", "policy/config/__init__.py"), {"LoraConfig"}, **vars(pydantic))
+    plugin = defined_in(source_of("cosmos_rl", "policy/lora/plugin.py"), {"_name_matches"}, Iterable=typing.Iterable)
+    linears = {name for name, module in model_of("llama").named_modules() if isinstance(module, nn.Linear)}
+    for placement in placements():
+        (text,) = cosmos_rl.export(placement).files.values()
+        section = config["LoraConfig"](**tomllib.loads(text)["policy"]["lora"])
+        assert (section.r, section.lora_alpha) == (placement.rank, placement.alpha)
+        # Its model holds the Hugging Face one as `model`.
+        found = {name for name in linears if plugin["_name_matches"](f"model.{name}", section.target_modules)}
+        assert found == set(placement.modules)
+
+
+def check_litgpt() -> None:
+    path = source_of("litgpt", "finetune/lora.py")
+    (setup,) = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == "setup"]
+    assert isinstance(setup, ast.FunctionDef)
+    kinds = {item.arg: ast.unparse(item.annotation) for item in setup.args.args if item.annotation is not None}
+    scores = scores_of(projections_of(model_of("llama")))
+    for types in (["v_proj", "o_proj"], ["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"], ["lm_head"]):
+        export = litgpt.export(place(scores, types))
+        tree = file_tree(export)
+        for key, value in tree.items():
+            assert type(value).__name__ == kinds[key], key
+        assert [word for word in words(export) if word.startswith("--")] == [f"--{key}" for key in tree]
+
+
+def check_miles() -> None:
+    arguments = source_of("miles", "utils/arguments.py")
+    parser = defined_in(arguments, {"add_lora_arguments"})["add_lora_arguments"](argparse.ArgumentParser())
+    if sys.version_info < (3, 12):  # without Megatron-Bridge there is nothing to compare with
+        return
+    conversion = defined_in(
+        source_of("miles", "backends/megatron_utils/lora_utils.py"),
+        {"convert_target_modules_to_megatron", "_get_lora_class_name", "_HF_MODULE_NAMES", *MILES_NAMES},
+    )
+    for placement in placements():
+        found = parser.parse_args(words(miles.export(placement)))
+        wanted = placement.to_megatron()
+        names = [name.strip() for name in found.target_modules.split(",")]  # as its arguments' check does
+        assert conversion["convert_target_modules_to_megatron"](names, lora_type=wanted) == wanted.target_modules
+        kind = {"CanonicalLoRA": "canonical_lora", "LoRA": "lora"}[type(wanted).__name__]
+        assert (found.lora_rank, found.lora_alpha, found.lora_type) == (wanted.dim, wanted.alpha, kind)
+
+
+MILES_NAMES = ("_STANDARD_LORA_ALL_MODULES", "_CANONICAL_LORA_ALL_MODULES", "_STANDARD_LORA_HF_TO_MEGATRON",
+               "_CANONICAL_LORA_HF_TO_MEGATRON")  # fmt: skip
+
+
+def check_tinker() -> None:
+    from tinker.types.lora_config import LoraConfig
+
+    scores = scores_of(projections_of(model_of("llama")))
+    attention, mlp = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+    for types in (attention, mlp, [*attention, "lm_head"]):
+        export = tinker.export(place(scores, types, rank=8, alpha=32))
+        found = eval(export.flags[0], {"LoraConfig": LoraConfig})
+        switches = [found.train_attn, found.train_mlp, found.train_unembed]
+        assert (found.rank, switches) == (8, ["v_proj" in types, "up_proj" in types, "lm_head" in types])
 
 
 def check_axolotl() -> None:
@@ -286,9 +391,15 @@ def check_nemo_automodel() -> None:
     from nemo_automodel.components._peft.lora import PeftConfig, apply_lora_to_linear_modules
 
     head = place(scores_of(projections_of(model_of("llama"))), ["lm_head", "up_proj"])
-    for placement in (*placements(), head):
-        section = file_tree(nemo_rl.export(placement))["policy"]["dtensor_cfg"]["lora_cfg"]
+    every = (*placements(), head)
+    sections = [file_tree(nemo_rl.export(item))["policy"]["dtensor_cfg"]["lora_cfg"] for item in every]
+    for section in sections:
         assert section.pop("enabled") is True
+    own = [file_tree(automodel.export(item))["peft"] for item in every]
+    for section in own:
+        module, _, name = section.pop("_target_").rpartition(".")
+        assert getattr(sys.modules[module], name) is PeftConfig
+    for placement, section in zip((*every, *every), (*sections, *own), strict=True):
         assert set(section) <= {field.name for field in dataclasses.fields(PeftConfig)}
         model = copy.deepcopy(model_of("llama"))
         apply_lora_to_linear_modules(model, PeftConfig.from_dict({**section, "use_memory_efficient_lora": False}))
@@ -371,6 +482,11 @@ def _torchtitan_projections(config: Any) -> list[Any]:
 
 
 CHECKS = {
+    "areal": check_areal,
+    "cosmos-rl": check_cosmos_rl,
+    "litgpt": check_litgpt,
+    "miles-rl": check_miles,
+    "tinker": check_tinker,
     "axolotl": check_axolotl,
     "llamafactory": check_llamafactory,
     "ms-swift": check_ms_swift,

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,16 @@ def from_flags(target: str, export: Export, directory: Path) -> list[str]:
         return next(
             ast.literal_eval(item.value) for item in call.keywords if item.arg in ("target_modules", "target_mods")
         )
+    if target in ("prime-rl", "cosmos-rl"):
+        return names_of(tomllib.loads("\n".join(export.flags)))
+    if target == "automodel":
+        return names_of(yaml.safe_load("\n".join(export.flags)))
     if target == "axolotl":
         return yaml.safe_load("\n".join(export.flags))["lora_target_modules"]
     (words,) = arguments([export.flags], directory)
     if target == "skyrl":
-        return names_of(OmegaConf.from_cli(words))
-    if target in ("verl", "nemo-rl"):
+        return names_of(OmegaConf.to_container(OmegaConf.from_cli(words), resolve=True))
+    if target in ("verl", "nemo-rl", "areal"):
         return hydra_list(next(word for word in words if ".target_modules=" in word))
     if target == "llamafactory":
         tree: Any = OmegaConf.to_container(OmegaConf.from_cli(words))
@@ -69,9 +74,13 @@ def from_file(target: str, export: Export, directory: Path) -> list[str]:
     if target in ("peft", "deepspeed"):
         tree = json.loads(text)
         return tree.get("target_modules") or tree["target_mods"]
-    if target in ("verl", "nemo-rl", "skyrl"):
+    if target in ("verl", "nemo-rl", "skyrl", "areal"):
         (directory / name).write_text(text)
-        return names_of(OmegaConf.load(directory / name))
+        return names_of(OmegaConf.to_container(OmegaConf.load(directory / name), resolve=True))
+    if target in ("prime-rl", "cosmos-rl"):
+        return names_of(tomllib.loads(text))
+    if target == "automodel":
+        return names_of(yaml.safe_load(text))
     if target == "openrlhf":
         return shlex.split(text)[shlex.split(text).index("--ds.lora.target_modules") + 1 :]
     tree = yaml.safe_load(text)
@@ -82,7 +91,7 @@ def from_file(target: str, export: Export, directory: Path) -> list[str]:
 
 
 def names_of(tree: Any) -> list[str]:
-    return next(value for key, value in flat(OmegaConf.to_container(tree, resolve=True)) if key == "target_modules")
+    return next(value for key, value in flat(tree) if key == "target_modules")
 
 
 def flat(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -101,7 +110,22 @@ def is_refused(target: str, name: str) -> bool:
 
 @pytest.mark.parametrize(
     "target",
-    ["peft", "trl", "openrlhf", "ms-swift", "llamafactory", "axolotl", "skyrl", "verl", "nemo-rl", "deepspeed"],
+    [
+        "peft",
+        "trl",
+        "openrlhf",
+        "ms-swift",
+        "llamafactory",
+        "axolotl",
+        "skyrl",
+        "verl",
+        "nemo-rl",
+        "areal",
+        "prime-rl",
+        "cosmos-rl",
+        "automodel",
+        "deepspeed",
+    ],
 )
 def test_every_name_arrives_as_it_is(target: str, tmp_path: Path):
     exporter = find_exporter(target)
@@ -115,7 +139,11 @@ def test_every_name_arrives_as_it_is(target: str, tmp_path: Path):
         found = from_flags(target, export, tmp_path)
         assert found == from_file(target, export, tmp_path), name
         paths = [module.fqn for module in placement.source.modules]
-        if target == "nemo-rl":  # patterns, in which `*` is any text and the rest a regular expression
+        if target == "prime-rl":
+            hit = {path for path in paths if any(re.search(pattern, path) for pattern in found)}
+        elif target == "cosmos-rl":
+            hit = {path for path in paths if any(text in path for text in found)}
+        elif target in ("nemo-rl", "automodel"):  # patterns, in which `*` is any text and the rest a regular expression
             patterns = [re.compile("^" + pattern.replace("*", "(.*)") + "$", re.DOTALL) for pattern in found]
             hit = {path for path in paths if any(pattern.match(path) for pattern in patterns)}
         elif target == "deepspeed":

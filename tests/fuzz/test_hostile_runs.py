@@ -53,12 +53,15 @@ def surroundings() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+HANDED = {"method": "grpo", "engine": "verl", "lr_scheduler": "constant", "gradient_accumulation_steps": 4}
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and two finished runs: one that has trained, one that was handed to another trainer."""
     folder = tmp_path_factory.mktemp("base")
     model = save_tiny("llama", folder / "model")
-    for name, train in (("trained", {"method": "sft"}), ("handed", {"method": "grpo", "engine": "verl"})):
+    for name, train in (("trained", {"method": "sft"}), ("handed", HANDED)):
         (folder / name).mkdir()
         config = write_config(folder / name, model)
         tree = yaml.safe_load(config.read_text())

@@ -26,7 +26,7 @@ HOMES: dict[str, dict[str, str]] = {
     "safe_open": {"values/files.py": "safetensors", "training/trl/checkpoints.py": "safetensors"},
     "load_file": {
         "training/engines/megatron.py": "safetensors, of this run's own",
-        "training/external/bring_back.py": "safetensors, of the job that this run has started",
+        "training/external/bring_back.py": "safetensors, that an engine's job has left",
     },
     "from_pretrained": {
         "backends/hf/load.py": "trust_remote_code as configured, after check_foreign_code",

@@ -254,7 +254,7 @@ def test_megatron_is_handed_over_with_everything_written(tmp_path: Path, engine:
     parallel = config.parallel.model_copy(update={"backend": "megatron", "tp": 2, "pp": 2})
     config = config.model_copy(update={"parallel": parallel})
     summary = run_training(config, placement, lambda entry: None)
-    assert f"nothing was trained: {engine} is not installed here; run sh" in summary["note"]
+    assert f"nothing was trained: {engine} is not installed here (" in summary["note"]
     assert summary["num_steps"] == 0
 
     directory = tmp_path / "run" / "train" / engine

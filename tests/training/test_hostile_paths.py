@@ -56,7 +56,13 @@ def check_name(name: str, engine: str, model: Path, directory: Path, monkeypatch
         "model": {"name_or_path": str(directory / f"m{name}"), "dtype": "float32"},
         "data": {"path": "builtin:arithmetic", "num_samples": 4, "max_length": 32},
         "placement": {"k": 2, "rank": 4, "alpha": 8},
-        "train": {"method": "grpo", "engine": engine, "answer_field": "number", "micro_batch_size": 4},
+        "train": {
+            "method": "grpo",
+            "engine": engine,
+            "answer_field": "number",
+            "micro_batch_size": 4,
+            "lr_scheduler": "constant",
+        },
     }
     config = directory / f"c{name}.yaml"
     config.write_text(re.sub(r"(\\*)\$\{", r"\1\1\\${", yaml.safe_dump(tree, default_style="'")))  # no interpolation
@@ -65,6 +71,10 @@ def check_name(name: str, engine: str, model: Path, directory: Path, monkeypatch
     if done.status == 2 and not name.isprintable():
         return  # a name with control characters is refused
     assert done.status == 0, done
+    if engine == "verl":  # what its trainer leaves, and its converter is shown
+        checkpoints = run_dir / "train" / engine / "checkpoints"
+        checkpoints.mkdir()
+        (checkpoints / "latest_checkpointed_iteration.txt").write_text("20\n")
     words = run_in_shell(f"sh {shlex.quote(str(run_dir / 'train' / engine / 'launch.sh'))}", directory)
     for path in (directory / f"m{name}", run_dir / "train" / engine):
         assert any(str(path) in as_hydra_reads(word) for word in words), (path, words)

@@ -38,7 +38,7 @@ class NeMoRL:
 
     name = "nemo-rl"
     note = "It runs in NeMo-RL's repository, whose math environment rates completions in place of builtin:number."
-    packages = ("nemo_rl",)
+    packages: tuple[str, ...] = ("nemo_rl",)
     trusts_all = True
     reasons: Mapping[str, str] = {
         "rewards": "its math environment compares with the answer, as builtin:number does, and takes no other reward"

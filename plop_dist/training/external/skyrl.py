@@ -38,7 +38,7 @@ class SkyRL:
 
     name = "skyrl"
     note = ""
-    packages = ("skyrl", "skyrl_gym", "ray", "vllm", "plop_dist")
+    packages: tuple[str, ...] = ("skyrl", "skyrl_gym", "ray", "vllm", "plop_dist")
     trusts_all = True
     reasons: Mapping[str, str] = {}
 

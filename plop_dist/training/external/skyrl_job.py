@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from plop_dist.training.external.skyrl import ENVIRONMENT, LOG, TEMPLATE
+from plop_dist.training.rewards import compute_score
 
 _HERE = "plop_dist.training.external.skyrl_job"
 
@@ -45,7 +46,20 @@ def set_up_worker() -> None:
         from skyrl_gym.envs.registration import register, registry
 
         if ENVIRONMENT not in registry:
-            register(id=ENVIRONMENT, entry_point="plop_dist.training.external.skyrl_environment:Rated")
+            register(id=ENVIRONMENT, entry_point=environment)
+
+
+def environment(env_config: Any = None, extras: Any = None) -> Any:
+    """Return SkyRL's environment of one prompt: one turn, after which train.rewards rate the completion."""
+    from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
+
+    class Rated(BaseTextEnv):
+        def step(self, action: str) -> Any:
+            reward = compute_score("", action, "", extras["rated_by"])
+            return BaseTextEnvStepOutput(observations=[], reward=reward, done=True, metadata={})
+
+    del env_config
+    return Rated()
 
 
 def train(config: Any, variables: dict[str, str]) -> None:

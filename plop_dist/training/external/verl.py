@@ -41,7 +41,7 @@ class Verl:
 
     name = "verl"
     note = ""
-    packages = ("verl", "ray", "vllm", "plop_dist")
+    packages: tuple[str, ...] = ("verl", "ray", "vllm", "plop_dist")
     trusts_all = False
     reasons: Mapping[str, str] = {"lora_dropout": "its FSDP engine builds PEFT's LoRA without dropout"}
 
@@ -115,13 +115,13 @@ def rated_by(row: Row, config: Config) -> dict[str, Any]:
     }
 
 
-def write_parquet(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+def write_parquet(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write rows as a parquet file. Raises RunDirError."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
     content = io.BytesIO()
-    Dataset.from_list(list(entries)).to_parquet(content)
+    Dataset.from_list(entries).to_parquet(content)
     write_bytes(path, content.getvalue())
 
 
