@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from plop_dist.backends.hosts import is_a
 from plop_dist.backends.record import BackendRecord, Found
-from plop_dist.errors import ConfigError
+from plop_dist.errors import ConfigError, LayoutError
 from plop_dist.registry import needing_extras
 from plop_dist.values.versions import versions
 
@@ -72,6 +72,7 @@ class Megatron(BackendRecord):
         from plop_dist.backends.megatron.backend import wrap
         from plop_dist.backends.megatron.chunks import unwrap
 
+        _refuse_fsdp(chunks)
         return Found(
             self.name, "megatron", tuple(chunks), lambda exclude: wrap(chunks, exclude),
             sequence_parallel=bool(unwrap(chunks[0]).config.sequence_parallel), has_schedule=True,
@@ -87,5 +88,19 @@ def _is_megatron(chunk: Any) -> bool:
         is_a(module, "MegatronModule") for module in chunk.modules()
     )
 
+
+def _refuse_fsdp(chunks: list[Any]) -> None:
+    """Raise LayoutError for Megatron-FSDP and Megatron's wrapper of FSDP2: weights are whole in no rank's forward."""
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if any(is_a(module, name) for name in _FSDP):
+            raise LayoutError(
+                f"the model's chunks are in {type(module).__name__}, whose shards score() does not know; score them "
+                "before they are wrapped (a pre-wrap hook, or cfg.peft = plop_dist.MegatronBridgePeft(batches)), or "
+                "wrap them in Megatron's DistributedDataParallel."
+            )
+
+
+# megatron-core's two wrappers, and the package megatron-fsdp below one of them.
+_FSDP = ("FullyShardedDataParallel", "TorchFullyShardedDataParallel", "MegatronFSDP")
 
 RECORD = Megatron()
