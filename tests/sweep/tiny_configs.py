@@ -76,6 +76,12 @@ ODD: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "gemma3_text": {"layer_types": [*["sliding_attention"] * 5, "full_attention"], "num_hidden_layers": 6},
+    # as many heads of keys as of queries; no windows, with which some layers see no positions; what the hub has
+    "olmoe": {"num_key_value_heads": 4},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
+    "hy_v3": {"first_k_dense_replace": 1},
+    "qwen3_vl_vision": {"deepstack_visual_indexes": [0]},
+    "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0]},
     "nemotron": {"num_key_value_heads": 2},
     "xlstm": {"num_heads": 2},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16]},

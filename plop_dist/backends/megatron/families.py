@@ -22,8 +22,9 @@ GPU_FAMILIES = (
     *LOCAL_FAMILIES, "Exaone4ForCausalLM", "ExaoneMoeForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration", "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "GptOssForCausalLM",
     "HYV3ForCausalLM", "MiniMaxM2ForCausalLM", "NemotronHForCausalLM", "OlmoeForCausalLM",
-    "Qwen2_5_VLForConditionalGeneration", "Qwen3NextForCausalLM", "Qwen3VLForConditionalGeneration",
-    "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM",
+    "Qwen2AudioForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen3NextForCausalLM",
+    "Qwen3VLForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration",
 )  # fmt: skip
 # Built, and otherwise than transformers does: why.
 _WRONG = {
