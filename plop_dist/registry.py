@@ -54,6 +54,7 @@ EXPORTERS = Kind(
         "trl": "plop_dist.exporters.peft_trainers:TRL",
         "megatron-bridge": "plop_dist.exporters.megatron_bridge:EXPORTER",
         "nemo-rl": "plop_dist.exporters.nemo_rl:EXPORTER",
+        "skyrl": "plop_dist.exporters.skyrl:EXPORTER",
         "verl": "plop_dist.exporters.verl:EXPORTER",
         "openrlhf": "plop_dist.exporters.peft_trainers:OPENRLHF",
         "ms-swift": "plop_dist.exporters.peft_trainers:MS_SWIFT",
@@ -63,6 +64,13 @@ EXPORTERS = Kind(
         "torchtune": "plop_dist.exporters.torchtune:EXPORTER",
         "torchtitan": "plop_dist.exporters.torchtitan:EXPORTER",
         "deepspeed": "plop_dist.exporters.deepspeed:EXPORTER",
+        "areal": "plop_dist.exporters.areal:EXPORTER",
+        "prime-rl": "plop_dist.exporters.prime_rl:EXPORTER",
+        "miles": "plop_dist.exporters.miles:EXPORTER",
+        "cosmos-rl": "plop_dist.exporters.cosmos_rl:EXPORTER",
+        "automodel": "plop_dist.exporters.automodel:EXPORTER",
+        "litgpt": "plop_dist.exporters.litgpt:EXPORTER",
+        "tinker": "plop_dist.exporters.tinker:EXPORTER",
     },
 )
 
@@ -75,12 +83,23 @@ REWARDS = Kind(
     },
 )
 
+# Who writes the completions of GRPO where the ranks that scored train, named by train.sampler.
+SAMPLERS = Kind(
+    "sampler",
+    None,
+    {
+        "model": "plop_dist.training.samplers.model:ModelSampler",
+        "vllm": "plop_dist.training.samplers.vllm:VLLMSampler",
+    },
+)
+
 # What trains in the ranks that scored, named by a backend's record for a layout.
 TRAINING_ENGINES = Kind(
     "training engine",
     None,
     {
         "trl": "plop_dist.training.trl.engine:ENGINE",
+        "replicas": "plop_dist.training.engines.replicas:ENGINE",
         "autotp": "plop_dist.training.engines.autotp:ENGINE",
         "pipeline": "plop_dist.training.engines.pipeline:ENGINE",
         "tp_plan": "plop_dist.training.engines.tp_plan:ENGINE",
@@ -108,6 +127,7 @@ EXTERNAL_ENGINES = Kind(
     "engine",
     None,
     {
+        "skyrl": "plop_dist.training.external.skyrl:ENGINE",
         "verl": "plop_dist.training.external.verl:ENGINE",
         "nemo-rl": "plop_dist.training.external.nemo_rl:ENGINE",
     },

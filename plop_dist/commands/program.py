@@ -21,7 +21,7 @@ from plop_dist.values.visible import say
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
-_TAKE_TIME = {"check", "score", "place", "export", "report", "run", "submit", "diff", "bench", "doctor"}
+_TAKE_TIME = {"check", "score", "place", "export", "report", "run", "compare", "submit", "diff", "bench", "doctor"}
 _began = time.monotonic()
 
 _commands: list[tuple[str, Callable[..., None]]] = []
@@ -69,12 +69,30 @@ def _with_talk(function: Callable[..., None]) -> Callable[..., None]:
         logging.getLogger("plop_dist").setLevel(logging.DEBUG if verbose else logging.INFO)
         if not quiet and speaks() and function.__name__ in _TAKE_TIME:
             say(f"plop-dist {function.__name__}: starting", to_stderr=True)
-        function(**arguments)
+        try:
+            function(**arguments)
+        except Exception as error:
+            interrupt = _interrupt_behind(error)
+            if interrupt is not None:
+                raise interrupt from None
+            raise
 
     own = inspect.signature(function, eval_str=True)
     vars(spoken)["__signature__"] = own.replace(parameters=[*own.parameters.values(), *given.TALK.values()])
     spoken.__annotations__ = {**function.__annotations__, **{name: it.annotation for name, it in given.TALK.items()}}
     return spoken
+
+
+def _interrupt_behind(error: BaseException) -> BaseException | None:
+    """Return the SIGINT or SIGTERM that was being answered when this went wrong (a pipe to processes that ended too).
+
+    It is what has happened; of a broken pipe alone click would make status 1 without a word.
+    """
+    while (context := error.__context__) is not None:
+        if isinstance(context, KeyboardInterrupt) or (isinstance(context, SystemExit) and context.code in (130, 143)):
+            return context
+        error = context
+    return None
 
 
 def checked_config(path: Path, overrides: list[str] | None) -> Any:

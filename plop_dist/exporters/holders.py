@@ -113,7 +113,8 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
     for projection in known_projections(placement):
         by_holder.setdefault(projection.holder, []).append(projection)
     has_experts = any(parts[0].storage == "expert_parameter" for parts in by_holder.values())
-    holders, widened = [], []
+    holders: list[Holder] = []
+    widened: dict[str, list[str]] = {}
     for path, parts in by_holder.items():
         wanted = [part for part in parts if part.fqn in paths]
         if not wanted:
@@ -121,12 +122,11 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
         _refuse_unfit(placement, target, wanted[0])
         if len(wanted) < len(parts):
             _refuse_part(placement, target, wanted, parts, widen)
-            beside = sorted({part.type for part in parts if part.fqn not in paths}, key=natural_key)
-            widened.append(f"{path} is adapted whole: {', '.join(beside)} as well as {_types(wanted)}.")
+            widened.setdefault(_widened_to(parts, paths), []).append(path)
         ranks = {placement.rank_of(part) for part in wanted}
         if len(ranks) > 1:
             _refuse_ranks(target, path, ranks, widen)
-            widened.append(f"{path} has one adapter of rank {max(ranks)} instead of ranks {sorted(ranks)}.")
+            widened.setdefault(f"adapted at rank {max(ranks)} instead of ranks {sorted(ranks)}", []).append(path)
         holders.append(Holder(path, *_in_peft(path, parts, has_experts), max(ranks), tuple(parts)))
     known = [_in_peft(path, parts, has_experts) for path, parts in by_holder.items()]
     parameters = {path for path, is_parameter in known if is_parameter}
@@ -143,9 +143,23 @@ def hugging_face_targets(placement: Placement, target: str, widen: bool) -> Targ
         ),
         known_paths=tuple(by_holder),
         has_experts=has_experts,
-        widened=tuple(widened),
+        widened=tuple(_sentence(members, what) for what, members in widened.items()),
         notes=notes,
     )
+
+
+def _widened_to(parts: list[Projection], paths: set[str]) -> str:
+    if parts[0].storage == "expert_parameter":
+        return f"adapted whole: all experts' {_types(parts)}, of which the placement has a part"
+    wanted, beside = [part for part in parts if part.fqn in paths], [part for part in parts if part.fqn not in paths]
+    return f"adapted whole: {_types(beside)} as well as {_types(wanted)}"
+
+
+def _sentence(members: list[str], what: str) -> str:
+    """Return one sentence for all holders of which the same is true: a model may have thousands."""
+    if len(members) == 1:
+        return f"{members[0]} is {what}."
+    return f"{members[0]} and {len(members) - 1:,} more are {what}."
 
 
 def _in_peft(path: str, parts: list[Projection], has_experts: bool) -> tuple[str, bool]:

@@ -62,22 +62,37 @@ def adapted_ranks(
 def _plainly(fields: Mapping[str, Any], by_holder: Holders, model_type: str | None) -> dict[str, str] | None:
     """Return what PEFT adapts where it does no more than match names, without importing it, which takes seconds.
 
-    None: it may do more. It renames beside experts, counts layers, adapts parameters, refuses modules that it has no
-    adapter for, and means something by "all-linear".
+    None: it may do more. It renames beside experts, counts layers, wraps the same weight twice, refuses modules that it
+    has no adapter for, and means something by "all-linear".
     """
-    targets = fields.get("target_modules") or ()
-    if "layers_to_transform" in fields or fields.get("target_parameters") or targets == "all-linear":
+    targets, excluded = fields.get("target_modules") or (), fields.get("exclude_modules")
+    is_pattern = isinstance(targets, str)
+    if "layers_to_transform" in fields or targets == "all-linear" or model_type in PASSED_BY_OUT_PROJ:
         return None
-    odd = {"expert_parameter", "router", "other"}
-    if model_type in PASSED_BY_OUT_PROJ or any(part.storage in odd for parts in by_holder.values() for part in parts):
+    if fields.get("target_parameters") and (excluded or fields.get("modules_to_save")):
         return None
-    is_target = re.compile(targets).fullmatch if isinstance(targets, str) else matcher(targets)
+    has_experts = any(parts[0].storage == "expert_parameter" for parts in by_holder.values())
+    if has_experts and (is_pattern or any(name.rpartition(".")[2] in RENAMED_BESIDE_EXPERTS for name in targets)):
+        return None
+    is_target = re.compile(targets).fullmatch if is_pattern else matcher(targets)
+    is_parameter = matcher(fields.get("target_parameters") or ())
     is_left_out = _left_out(fields)
     above = {module for path in by_holder for module in modules_above(path)}
     if any(is_target(module) for module in above):
         return None
-    found = {path: path for path in by_holder if is_target(path) and not is_left_out(path)}
-    return found or None  # why PEFT finds nothing is for PEFT to say
+    found, num_parameters = {}, 0
+    for path, parts in by_holder.items():
+        parameter = _parameter(path, parts)
+        as_module, as_parameter = bool(is_target(path)) and not is_left_out(path), is_parameter(parameter)
+        if not as_module and not as_parameter:
+            continue
+        is_expert = parts[0].storage == "expert_parameter"
+        if as_module in (as_parameter, is_expert) or parts[0].storage in ("router", "other"):
+            return None
+        found[path] = path if as_module else parameter
+        num_parameters += as_parameter
+    # Why PEFT finds nothing is for PEFT to say.
+    return None if not found or (fields.get("target_parameters") and not num_parameters) else found
 
 
 def _patterns(fields: Mapping[str, Any], ranks: Mapping[str, int]) -> list[Pattern]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shlex
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def _read(target: str, fields: Mapping[str, Any], path: Path, placement: Placeme
         return read(fields, placement, str(path))
     except PlopError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise ConfigError(
             f"{path} cannot be read as {exporter.name}'s ({reason}); it sets {', '.join(exporter.keys[:6])}, ... "
@@ -86,6 +87,8 @@ def _tree(path: Path) -> dict[str, Any]:
             tree = json.loads(text)
         elif path.suffix in (".yaml", ".yml"):
             tree = yaml.safe_load(text)
+        elif path.suffix == ".toml":
+            tree = tomllib.loads(text)
         elif path.suffix == ".py":
             tree = _call(text)
         else:

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from plop_dist.config.schema import Config
 from plop_dist.measure.protocols import ScorableModel
 from plop_dist.training.adapters.shards import AdapterShard
 from plop_dist.training.batch import Batch
+from plop_dist.training.logits import Objective, Read
 from plop_dist.values.placement import Placement
 
 Log = Callable[[dict[str, Any]], None]  # takes one entry per step, see log.TrainingLog
@@ -60,6 +61,17 @@ class Tracked:
     modules: Sequence[nn.Module]
 
 
+class Stepwise(Protocol):
+    """A training engine whose steps a caller may drive by himself, as comparisons do."""
+
+    def opener(self, config: Config) -> Callable[[Config, Placement], Engine]:
+        """Return what opens an Engine for a placement, over one base model that is loaded here, once.
+
+        One Engine is open at a time: close it before the next. Collective over all ranks, as what is returned.
+        """
+        ...
+
+
 class Evaluating(Protocol):
     """A model whose replicas share out the held-out rows."""
 
@@ -68,10 +80,10 @@ class Evaluating(Protocol):
     dp_group: dist.ProcessGroup | None  # None: one replica
     device: torch.device
 
-    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
-        """Return the summed loss of this replica's micro-batches without gradients, on every rank of the replica.
+    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Return each row's summed loss over this replica's micro-batches, in their order, without gradients.
 
-        Every replica passes the same number of micro-batches.
+        The same on every rank of the replica. Every replica passes the same number of micro-batches.
         """
         ...
 
@@ -118,5 +130,30 @@ class Engine(Evaluating, Protocol):
         ...
 
     def close(self) -> None:
-        """Give back hooks and buffers that outlive the engine otherwise."""
+        """Give back hooks and buffers that outlive the engine otherwise, and leave the base model without adapters."""
+        ...
+
+
+class RewardedEngine(Engine, Protocol):
+    """An Engine that also trains for reward: other losses, and completions that the model itself writes."""
+
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        num_targets: int,
+        learning_rate: float,
+        objective: Objective | None = None,
+    ) -> tuple[float, float]:
+        """Do as Engine.step does, with another loss of each micro-batch than the cross entropy of its labels."""
+        ...
+
+    def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """Return what is read of each micro-batch's logits, without gradients or dropout, on every rank of the replica.
+
+        Every replica passes the same number of micro-batches.
+        """
+        ...
+
+    def generating(self) -> Any | None:
+        """Return the adapted model in eval mode, where transformers' generate can run it; None where it cannot."""
         ...

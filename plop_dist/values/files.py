@@ -19,6 +19,7 @@ import numpy as np
 from plop_dist.errors import RunDirError, ScoresError
 from plop_dist.values.visible import check_names, may_hide_something
 
+_LARGEST_WHOLE_NUMBER = 2**64  # seeds are the largest
 LINKED = ("wandb",)  # folders of loggers, which hold links of their own to the newest run
 
 
@@ -130,12 +131,12 @@ def json_bytes(tree: Any) -> bytes:
 def read_json(path: Path, what: str, remedy: str) -> Any:
     """Return the JSON of a file. Raises ScoresError naming path, line and remedy if it is missing or malformed.
 
-    Malformed is also text that is not whole Unicode: half of a surrogate pair, which nothing could be written with; and
-    a name with characters that are not seen where it is shown.
+    Malformed is also text that is not whole Unicode: half of a surrogate pair, which nothing could be written with; a
+    whole number that no float holds; and a name with characters that are not seen where it is shown.
     """
     try:
         text = no_pipe(path).read_text(encoding="utf-8")
-        tree = json.loads(text)
+        tree = json.loads(text, parse_int=_whole_number)
         _check_surrogates(text)
         if may_hide_something(text):
             check_names(tree, str(path), remedy, ScoresError)
@@ -152,6 +153,13 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise ScoresError(f"{path} is nested too deeply to be {what}; {remedy}.") from None
     except (OSError, ValueError) as error:  # not UTF-8, or a path with a null byte
         raise ScoresError(f"{path} cannot be read: {error}; {remedy}.") from error
+
+
+def _whole_number(text: str) -> int:
+    number = int(text)
+    if abs(number) > _LARGEST_WHOLE_NUMBER:
+        raise ValueError(f"{text[:20]}... is no number that is in such a file")
+    return number
 
 
 def is_pipe(path: Path) -> bool:

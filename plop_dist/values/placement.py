@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 
 from plop_dist.errors import ScoresError
 from plop_dist.registry import EXPORTERS, METHODS, load, missing_extra
@@ -42,6 +42,16 @@ class Placement(Value):
     scores_digest: str | None = None
     diagnostics: tuple[str, ...] = ()
     _source: Scores | None = PrivateAttr(default=None)
+
+    @field_validator("policy")
+    @classmethod
+    def _check_names(cls, policy: dict[str, Any]) -> dict[str, Any]:
+        # The other keys are shown or compared; these two are put into what exporters advise.
+        for key in ("exclude", "include"):
+            names = policy.get(key, [])
+            if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{key} must be a list of names")
+        return policy
 
     @property
     def source(self) -> Scores:

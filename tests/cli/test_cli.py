@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from plop_dist.commands import program
 from tests.cli.cases import assert_one_message, modules_of, plop_dist, results, write_case
 from tests.models import save_tiny
 
@@ -235,7 +237,7 @@ def test_an_unknown_target_command_and_option(finished: Path) -> None:
 
 
 def test_a_command_s_own_exit_status_is_the_process_s(case: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = types.SimpleNamespace(submit_job=lambda _config, _address: 1)
+    jobs = types.SimpleNamespace(submit_job=lambda _config, _address, **_: 1)
     monkeypatch.setitem(sys.modules, "plop_dist.launch.jobs", jobs)
     assert plop_dist("submit", write_case(case, model)).status == 1
     assert plop_dist("--help").status == 0
@@ -263,3 +265,18 @@ def test_something_unforeseen_is_status_1_and_names_the_rank(
     assert outcome.status == 1
     assert outcome.err.strip().endswith("error: rank 0: score failed: RuntimeError: the sky fell")
     assert results(case / "run") == before
+
+
+@pytest.mark.parametrize("interrupt", [SystemExit(143), KeyboardInterrupt()])
+def test_what_breaks_while_an_interrupt_is_answered_does_not_hide_it(interrupt: BaseException) -> None:
+    """A broken pipe would be status 1 without a word: click takes it for a reader of standard output that left."""
+
+    def place(run_dir: Path) -> None:
+        try:
+            raise interrupt
+        finally:
+            raise BrokenPipeError(errno.EPIPE, "the process behind it has ended")
+
+    with pytest.raises(type(interrupt)) as raised:
+        program._with_talk(place)(run_dir=Path(), quiet=True, verbose=False, log_file=None)
+    assert raised.value is interrupt

@@ -293,9 +293,10 @@ def test_what_peft_is_asked_does_not_grow_with_the_model(monkeypatch):
 
     monkeypatch.setattr(peft_match, "stand_in", counted)
     for num_layers in (10, 80):
-        router = projection("model.layers.0.mlp.gate", 32, 4, storage="router")  # beside one PEFT does more than match
-        scores = scores_of([*llama_projections(num_layers), router])
-        placement = place(scores, where=lambda item: (item.layer or 0) % 3 == 0 and item.type != "gate")
+        experts = "model.layers.0.mlp.experts"  # beside them PEFT does more than match
+        expert = projection(f"{experts}.0.down_proj", 32, 4, "expert_parameter", f"{experts}.down_proj")
+        scores = scores_of([*llama_projections(num_layers), expert])
+        placement = place(scores, where=lambda item: (item.layer or 0) % 3 == 0 and "experts" not in item.fqn)
         ranks = {f"^{re.escape(path)}": 1 + number % 7 for number, path in enumerate(placement.modules)}
         found = diff(placement, {"r": 4, "target_modules": list(placement.modules), "rank_pattern": ranks})
         assert set(found.both) == set(placement.modules)
@@ -305,6 +306,26 @@ def test_what_peft_is_asked_does_not_grow_with_the_model(monkeypatch):
             counts[module.fqn] * (module.in_features + module.out_features) for module in placement.chosen
         )
     assert sizes[0] == sizes[1] < 20
+
+
+def test_experts_that_a_file_names_as_parameters_need_no_peft(monkeypatch):
+    """Importing it takes seconds; there is nothing that it would do besides matching."""
+    experts = [
+        projection(f"model.layers.{layer}.mlp.experts.{expert}.down_proj", 32, 4, "expert_parameter",
+                   f"model.layers.{layer}.mlp.experts.down_proj")
+        for layer in range(3) for expert in range(4)
+    ]  # fmt: skip
+    placement = place(scores_of([*llama_projections(3), *experts]), where=lambda item: item.layer == 1)
+    named = ["model.layers.1.mlp.experts.down_proj"]
+    config = {"r": 4, "target_modules": ["layers.1.self_attn.v_proj"], "target_parameters": named}
+    asked = []
+    monkeypatch.setattr(peft_match, "stand_in", lambda *given: asked.append(given) or stand_in(*given))
+    plain = diff(placement, config)
+    assert not asked
+    assert len(plain.both) == 5
+    monkeypatch.setattr(peft_match, "_plainly", lambda *given: None)
+    assert diff(placement, config) == plain
+    assert asked
 
 
 @pytest.mark.slow

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from plop_dist.errors import ConfigError, ExportError
+from plop_dist.errors import ConfigError, ExportError, PlopError
 from plop_dist.exporters import exporter as exporter_module
 from plop_dist.exporters.diff import difference
 from plop_dist.exporters.exporter import find_exporter
@@ -49,7 +50,8 @@ def test_what_is_exported_is_read_back_without_a_difference(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", EXPORTERS.own)
 def test_a_file_by_any_name_is_recognised_or_its_target_named(name: str, tmp_path: Path) -> None:
-    placement = place(LLAMA, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], rank=16)
+    types = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    placement = place(LLAMA, types, rank=16, alpha=32)
     engine = find_exporter(name).engines[0]
     for file in written(tmp_path, placement, name, engine):
         moved = tmp_path / f"mine{file.suffix}"
@@ -114,3 +116,18 @@ def test_another_package_s_target_that_cannot_read_is_refused_by_name(
     (tmp_path / "a.json").write_text(json.dumps({"r": 1}))
     with pytest.raises(ConfigError, match="export target 'quilt' of another package cannot read its files back"):
         read_export(tmp_path / "a.json", place(LLAMA, ["v_proj"]), "quilt")
+
+
+@pytest.mark.parametrize("name", EXPORTERS.own)
+def test_a_number_that_no_float_holds_is_one_message_or_is_not_read(name: str, tmp_path: Path) -> None:
+    placement = place(scores_of(llama_projections(2)), ["q_proj", "k_proj", "v_proj"])
+    messages = []
+    for path in written(tmp_path, placement, name, find_exporter(name).engines[0]):
+        text = path.read_text()
+        for number in set(re.findall(r"(?<=[ :=])\d+\b", text)):
+            path.write_text(text.replace(number, "9" * 400))
+            try:
+                read_export(path, placement, name)
+            except PlopError as error:
+                messages.append(str(error))
+    assert all(str(tmp_path) in message for message in messages)

@@ -18,7 +18,7 @@ ROOT = Path(plop_dist.__file__).parent
 
 # Where a framework may be imported: files, or folders with a closing slash.
 HOMES = {
-    "ray": ("launch/",),
+    "ray": ("launch/", "training/external/skyrl_job.py"),
     "deepspeed": ("backends/", "training/", "exporters/deepspeed.py"),
     "megatron": (
         "backends/megatron/",
@@ -72,8 +72,8 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 # A folder answers one question; what is no folder stands above all of them or below.
 ROOMS = (
-    "cli", "launch", "report", "plugin", "costs", "training", "data", "backends", "measure", "choose", "rundir",
-    "ranks", "config", "exporters", "values", "canonical_lora", "checkpoints", "registry", "errors",
+    "cli", "launch", "report", "compare", "plugin", "costs", "training", "data", "backends", "measure", "choose",
+    "rundir", "ranks", "config", "exporters", "values", "canonical_lora", "checkpoints", "registry", "errors",
 )  # fmt: skip
 
 

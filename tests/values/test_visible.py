@@ -131,6 +131,17 @@ def test_a_key_is_a_name_too_and_a_policys_own_text_may_have_lines(run: Path) ->
     check_names({"policy": {"options": {"code": "a\n\tb"}}}, "placement.json", "r", ScoresError)
 
 
+@pytest.mark.parametrize("names", [3, "lm_head", {"lm_head": 1}, [{"lm_head": 1}]])
+def test_names_in_a_policy_are_names(run: Path, tmp_path: Path, names: object) -> None:
+    """What refusals and diagnostics advise is made of them."""
+    tree = json.loads((run / "placement.json").read_text())
+    for key in ("exclude", "include"):
+        changed = {**tree, "policy": {**tree["policy"], key: names}}
+        (tmp_path / "placement.json").write_text(json.dumps(changed))
+        with pytest.raises(ScoresError, match=rf"placement\.json.*{key} must be a list of names"):
+            READERS["placement.json"](tmp_path)
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_configuration_names_no_path_that_hides_something(text: str) -> None:
     tree = {"run_dir": "r", "model": {"name_or_path": "m"}, "data": {"path": "d"}}

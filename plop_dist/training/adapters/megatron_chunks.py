@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from plop_dist.backends.megatron.classes import changes_output
 from plop_dist.backends.megatron.groups import read_place
@@ -17,10 +18,11 @@ from plop_dist.training.adapters.shards import AdapterShard
 from plop_dist.values.mesh import nearest
 
 
-def add_bridge_adapters(chunks: Sequence[nn.Module], peft: Any) -> None:
+def add_bridge_adapters(chunks: Sequence[nn.Module], peft: Any) -> RemovableHandle | None:
     """Put Bridge's adapters into chunks without wrappers, freeze the rest, and have every stage pass gradients on.
 
-    Raises PlacementError where Bridge adds an adapter's output elsewhere than PEFT.
+    Returns the hook that does the latter, if this stage needs one. Raises PlacementError where Bridge adds an adapter's
+    output elsewhere than PEFT.
     """
     from megatron.core import parallel_state as state
 
@@ -29,7 +31,8 @@ def add_bridge_adapters(chunks: Sequence[nn.Module], peft: Any) -> None:
     first = chunks[0]
     if state.get_pipeline_model_parallel_world_size() > 1 and getattr(first, "pre_process", False):
         # A first stage without adapters would have nothing to send a gradient through.
-        first.get_submodule("embedding").register_forward_hook(_require_grad)
+        return first.get_submodule("embedding").register_forward_hook(_require_grad)
+    return None
 
 
 def check_ranks(ranks: Collection[int], tp_size: int) -> None:

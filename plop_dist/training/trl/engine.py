@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from plop_dist.config.schema import Config
-from plop_dist.registry import import_attribute
-from plop_dist.training.engine import Data, Log
+from plop_dist.registry import TRAINING_ENGINES, import_attribute, load
+from plop_dist.training.engine import Data, Engine, Log
+from plop_dist.training.grpo.checks import check_trl
 from plop_dist.values.placement import Placement
 
 
@@ -17,11 +19,20 @@ class TRLEngine:
 
     methods: tuple[str, ...] = ("sft", "grpo")
 
+    def check(self, config: Config) -> None:
+        """Raise UserError for what TRL's trainer of train.method cannot do."""
+        if config.train.method == "grpo":
+            check_trl(config)
+
     def train(self, config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
         """Train with TRL's trainer of train.method. See TrainingEngine."""
         method = config.train.method
         train = import_attribute(f"plop_dist.training.trl.{method}:train", f"train.method {method}")
         return train(config, placement, log, data)
+
+    def opener(self, config: Config) -> Callable[[Config, Placement], Engine]:
+        """Return what opens an Engine over the same replicas, whose steps are the same. See Stepwise."""
+        return load(TRAINING_ENGINES, "replicas").opener(config)
 
 
 ENGINE = TRLEngine()
