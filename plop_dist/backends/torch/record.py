@@ -17,7 +17,7 @@ class Torch(BackendRecord):
 
     name = "torch"
     summary = "FSDP2 in a job that already runs: plop_dist.score(model, batches)"
-    layouts = ("fully_shard over all ranks, the whole model last",)
+    layouts = ("fully_shard over all ranks (HSDP, too), the whole model last",)
     limits = (
         "no loading: parallel.backend=torch is refused",
         "no FSDP1, and no FSDP2 combined with tensor or pipeline parallelism",
