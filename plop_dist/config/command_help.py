@@ -134,12 +134,15 @@ Examples:
     plop-dist compare config.yaml compare.arms=[runs/a/placement.json,all]
 """,
     "submit": """\
-Paths in the configuration are those of the cluster's nodes, and `run_dir` must lie on storage that they share. The
-exit status is the job's.
+Paths in the configuration are those of the cluster's nodes, or lie in `--working-dir`, which is sent there; `run_dir`
+must lie on storage that the nodes share. The job runs in the interpreter that Ray runs in on the head. No variable of
+this environment is sent: the nodes have their own. The exit status is the job's; after Ctrl-C the job goes on.
 
-Example:
+Examples:
 
     plop-dist submit config.yaml --address http://head-node:8265
+    plop-dist submit config.yaml --working-dir . run_dir=/shared/run --no-wait
+    plop-dist submit --stop raysubmit_ABC --address http://head-node:8265
 """,
     "doctor": """\
 Versions, what is missing for which backend, devices, network interfaces, and two tries: two ranks of gloo, and a local

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,20 @@ def sections() -> tuple[Section, ...]:
             outside.append(_key(name, node, name in schema["required"]))
         else:
             required = section.get("required", ())
-            keys = (_key(f"{name}.{field}", child, field in required) for field, child in section["properties"].items())
-            found.append(Section(name, section["description"], tuple(keys)))
+            found.append(
+                Section(name, section["description"], tuple(_keys(schema, name, section["properties"], required)))
+            )
     return (Section("", "Outside the sections.", tuple(outside)), *found)
+
+
+def _keys(schema: dict[str, Any], name: str, nodes: dict[str, Any], required: Container[str]) -> Iterator[Key]:
+    """Return the keys of a section, and those of sections within it."""
+    for field, node in nodes.items():
+        inner = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else {}
+        if "properties" in inner:
+            yield from _keys(schema, f"{name}.{field}", inner["properties"], inner.get("required", ()))
+        else:
+            yield _key(f"{name}.{field}", node, field in required)
 
 
 def markdown() -> str:

@@ -44,11 +44,15 @@ from plop_dist.config.fields import (
     Share,
 )  # fmt: skip
 from plop_dist.config.references import digest, replaced, yaml_text
-from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES, REWARDS
+from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES, REWARDS, SAMPLERS
 from plop_dist.values.mesh import Layout
 
 _SHORTEST_HIDDEN = 4  # characters; a shorter value stands in other words too
 _LATER_KEYS = frozenset({"quantization", "device_map", "max_memory", "offload_folder"})
+_LATER_TRAIN = frozenset(
+    {"sampler", "loss_type", "num_iterations", "beta", "epsilon", "epsilon_high", "importance_sampling_level",
+     "scale_rewards", "reward_weights", "reward_timeout_s", "vllm", "engine_python"}
+)  # fmt: skip
 
 
 class _Section(BaseModel):
@@ -220,6 +224,25 @@ class PlacementConfig(_Section):
         return {key: value for key, value in tree.items() if value or key not in ("options", "match")}
 
 
+class VLLMConfig(_Section):
+    """Where vLLM writes the completions of GRPO."""
+
+    url: str | None = Field(
+        default=None,
+        min_length=1,
+        pattern=r"^https?://[^/@?#\s]+(/[^?#\s]*)?$",
+        description="Server that vLLM, or with engine trl trl vllm-serve, listens at: http://HOST:PORT; its key in "
+        "VLLM_API_KEY.",
+    )
+    mode: Literal["server", "colocate"] = Field(
+        default="server", description="colocate: inside the trainer's own process (engine trl)."
+    )
+    tensor_parallel_size: AxisSize = Field(default=1, description="Of a colocated vLLM.")
+    gpu_memory_utilization: Share = Field(default=0.3, description="Of a colocated vLLM.")
+    max_model_len: Count | None = Field(default=None, description="Of a colocated vLLM; null: the model's.")
+    timeout_s: Seconds = Field(default=240, description="Longest wait for the server's completions of one step.")
+
+
 class TrainConfig(_Section):
     """How the run continues after the placement."""
 
@@ -245,8 +268,37 @@ class TrainConfig(_Section):
     lora_dropout: Share = Field(default=0.0, description="Dropout before A.")
     save_steps: Count = Field(default=10, description="Steps between checkpoints.")
     seed: NumpySeed = Field(default=0, description="Seed of adapters, data order and dropout.")
-    engine: Annotated[str, NameOf(EXTERNAL_ENGINES, also=("auto", "trl"))] = Field(
-        default="auto", description="GRPO engine: trl in these ranks, or one that runs by itself."
+    engine: Annotated[str, NameOf(EXTERNAL_ENGINES, also=("auto", "plop", "trl"))] = Field(
+        default="auto",
+        description="GRPO engine: plop or trl in these ranks, or one that runs by itself; auto: trl in one process and "
+        "with ZeRO, plop elsewhere.",
+    )
+    sampler: Annotated[str, NameOf(SAMPLERS, also=("auto",))] = Field(
+        default="auto",
+        description="GRPO, engines plop and trl: who writes the completions; model: the one being trained; auto: vllm "
+        "where train.vllm.url is given, else model.",
+    )
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"] = Field(
+        default="dapo", description="GRPO: the loss, by TRL's names."
+    )
+    num_iterations: Count = Field(default=1, description="GRPO: optimizer steps on the same completions.")
+    beta: PositiveOrZero = Field(default=0.0, description="GRPO: weight of the KL to the model without adapters.")
+    epsilon: Positive = Field(default=0.2, description="GRPO: how far below 1 the ratio to the old policy counts.")
+    epsilon_high: Positive | None = Field(
+        default=None, description="GRPO: how far above 1 it counts (cispo: the bound itself); null: epsilon."
+    )
+    importance_sampling_level: Literal["token", "sequence"] = Field(
+        default="token", description="GRPO: the ratio of each token, or of the whole completion (GSPO)."
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        default="group", description="GRPO: whose standard deviation divides the advantages."
+    )
+    reward_weights: list[Real] | None = Field(default=None, description="GRPO: a weight for each reward; null: all 1.")
+    reward_timeout_s: Seconds = Field(default=60, description="GRPO: longest time for one reward in one step.")
+    engine_python: Location | None = Field(
+        default=None,
+        min_length=1,
+        description="Python of the environment in which that engine is installed; null: this one.",
     )
     rewards: list[Annotated[str, NameOrFunction(REWARDS)]] = Field(
         default=["builtin:number"],
@@ -256,11 +308,19 @@ class TrainConfig(_Section):
     num_generations: CountOfSeveral = Field(default=4, description="GRPO: completions per prompt.")
     max_completion_length: Count = Field(default=64, description="GRPO: longest completion, in tokens.")
     temperature: Positive = Field(default=1.0, description="GRPO: sampling temperature.")
-    use_vllm: bool = Field(default=False, description="GRPO: generate with vLLM (GPU only).")
+    vllm: VLLMConfig = Field(default_factory=VLLMConfig, description="GRPO: where vLLM writes the completions.")
     track_nfn_every: Count | None = Field(default=None, description="Score the adapted model every N steps.")
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         default=[], description="Besides console and JSONL."
     )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Finished stages and checkpoints from before there were these keys stay as they are.
+        tree, fields = handler(self), type(self).model_fields
+        defaults = {key: fields[key].get_default(call_default_factory=True) for key in _LATER_TRAIN}
+        defaults["vllm"] = defaults["vllm"].model_dump(mode="json")
+        return {key: value for key, value in tree.items() if key not in _LATER_TRAIN or value != defaults[key]}
 
 
 class ExportConfig(_Section):
@@ -305,8 +365,19 @@ class ClusterConfig(_Section):
     num_workers: Count | None = Field(default=None, description="Ranks; default and expectation: tp * pp * dp * cp.")
     gpus_per_worker: AmountOrAuto = Field(default="auto", description="auto: 1 where the cluster has GPUs.")
     cpus_per_worker: Amount = Field(default=1, description="CPU cores per rank.")
+    gpus_per_node: Count | None = Field(
+        default=None,
+        description="GPUs of each node, for an engine that runs by itself; null: as many as ranks lie on one.",
+    )
     max_failures: CountOrZero = Field(default=1, description="Restarts of the workers before the run fails.")
     timeout_s: Seconds = Field(default=600, description="Longest wait in one collective, in seconds.")
+    start_timeout_s: Seconds = Field(
+        default=600,
+        description="Longest wait for free resources at each start, and for an extension's build, in seconds.",
+    )
+    env: list[str] = Field(
+        default=[], description="Names of further environment variables that the workers get from here."
+    )
 
 
 class Config(_Section):

@@ -12,13 +12,23 @@ from plop_dist.choose.policy import policy_of
 from plop_dist.config.schema import Config
 from plop_dist.costs.possible import Possible, possible_placements
 from plop_dist.data.images import has_images
-from plop_dist.errors import ConfigError, DataError, ExportError, ModelError, PlacementError, PlopError, RankError
+from plop_dist.errors import (
+    ConfigError,
+    DataError,
+    ExportError,
+    LayoutError,
+    ModelError,
+    PlacementError,
+    PlopError,
+    RankError,
+    UserError,
+)
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.registry import BACKENDS, load
 from plop_dist.rundir.stages import Stages
 from plop_dist.training.data import encode, split_rows
 from plop_dist.training.image_data import check_keys
-from plop_dist.training.train import check_task
+from plop_dist.training.train import check_task, check_trainable
 from plop_dist.values.adapter_ranks import oversized_ranks
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModelInfo, Projection
@@ -163,7 +173,13 @@ def _judge_training_rows(
     config: Config, tokenizer: object, model: ModelInfo, projections: Sequence[Projection], problems: list[str]
 ) -> None:
     others = [path for path in (config.train.data_path, config.train.eval_path) if path is not None]
-    if config.train.method == "none" or any(map(is_on_hub, others)):
+    if config.train.method == "none":
+        return
+    try:
+        check_trainable(config)
+    except UserError as error:
+        problems.append(str(error))
+    if any(map(is_on_hub, others)):
         return
     try:
         check_task(config, model, projections if config.placement.experts else ())
@@ -174,7 +190,7 @@ def _judge_training_rows(
         if tokenizer is not None and config.train.method == "sft":
             encode(rows, config.train, tokenizer)
             encode(held_out, config.train, tokenizer)
-    except (DataError, ConfigError) as error:
+    except (DataError, ConfigError, LayoutError) as error:
         problems.append(str(error))
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from plop_dist.backends.hf.model import is_packed
+from plop_dist.training.logits import IGNORED, Batch, Objective, Read, WholeLogits
 
 # input_ids, attention_mask, labels, position_ids: (batch, sequence) int64; what else the model reads, of any shape
-Batch = dict[str, Tensor]
+__all__ = ["IGNORED", "Batch"]
 _OWN = ("input_ids", "attention_mask", "labels", "position_ids")
-IGNORED = -100  # the label that the loss skips
+# What an objective reads besides labels, (batch, sequence) float32: see grpo/loss.py
+OBJECTIVE_KEYS = ("weights", "advantages", "old", "reference", "importance")
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     Packed rows go without a mask: only then transformers keeps samples apart, by their position_ids. Padding, always on
     the right, is out of the real tokens' sight even so. Beside images the model finds the positions by itself.
     """
-    further = {name: value for name, value in batch.items() if name not in _OWN}
+    further = {name: value for name, value in batch.items() if name not in (*_OWN, *OBJECTIVE_KEYS)}
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False, **further}
     if not further:
         inputs["position_ids"] = batch["position_ids"]
@@ -48,9 +50,15 @@ def row_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(predictions, labels[:, 1:], ignore_index=IGNORED, reduction="none").sum(dim=1)
 
 
-def batch_loss(model: Callable[..., Any], batch: Batch) -> Tensor:
-    """Return sum_token_losses of what a model answers that is called as transformers' are."""
-    return sum_token_losses(model(**model_inputs(batch)).logits, batch["labels"])
+def batch_loss(model: Callable[..., Any], batch: Batch, objective: Objective | None = None) -> Tensor:
+    """Return the summed loss of what a model answers that is called as transformers' are; None: sum_token_losses."""
+    logits = model(**model_inputs(batch)).logits
+    return sum_token_losses(logits, batch["labels"]) if objective is None else objective(WholeLogits(logits), batch)
+
+
+def read_batch(model: Callable[..., Any], batch: Batch, read: Read) -> Tensor:
+    """Return what is read of the logits that such a model answers."""
+    return read(WholeLogits(model(**model_inputs(batch)).logits), batch)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from plop_dist import ranks
 from plop_dist.checkpoints.resumable import check_resumable
@@ -25,6 +24,7 @@ from plop_dist.values.placement import Placement
 
 WITHOUT_IT = "training goes on from an earlier checkpoint, or begins anew where there is none."
 _KEPT = 2
+_WITHOUT_EFFECT = {"save_steps", "loggers", "track_nfn_every", "reward_timeout_s", "vllm"}
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Checkpoints:
         for target, mark in reversed(ranks.agree(self._complete)):
             ranks.agree(partial(check_resumable, Path(target)))
             state = _read(Path(target) / _file_name())
-            damaged = [rank for rank, is_read in enumerate(_on_all_ranks(state is not None)) if not is_read]
+            damaged = [rank for rank, is_read in enumerate(ranks.gathered(state is not None)) if not is_read]
             if not damaged and state is not None:
                 return mark["step"], state, mark["progress"]
             if ranks.rank() == 0:
@@ -91,10 +91,12 @@ def fingerprint(config: Config, placement: Placement) -> str:
         "data": config.data.model_dump(mode="json"),
         "files": input_files(config),
         "parallel": config.parallel.model_dump(mode="json"),
-        "train": config.train.model_dump(mode="json", exclude={"save_steps", "loggers", "track_nfn_every"}),
+        "train": config.train.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
         "widen": config.export.widen,
         "placement": [placement.modules, placement.rank, placement.alpha, placement.rank_pattern],
     }
+    if config.train.vllm.url is not None:  # where a server is does not matter, but that one samples does
+        parts["sampler"] = "vllm"
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -107,11 +109,3 @@ def _read(path: Path) -> dict[str, Any] | None:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises whatever the damaged bytes lead it to
         return None
-
-
-def _on_all_ranks(value: bool) -> list[bool]:
-    if not dist.is_initialized():
-        return [value]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value)
-    return every

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from plop_dist.config.schema import Config
 from plop_dist.measure.protocols import ScorableModel
 from plop_dist.training.adapters.shards import AdapterShard
 from plop_dist.training.batch import Batch
+from plop_dist.training.logits import Objective, Read
 from plop_dist.values.placement import Placement
 
 Log = Callable[[dict[str, Any]], None]  # takes one entry per step, see log.TrainingLog
@@ -130,4 +131,29 @@ class Engine(Evaluating, Protocol):
 
     def close(self) -> None:
         """Give back hooks and buffers that outlive the engine otherwise, and leave the base model without adapters."""
+        ...
+
+
+class RewardedEngine(Engine, Protocol):
+    """An Engine that also trains for reward: other losses, and completions that the model itself writes."""
+
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        num_targets: int,
+        learning_rate: float,
+        objective: Objective | None = None,
+    ) -> tuple[float, float]:
+        """Do as Engine.step does, with another loss of each micro-batch than the cross entropy of its labels."""
+        ...
+
+    def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """Return what is read of each micro-batch's logits, without gradients or dropout, on every rank of the replica.
+
+        Every replica passes the same number of micro-batches.
+        """
+        ...
+
+    def generating(self) -> Any | None:
+        """Return the adapted model in eval mode, where transformers' generate can run it; None where it cannot."""
         ...

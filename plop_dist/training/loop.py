@@ -15,12 +15,15 @@ import torch
 
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config, TrainConfig
+from plop_dist.errors import ConfigError
+from plop_dist.registry import import_attribute
 from plop_dist.rundir.events import phase
 from plop_dist.rundir.layout import RunDir
 from plop_dist.training.batch import Batch, count_targets, to_device, without_targets
 from plop_dist.training.checkpoint import Checkpoints, fingerprint
 from plop_dist.training.data import TrainingData, count_rows
-from plop_dist.training.engine import Data, Engine, Evaluating, Log
+from plop_dist.training.engine import Data, Engine, Evaluating, Log, Stateful
+from plop_dist.training.grpo.checks import check_layout
 from plop_dist.training.stopping import stoppable
 from plop_dist.training.sums import sum_over
 from plop_dist.training.track import NfnTracker, with_head
@@ -31,18 +34,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepEngine:
-    """A training engine whose steps this loop drives: supervised fine-tuning.
+    """A training engine whose steps this loop drives: supervised fine-tuning, and GRPO where it says so.
 
-    open: makes the Engine of this layout. load: what of it does not depend on the placement, to be handed to `open`
-    as its last argument, time and again; without it every Engine loads the model anew. Collective over all ranks.
+    open: makes the Engine of this layout, for grpo a RewardedEngine. load: what of it does not depend on the placement,
+    to be handed to `open` as its last argument, time and again; without it every Engine loads the model anew.
+    Collective over all ranks.
     """
 
     open: Callable[..., Engine]
     load: Callable[[Config], Any] | None = None
     methods: tuple[str, ...] = ("sft",)
 
+    def check(self, config: Config) -> None:
+        """Raise ConfigError for what these loops do not train in a layout."""
+        if config.train.method == "grpo":
+            check_layout(config)
+
     def train(self, config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
-        """Train as run does. See TrainingEngine."""
+        """Train as run does, or as grpo/train.py does. See TrainingEngine."""
+        self.check(config)
+        if config.train.method == "grpo":
+            train = import_attribute("plop_dist.training.grpo.train:train", "train.method grpo")
+            return train(self.open, config, placement, log)
         if data is None:
             data = TrainingData(config, load_tokenizer(config.model))
         engine = self.open(config, placement)
@@ -65,39 +78,83 @@ def run(engine: Engine, data: Data, config: Config, placement: Placement, log: L
     Returns held_out_before and held_out_after (mean loss per target token), num_steps, the adapter's directory and
     what count_rows says. Collective over all ranks.
     """
-    train, directory = config.train, config.run_path / "train"
-    tracker = _tracker(engine, config, placement)
-    checkpoints = Checkpoints(directory / "checkpoints", fingerprint(config, placement))
-    last = checkpoints.load_last()
-    if last is None:
-        start, progress = 0, {"held_out_before": evaluate(engine, data.held_out)}
-        if tracker is not None:
-            log({"step": 0, "nfn": tracker.score()})
-    else:
-        start, state, progress = last
-        logger.info("training goes on from step %d of %d", start, train.max_steps)
-        engine.optimizer.load_state(state)
-    with stoppable(RunDir(config.run_dir)) as stopping:
-        for step in range(start, train.max_steps):
-            log(train_step(engine, data, train, step))
-            if tracker is not None and (step + 1) % (train.track_nfn_every or 1) == 0:
-                log({"step": step + 1, "nfn": tracker.score()})
-            is_last, is_asked = step + 1 == train.max_steps, stopping.is_asked(engine.device)
-            if (step + 1) % train.save_steps == 0 or is_last or is_asked:
-                checkpoints.save(step + 1, engine.optimizer.state(), progress)
-            if is_asked and not is_last:  # see stopping: the run ends by SystemExit
-                logger.info("training stopped after step %d of %d, with a checkpoint", step + 1, train.max_steps)
-                stopping.leave()
+    train = config.train
+
+    def begin() -> dict[str, Any]:
+        return {"held_out_before": evaluate(engine, data.held_out)}
+
+    def step(number: int) -> dict[str, Any]:
+        return train_step(engine, data, train, number)
+
+    progress = run_steps(engine, engine.optimizer, begin, step, config, placement, log)
     held_out_after = evaluate(engine, data.held_out)
-    phase("saving the adapter")
-    engine.save_adapter(directory / "adapter")
     return {
         "held_out_before": progress["held_out_before"],
         "held_out_after": held_out_after,
         "num_steps": train.max_steps,
         **count_rows(data, config, train.max_steps),
-        "adapter": str(directory / "adapter"),
+        "adapter": save_adapter(engine, config),
     }
+
+
+def run_steps(
+    engine: Engine,
+    stateful: Stateful,
+    begin: Callable[[], dict[str, Any]],
+    take_step: Callable[[int], dict[str, Any]],
+    config: Config,
+    placement: Placement,
+    log: Log,
+) -> dict[str, Any]:
+    """Take train.max_steps steps, from the last complete checkpoint if there is one; return what `begin` returned.
+
+    begin: what is noted before the first step, JSON values. take_step: runs a step, counted from 0, and returns its
+    entry for the log. stateful: what a checkpoint keeps of a rank. A StepRefusedError of a step leaves a checkpoint of
+    the steps before it. Collective over all ranks.
+    """
+    train = config.train
+    tracker = _tracker(engine, config, placement)
+    checkpoints = Checkpoints(config.run_path / "train" / "checkpoints", fingerprint(config, placement))
+    last = checkpoints.load_last()
+    if last is None:
+        start, progress = 0, begin()
+        if tracker is not None:
+            log({"step": 0, "nfn": tracker.score()})
+    else:
+        start, state, progress = last
+        logger.info("training goes on from step %d of %d", start, train.max_steps)
+        stateful.load_state(state)
+    saved = start
+    with stoppable(RunDir(config.run_dir)) as stopping:
+        for step in range(start, train.max_steps):
+            try:
+                log(take_step(step))
+            except StepRefusedError:
+                if step > saved:
+                    checkpoints.save(step, stateful.state(), progress)
+                raise
+            if tracker is not None and (step + 1) % (train.track_nfn_every or 1) == 0:
+                log({"step": step + 1, "nfn": tracker.score()})
+            is_last, is_asked = step + 1 == train.max_steps, stopping.is_asked(engine.device)
+            if (step + 1) % train.save_steps == 0 or is_last or is_asked:
+                checkpoints.save(step + 1, stateful.state(), progress)
+                saved = step + 1
+            if is_asked and not is_last:  # see stopping: the run ends by SystemExit
+                logger.info("training stopped after step %d of %d, with a checkpoint", step + 1, train.max_steps)
+                stopping.leave()
+    return progress
+
+
+class StepRefusedError(ConfigError):
+    """A step that could not be taken for a reason that is the user's to mend; raised on all ranks alike."""
+
+
+def save_adapter(engine: Engine, config: Config) -> str:
+    """Write the trained adapter into the run directory and return where it lies. Collective over all ranks."""
+    phase("saving the adapter")
+    directory = config.run_path / "train" / "adapter"
+    engine.save_adapter(directory)
+    return str(directory)
 
 
 def micro_batch_indices(step: int, accumulation: int, dp_rank: int, dp_size: int) -> range:
@@ -155,7 +212,7 @@ def learning_rate_at(train: TrainConfig, step: int) -> float:
 
 def train_step(engine: Engine, data: Data, train: TrainConfig, step: int) -> dict[str, Any]:
     """Run one optimizer step, counted from 0, and return its entry for the log. Collective over all ranks."""
-    _seed(train.seed, step, engine.dp_rank)
+    seed_dropout(train.seed, step, engine.dp_rank)
     began = time.perf_counter()
     indices = micro_batch_indices(step, train.gradient_accumulation_steps, engine.dp_rank, engine.dp_size)
     micro_batches = [to_device(data.micro_batch(index), engine.device) for index in indices]
@@ -181,7 +238,7 @@ def _tracker(engine: Engine, config: Config, placement: Placement) -> NfnTracker
     return NfnTracker(config, placement, tokenizer, tracked.model, engine.shards, tracked.modules)
 
 
-def _seed(seed: int, step: int, dp_rank: int) -> None:
+def seed_dropout(seed: int, step: int, dp_rank: int) -> None:
     """Key dropout by (seed, step, dp_rank): a resumed run draws the same masks without stored random state."""
     key = hashlib.sha256(f"dropout:{seed}:{step}:{dp_rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(key[:8], "little") >> 1)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 from plop_dist.data.texts import Row
 from plop_dist.errors import ConfigError, DataError, suggest
 from plop_dist.registry import REWARDS, load
+from plop_dist.training.engine import Log
+from plop_dist.training.reward_calls import checked
 
 # function(prompts, completions, **columns): one number, or None for "not rated", per completion
 Reward = Callable[..., Sequence[Any]]
@@ -54,10 +55,10 @@ def load_rewards(names: Sequence[str], rows: Sequence[Row], answer_field: str) -
     rewards: dict[str, Any] = {}
     for name in names:
         function: Any = _imported(name) if ":" in name and name not in REWARDS.own else load(REWARDS, name)
-        if not callable(function) or inspect.iscoroutinefunction(function):
+        if not callable(function):
             raise ConfigError(
-                f"train.rewards: '{name}' is not a plain function; expected function(prompts, completions, **columns) "
-                "that returns one number per completion."
+                f"train.rewards: '{name}' is not a function; expected function(prompts, completions, **columns), async "
+                "or not, that returns one number per completion."
             )
         if name == "builtin:number":
             _check_answers(rows, answer_field)
@@ -67,40 +68,30 @@ def load_rewards(names: Sequence[str], rows: Sequence[Row], answer_field: str) -
     return rewards
 
 
-def checked(name: str, reward: Reward) -> Callable[..., list[float | None]]:
-    """Return the reward with its result made sure of: one finite number or None for each completion.
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the columns that rewards are called with, in one order."""
+    return sorted({key for row in rows for key in row} - {"prompts", "completions"})
 
-    Raises ConfigError saying what the reward did instead.
-    """
 
-    def call(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
-        try:
-            returned = reward(prompts=prompts, completions=completions, **columns)
-        except (Exception, SystemExit) as error:  # a user's code raises whatever it likes
-            raise ConfigError(
-                f"train.rewards: '{name}' raised {type(error).__name__}: {error}; it is called with prompts, "
-                f"completions and {', '.join(columns)}, each a list: end its parameters with **columns."
-            ) from error
-        if isinstance(returned, str) or not isinstance(returned, Iterable):
-            raise ConfigError(
-                f"train.rewards: '{name}' returned a {type(returned).__name__}, expected a list: one number, or None, "
-                "for each completion."
-            )
-        values = list(returned)
-        if len(values) != len(completions):
-            raise ConfigError(
-                f"train.rewards: '{name}' returned {len(values)} values for {len(completions)} completions; return "
-                "one for each."
-            )
-        try:
-            numbers = [None if value is None else float(value) for value in values]
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"train.rewards: '{name}' returned something that is not a number: {error}.") from error
-        if any(number is not None and not math.isfinite(number) for number in numbers):
-            raise ConfigError(f"train.rewards: '{name}' returned {numbers}; every value must be finite, or None.")
-        return numbers
+class RewardHistory:
+    """A log that keeps every step's reward on the way to the run's own log."""
 
-    return call
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._rewards: list[float] = []
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        """Note the entry's reward, if any completion of the step was rated, and pass the entry on."""
+        if "reward" in entry:
+            self._rewards.append(entry["reward"])
+        self._log(entry)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the first and the last reward, and a note where there was none."""
+        if not self._rewards:
+            note = "train.rewards rated no completion: nothing was learned."
+            return {"note": note, "reward_first": None, "reward_last": None}
+        return {"reward_first": self._rewards[0], "reward_last": self._rewards[-1]}
 
 
 def compute_score(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,18 @@ def sum_over(group: dist.ProcessGroup | None, *values: float, device: torch.devi
     totals = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(totals, group=group)
     return totals.tolist()
+
+
+def from_last(group: dist.ProcessGroup | None, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return the tensors that the group's last rank has, on every rank of it. Collective over `group`; None: one rank.
+
+    The others need not know how many there are, nor their shapes.
+    """
+    if group is None:
+        return list(tensors)
+    sent: list[Any] = [[tensor.cpu() for tensor in tensors]]
+    dist.broadcast_object_list(sent, src=dist.get_process_group_ranks(group)[-1], group=group)
+    return [tensor.to(device) for tensor in sent[0]]
 
 
 def grad_norm(shards: Sequence[AdapterShard], device: torch.device, groups: Sequence[dist.ProcessGroup] = ()) -> float:

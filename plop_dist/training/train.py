@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError
@@ -12,6 +12,9 @@ from plop_dist.registry import BACKENDS, EXTERNAL_ENGINES, TRAINING_ENGINES, imp
 from plop_dist.training.engine import Data, Log, TrainingEngine
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModelInfo, Projection
+
+if TYPE_CHECKING:
+    from plop_dist.training.external.handover import HandedOver
 
 
 def train(config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
@@ -31,6 +34,14 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
             f"{', '.join(engine.methods)}; use one of these, or another layout."
         )
     return engine.train(config, placement, log, data)
+
+
+def check_trainable(config: Config) -> None:
+    """Raise UserError for what the training engine of a configuration does not train; reads and loads nothing."""
+    engine = load_engine(engine_name(config))
+    check = getattr(engine, "check", None)  # an engine of another package may do without
+    if check is not None:
+        check(config)
 
 
 def check_task(config: Config, model: ModelInfo, modules: Iterable[Projection]) -> None:
@@ -56,20 +67,37 @@ def check_task(config: Config, model: ModelInfo, modules: Iterable[Projection]) 
 def engine_name(config: Config) -> str:
     """Return the training engine of a configuration: a name in the registry, or an address "module:attribute".
 
-    For sft the backend's record says it of the layout. For grpo train.engine says it; auto: verl with Megatron, else
-    TRL. Raises ConfigError for TRL with Megatron.
+    The backend's record says it of the layout. For grpo train.engine may name another: TRL, plop in its place, or one
+    that runs by itself. Raises ConfigError for a layout that the named one does not train.
     """
-    is_megatron = config.parallel.backend == "megatron"
-    if config.train.method == "sft":
-        return load(BACKENDS, config.parallel.backend).training_engine(config)
-    if config.train.engine == "auto":
-        return "verl" if is_megatron else "trl"
-    if config.train.engine == "trl" and is_megatron:
+    parallel, wanted = config.parallel, config.train.engine
+    of_layout = load(BACKENDS, parallel.backend).training_engine(config)
+    if config.train.method == "sft" or wanted not in ("auto", "plop", "trl"):
+        return of_layout if config.train.method == "sft" else wanted
+    if of_layout is None:
         raise ConfigError(
-            "train.engine is 'trl', but parallel.backend is 'megatron', which TRL cannot train; use train.engine=verl "
-            "or nemo-rl, or parallel.backend=deepspeed."
+            f"train.method is grpo, but parallel.backend '{parallel.backend}' trains nothing in this layout; set "
+            "train.method=none, and train elsewhere with an export."
         )
-    return config.train.engine
+    if wanted == "trl" and of_layout != "trl":
+        raise ConfigError(
+            f"train.engine is 'trl', but parallel.backend is '{parallel.backend}' with tp {parallel.tp} and pp "
+            f"{parallel.pp}, which TRL cannot train; use train.engine=plop."
+        )
+    if wanted == "plop" and of_layout == "trl":
+        if parallel.zero_stage:
+            raise ConfigError(
+                f"train.engine is 'plop' with parallel.zero_stage {parallel.zero_stage}, at which only TRL "
+                "trains; use train.engine=trl, or zero_stage=0."
+            )
+        return "replicas"
+    return of_layout
+
+
+def external_engine(config: Config) -> HandedOver | None:
+    """Return what trains in a job of its own, or None where the ranks themselves train. Raises ConfigError."""
+    name = engine_name(config)
+    return load(EXTERNAL_ENGINES, name) if name in names(EXTERNAL_ENGINES) else None
 
 
 def load_engine(name: str) -> TrainingEngine:

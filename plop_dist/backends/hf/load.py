@@ -51,6 +51,25 @@ def load_tokenizer(model: ModelConfig) -> Any:
     return tokenizer
 
 
+def load_end_tokens(model: ModelConfig, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's, and those of the checkpoint's generation_config.json.
+
+    Raises ModelError for a file that cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    name = resolve(model.name_or_path)
+    with _explained(model, "generation_config.json"):
+        try:
+            found = GenerationConfig.from_pretrained(name).eos_token_id
+        except OSError:  # most base models have none
+            if Path(name, "generation_config.json").is_file():
+                raise
+            found = None
+    further = found if isinstance(found, list) else [found]
+    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *further) if token is not None))
+
+
 def _give_padding_token(tokenizer: Any) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)

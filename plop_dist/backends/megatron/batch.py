@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ IGNORED = -100  # as torch's cross entropy has it
 class Prepared:
     """A chunk's input. input_ids, position_ids, sample_ids: (b, s) int64; mask: (1 or b, 1, s, s), True = hidden.
 
-    labels: (b, s) int64, where the micro-batch had some.
+    labels: (b, s) int64, where the micro-batch had some. further: what a loss reads besides, (b, s) each.
     """
 
     input_ids: Tensor
@@ -29,6 +30,7 @@ class Prepared:
     sample_ids: Tensor
     mask: Tensor | None
     labels: Tensor | None = None
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Batching:
@@ -42,12 +44,19 @@ class Batching:
         self._with_mask = any(type(module).__name__ == "DotProductAttention" for module in chunk.modules())
         self._device = next(chunk.parameters()).device
 
-    def prepare(self, micro_batch: MicroBatch, labels: Tensor | None = None) -> Prepared:
-        """Return what a chunk is called with; labels, (b, s), move with the tokens. Raises as left_justify does."""
+    def prepare(
+        self, micro_batch: MicroBatch, labels: Tensor | None = None, further: Mapping[str, Tensor] | None = None
+    ) -> Prepared:
+        """Return what a chunk is called with; labels and further, (b, s), move with the tokens. Raises as left_justify.
+
+        further: 0 where there are no tokens; not dealt out to context-parallel ranks.
+        """
         place = self._place
         multiple = place.tp_size if place.is_sequence_parallel else 1
         multiple *= 2 * place.cp_size if place.cp_size > 1 else 1
-        prepared = left_justify(micro_batch, multiple, with_mask=self._with_mask, device=self._device, labels=labels)
+        prepared = left_justify(
+            micro_batch, multiple, with_mask=self._with_mask, device=self._device, labels=labels, further=further or {}
+        )
         return prepared if place.cp_size == 1 else context_share(prepared, place.cp_rank, place.cp_size)
 
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
@@ -66,7 +75,13 @@ class Batching:
 
 
 def left_justify(
-    micro_batch: MicroBatch, multiple: int, *, with_mask: bool, device: torch.device, labels: Tensor | None = None
+    micro_batch: MicroBatch,
+    multiple: int,
+    *,
+    with_mask: bool,
+    device: torch.device,
+    labels: Tensor | None = None,
+    further: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Prepared:
     """Return the micro-batch with every row's padding moved behind its real tokens, s rounded up to `multiple`.
 
@@ -101,7 +116,8 @@ def left_justify(
     if segment is not None:
         places = arrange(micro_batch.position_ids, 0)  # type: ignore[arg-type]
     moved = None if labels is None else arrange(labels, IGNORED).where(real, IGNORED)
-    return Prepared(input_ids, places.contiguous(), sample_ids, mask, moved)
+    besides = {name: arrange(tensor, 0) for name, tensor in further.items()}
+    return Prepared(input_ids, places.contiguous(), sample_ids, mask, moved, besides)
 
 
 def _segments(micro_batch: MicroBatch, arrange: Callable[[Tensor, int], Tensor], real: Tensor) -> Tensor | None:

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from plop_dist.backends.deepspeed.autotp import scorable
 from plop_dist.backends.hf.load import load_model, meta_model
 from plop_dist.config.schema import Config
+from plop_dist.training.adapters.placed import lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
 from plop_dist.training.adapters.shards import remove_wrapped
 from plop_dist.training.adapters.tensor_parallel import TensorParallelLoRA, add_adapters
-from plop_dist.training.batch import Batch, batch_loss, row_losses
+from plop_dist.training.batch import Batch, batch_loss, read_batch, row_losses
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.deepspeed import deepspeed_config, initialize, training_engine
+from plop_dist.training.logits import Objective, Read
 from plop_dist.training.loop import StepEngine
 from plop_dist.training.sums import grad_norm
 from plop_dist.values.placement import Placement
@@ -34,14 +36,20 @@ class AutoTPEngine:
         # The adapters are sized by AutoTP's shards, and the optimizer by the adapters: hence two engines in a row.
         module = load(config) if base is None else base
         tp_group: Any = groups.get_tensor_model_parallel_group()
-        self.shards = add_adapters(module, placement, config.train, tp_group)
+        self.shards = add_adapters(module, placement, lora_config(placement, config), tp_group, seed=config.train.seed)
         self._engine, self.optimizer = training_engine(module, self.shards, config, mpu=groups)
         dp_group: Any = groups.get_data_parallel_group()
         self.dp_group: dist.ProcessGroup | None = dp_group
         self.dp_rank, self.dp_size = dist.get_rank(dp_group), dist.get_world_size(dp_group)
         self.device: torch.device = self._engine.device
 
-    def step(self, micro_batches: Sequence[Batch], num_targets: int, learning_rate: float) -> tuple[float, float]:
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        num_targets: int,
+        learning_rate: float,
+        objective: Objective | None = None,
+    ) -> tuple[float, float]:
         """Run one optimizer step. See Engine."""
         self.optimizer.set_learning_rate(learning_rate)
         self._engine.train()
@@ -49,7 +57,7 @@ class AutoTPEngine:
         # DeepSpeed averages over micro-batches and replicas; the loss is a mean over tokens.
         scale = len(micro_batches) * self.dp_size / num_targets
         for batch in micro_batches:
-            loss = batch_loss(self._engine, batch)
+            loss = batch_loss(self._engine, batch, objective)
             total += float(loss.detach())
             self._engine.backward(loss * scale)
             if self._engine.is_gradient_accumulation_boundary() and not self._config.parallel.zero_stage:
@@ -63,6 +71,17 @@ class AutoTPEngine:
         """Return each row's loss without gradients. See Engine."""
         self._engine.eval()
         return row_losses(self._engine, micro_batches)
+
+    @torch.no_grad()
+    def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """Return what is read of each micro-batch's logits. See RewardedEngine."""
+        self._engine.eval()
+        return [read_batch(self._engine, batch, read) for batch in micro_batches]
+
+    def generating(self) -> Any:
+        """Return the sharded model: every rank of a replica has its logits whole. See RewardedEngine."""
+        self._engine.eval()
+        return self._engine.module
 
     def tracked(self, with_head: bool) -> Tracked:
         """Return the adapted model for scoring. See Engine."""
@@ -91,4 +110,4 @@ def load(config: Config) -> nn.Module:
     return module
 
 
-ENGINE = StepEngine(AutoTPEngine, load)
+ENGINE = StepEngine(AutoTPEngine, load, methods=("sft", "grpo"))

@@ -1,6 +1,7 @@
 """Training in whole replicas, step by step: one process, data-parallel ranks, DeepSpeed's ZeRO at any stage.
 
-`run` trains these layouts with TRL, which brings a loop of its own; comparisons drive the steps themselves.
+`run` trains these layouts with TRL, which brings a loop of its own, but for GRPO in one process or plain data
+parallelism with train.engine plop; comparisons drive the steps themselves.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from plop_dist.backends.hf.load import load_model, meta_model
 from plop_dist.backends.hf.model import pick_device
@@ -21,10 +23,11 @@ from plop_dist.training.adapters.initial import set_initial
 from plop_dist.training.adapters.placed import check_complete, lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
 from plop_dist.training.adapters.shards import peft_shards, remove_peft
-from plop_dist.training.batch import Batch, batch_loss, row_losses
+from plop_dist.training.batch import Batch, batch_loss, read_batch, row_losses
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.deepspeed import DeepSpeedOptimizer, training_engine
 from plop_dist.training.engines.optimizer import AdapterOptimizer
+from plop_dist.training.logits import Objective, Read
 from plop_dist.training.loop import StepEngine
 from plop_dist.training.sums import grad_norm
 from plop_dist.values.placement import Placement
@@ -58,24 +61,40 @@ class ReplicaEngine:
         else:
             self.optimizer = AdapterOptimizer(self.shards, config.train, self.dp_group)
 
-    def step(self, micro_batches: Sequence[Batch], num_targets: int, learning_rate: float) -> tuple[float, float]:
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        num_targets: int,
+        learning_rate: float,
+        objective: Objective | None = None,
+    ) -> tuple[float, float]:
         """Run one optimizer step. See Engine."""
         if self._engine is not None:
-            return self._deepspeed_step(micro_batches, num_targets, learning_rate)
+            return self._deepspeed_step(micro_batches, num_targets, learning_rate, objective)
         assert isinstance(self.optimizer, AdapterOptimizer)
         self._model.train()
         total = 0.0
         for batch in micro_batches:
-            loss = batch_loss(self._model, batch)
+            loss = batch_loss(self._model, batch, objective)
             (loss / num_targets).backward()
             total += float(loss.detach())
         return total, self.optimizer.step(learning_rate, self.device)
 
     def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
         """Return each row's loss without gradients. See Engine."""
-        model = self._model if self._engine is None else self._engine
-        model.eval()
-        return row_losses(model, micro_batches)
+        return row_losses(self._evaluated(), micro_batches)
+
+    @torch.no_grad()
+    def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """Return what is read of each micro-batch's logits. See RewardedEngine."""
+        model = self._evaluated()
+        return [read_batch(model, batch, read) for batch in micro_batches]
+
+    def generating(self) -> Any:
+        """Return the model, which generates by itself; not where its weights are partitioned. See RewardedEngine."""
+        if self._engine is not None:
+            return None
+        return self._evaluated()
 
     def tracked(self, with_head: bool) -> Tracked:
         """Return the model as it trains for scoring. See Engine."""
@@ -91,8 +110,13 @@ class ReplicaEngine:
             self._engine.destroy()
         remove_peft(self._base)
 
+    def _evaluated(self) -> Any:
+        model = self._model if self._engine is None else self._engine
+        model.eval()
+        return model
+
     def _deepspeed_step(
-        self, micro_batches: Sequence[Batch], num_targets: int, learning_rate: float
+        self, micro_batches: Sequence[Batch], num_targets: int, learning_rate: float, objective: Objective | None
     ) -> tuple[float, float]:
         assert isinstance(self.optimizer, DeepSpeedOptimizer)
         self.optimizer.set_learning_rate(learning_rate)
@@ -102,7 +126,7 @@ class ReplicaEngine:
         scale = len(micro_batches) * self.dp_size / num_targets
         stage = self._config.parallel.zero_stage
         for batch in micro_batches:
-            loss = batch_loss(self._engine, batch)
+            loss = batch_loss(self._engine, batch, objective)
             total += float(loss.detach())
             self._engine.backward(loss * scale)
             if not stage and self._engine.is_gradient_accumulation_boundary():
@@ -135,4 +159,4 @@ def _partitioned(config: Config) -> nn.Module:
     return model
 
 
-ENGINE = StepEngine(ReplicaEngine, load)
+ENGINE = StepEngine(ReplicaEngine, load, methods=("sft", "grpo"))

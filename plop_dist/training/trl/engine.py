@@ -9,6 +9,7 @@ from typing import Any
 from plop_dist.config.schema import Config
 from plop_dist.registry import TRAINING_ENGINES, import_attribute, load
 from plop_dist.training.engine import Data, Engine, Log
+from plop_dist.training.grpo.checks import check_trl
 from plop_dist.values.placement import Placement
 
 
@@ -17,6 +18,11 @@ class TRLEngine:
     """SFTTrainer and GRPOTrainer, each imported when it is to train."""
 
     methods: tuple[str, ...] = ("sft", "grpo")
+
+    def check(self, config: Config) -> None:
+        """Raise UserError for what TRL's trainer of train.method cannot do."""
+        if config.train.method == "grpo":
+            check_trl(config)
 
     def train(self, config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
         """Train with TRL's trainer of train.method. See TrainingEngine."""

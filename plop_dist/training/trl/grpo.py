@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]  # TRL exports them lazily
 
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
-from plop_dist.data.texts import Row
-from plop_dist.errors import ConfigError, MissingExtraError
 from plop_dist.training import rewards
-from plop_dist.training.data import prompts_of, split_rows
+from plop_dist.training.data import RowSet, prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
+from plop_dist.training.grpo.checks import check_trl, sampler_name
+from plop_dist.training.reward_calls import checked
 from plop_dist.training.trl.callbacks import LogCallback
 from plop_dist.training.trl.checkpoints import finish, last_checkpoint
 from plop_dist.training.trl.setup import adapted_model, adapters_kept, trainer_arguments
@@ -32,15 +30,16 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     Prompts and rewards are those of the configured rows. Collective over all ranks.
     """
     assert data is None, "data holds micro-batches with labels, and GRPO reads rows"
-    check(config)
+    check_trl(config)
     settings = config.train
     row_set, _ = split_rows(config)
-    functions = trl_rewards(row_set.rows, rewards.load_rewards(settings.rewards, row_set.rows, settings.answer_field))
+    own = rewards.load_rewards(settings.rewards, row_set.rows, settings.answer_field)
+    functions = trl_rewards(row_set, own, settings.reward_timeout_s)
     tokenizer = load_tokenizer(config.model)
     prompts = prompts_of(row_set, settings, tokenizer)
     resume = last_checkpoint(config, placement)
     arguments = _arguments(config)
-    history = RewardHistory(log)
+    history = rewards.RewardHistory(log)
     model = adapted_model(config, placement)
     with adapters_kept(model):
         trainer = GRPOTrainer(
@@ -57,64 +56,22 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     return {**history.summary(), "num_steps": trainer.state.global_step, "adapter": str(adapter)}
 
 
-def check(config: Config) -> None:
-    """Raise UserError for what TRL's GRPO cannot do, before any weight is loaded."""
-    train, parallel = config.train, config.parallel
-    if parallel.tp > 1 or parallel.pp > 1:
-        raise ConfigError(
-            f"train.method is 'grpo' with parallel.tp {parallel.tp} and parallel.pp {parallel.pp}; TRL trains replicas "
-            "only: use parallel.backend=deepspeed with dp and zero_stage, or parallel.backend=megatron with verl."
-        )
-    if train.packing:
-        raise ConfigError("train.packing is true with train.method grpo, which has nothing to pack; set it to false.")
-    per_step = train.micro_batch_size * train.gradient_accumulation_steps * parallel.dp
-    if per_step % train.num_generations:
-        raise ConfigError(
-            f"train.micro_batch_size * gradient_accumulation_steps * parallel.dp = {per_step} completions per step, "
-            f"which train.num_generations = {train.num_generations} does not divide; change one of them."
-        )
-    if train.use_vllm and not torch.cuda.is_available():
-        raise ConfigError("train.use_vllm is true, but there is no GPU, which vLLM needs; set train.use_vllm=false.")
-    if train.use_vllm and importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError("train.use_vllm needs the package 'vllm', which is not installed: pip install vllm")
-
-
-def trl_rewards(rows: Sequence[Row], own: Mapping[str, rewards.Reward]) -> list[Any]:
+def trl_rewards(row_set: RowSet, own: Mapping[str, rewards.Reward], timeout_s: float | None = None) -> list[Any]:
     """Return the rewards as TRL calls them: it hands over the rows' indices, they see the rows' columns."""
-    columns = sorted({key for row in rows for key in row} - {"prompts", "completions"})
+    rows, columns = row_set.rows, rewards.columns_of(row_set.rows)
 
     def adapt(name: str, reward: rewards.Reward) -> Callable[..., list[float | None]]:
-        call = rewards.checked(name, reward)
+        call = checked(name, reward, timeout_s)
 
         def on_rows(prompts: Sequence[str], completions: Sequence[str], **given: Any) -> list[float | None]:
             chosen = [rows[index] for index in given[_ROW]]
-            return call(prompts, completions, **{key: [row.get(key) for row in chosen] for key in columns})
+            numbers = [row_set.first + index for index in given[_ROW]]
+            return call(prompts, completions, numbers, **{key: [row.get(key) for row in chosen] for key in columns})
 
         on_rows.__name__ = name
         return on_rows
 
     return [adapt(name, reward) for name, reward in own.items()]
-
-
-class RewardHistory:
-    """A log that keeps every step's reward on the way to the run's own log."""
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-        self._rewards: list[float] = []
-
-    def __call__(self, entry: dict[str, Any]) -> None:
-        """Note the entry's reward, if any completion of the step was rated, and pass the entry on."""
-        if "reward" in entry:
-            self._rewards.append(entry["reward"])
-        self._log(entry)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the first and the last reward, and a note where there was none."""
-        if not self._rewards:
-            note = "train.rewards rated no completion: nothing was learned."
-            return {"note": note, "reward_first": None, "reward_last": None}
-        return {"reward_first": self._rewards[0], "reward_last": self._rewards[-1]}
 
 
 def _arguments(config: Config) -> GRPOConfig:
@@ -124,8 +81,23 @@ def _arguments(config: Config) -> GRPOConfig:
         "num_generations": train.num_generations,
         "max_completion_length": train.max_completion_length,
         "temperature": train.temperature,
-        "use_vllm": train.use_vllm,
+        "loss_type": train.loss_type,
+        "num_iterations": train.num_iterations,
+        "beta": train.beta,
+        "epsilon": train.epsilon,
+        "epsilon_high": train.epsilon_high,
+        "importance_sampling_level": train.importance_sampling_level,
+        "scale_rewards": train.scale_rewards,
+        "reward_weights": train.reward_weights,
     }
-    if train.use_vllm:
-        arguments["vllm_mode"] = "colocate"
+    if sampler_name(config) == "vllm":
+        arguments |= {
+            "use_vllm": True,
+            "vllm_mode": train.vllm.mode,
+            "vllm_server_base_url": train.vllm.url,
+            "vllm_server_timeout": train.vllm.timeout_s,
+            "vllm_tensor_parallel_size": train.vllm.tensor_parallel_size,
+            "vllm_gpu_memory_utilization": train.vllm.gpu_memory_utilization,
+            "vllm_max_model_length": train.vllm.max_model_len,
+        }
     return GRPOConfig(**arguments)

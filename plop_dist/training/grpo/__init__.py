@@ -1,0 +1,1 @@
+"""Group relative policy optimisation, step by step, on the engines that train adapters in sharded layouts."""

@@ -1,0 +1,152 @@
+"""What GRPO differentiates: each token's loss by loss type, the KL, and the weight with which tokens add up.
+
+As TRL 1.16 computes them (GRPOTrainer._compute_loss); the loss types carry its names.
+"""
+
+# b completions, s tokens of the longest row; a (b, s) tensor stands at the token before the one that it is about
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plop_dist.config.schema import TrainConfig
+from plop_dist.training.logits import Batch, Logits, next_tokens
+
+# TRL's defaults, which its papers give
+_SAPO_TEMPERATURE = {True: 1.0, False: 1.05}  # by whether the advantage is positive
+_VESPO_K = {True: 2.0, False: 3.0}
+_VESPO_LAMBDA = {True: 3.0, False: 2.0}
+_LOWEST_LOG, _HIGHEST_LOG = math.log(1e-8), 20.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a token's loss is made of, (b, s) each; with sequence-level importance `ratio` is (b, 1).
+
+    ratio: pi / pi_old, differentiable. log_ratio: its logarithm per token. log_probabilities: of pi. advantages: of
+    each token's completion. mask: 1 at the completions' tokens. importance: pi_old / pi_sampler, where they differ.
+    """
+
+    ratio: Tensor
+    log_ratio: Tensor
+    log_probabilities: Tensor
+    advantages: Tensor
+    mask: Tensor
+    importance: Tensor | None
+    epsilon_low: float
+    epsilon_high: float
+
+
+class GRPOObjective:
+    """The Objective of a GRPO step, over micro-batches as rollout.collate makes them."""
+
+    def __init__(self, train: TrainConfig) -> None:
+        self._train = train
+        self._token_loss, self._corrects = LOSSES[train.loss_type]
+
+    def __call__(self, logits: Logits, batch: Batch) -> Tensor:
+        """Return the weighted sum of the completions' token losses."""
+        log_probabilities = logits.log_probabilities(next_tokens(batch["labels"]), self._train.temperature)
+        return self.of(log_probabilities, batch)
+
+    def of(self, log_probabilities: Tensor, batch: Batch) -> Tensor:
+        """Return the same of the trained model's log-probabilities, (b, s)."""
+        train, mask = self._train, (batch["weights"] > 0).float()
+        old = batch.get("old", log_probabilities.detach())
+        log_ratio = log_probabilities - old
+        exponent = log_ratio
+        if train.importance_sampling_level == "sequence":
+            exponent = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
+        high = train.epsilon if train.epsilon_high is None else train.epsilon_high
+        importance = batch.get("importance")
+        terms = Terms(
+            torch.exp(exponent),
+            log_ratio,
+            log_probabilities,
+            batch["advantages"],
+            mask,
+            importance,
+            train.epsilon,
+            high,
+        )
+        losses = self._token_loss(terms)
+        if importance is not None and self._corrects:
+            losses = losses * importance
+        if "reference" in batch:
+            # Times the ratio, its gradient is that of the reverse KL (TRL's use_bias_correction_kl).
+            losses = losses + train.beta * divergence(batch["reference"] - log_probabilities) * terms.ratio
+        return (losses * batch["weights"]).sum()
+
+
+def divergence(difference: Tensor) -> Tensor:
+    """Return the estimate of KL(pi, pi_ref) per token from log pi_ref - log pi: exp(d) - d - 1."""
+    return torch.exp(difference) - difference - 1
+
+
+def _clipped(terms: Terms) -> Tensor:
+    bounded = terms.ratio.clamp(1 - terms.epsilon_low, 1 + terms.epsilon_high)
+    return -torch.min(terms.ratio * terms.advantages, bounded * terms.advantages)
+
+
+def _cispo(terms: Terms) -> Tensor:
+    return -terms.ratio.clamp(max=terms.epsilon_high).detach() * terms.advantages * terms.log_probabilities
+
+
+def _sapo(terms: Terms) -> Tensor:
+    temperature = torch.where(terms.advantages > 0, _SAPO_TEMPERATURE[True], _SAPO_TEMPERATURE[False])
+    return -torch.sigmoid(temperature * (terms.ratio - 1)) * 4 / temperature * terms.advantages
+
+
+def _vespo(terms: Terms) -> Tensor:
+    """Return -phi(w) A log pi, where w is the sequence's ratio and log phi(w) = lambda + k log w - lambda w."""
+    with torch.no_grad():
+        log_w = (terms.log_ratio.clamp(-_HIGHEST_LOG, _HIGHEST_LOG) * terms.mask).sum(-1, keepdim=True)
+        if terms.importance is not None:
+            log_w = log_w + terms.importance.log().clamp(_LOWEST_LOG, _HIGHEST_LOG).sum(-1, keepdim=True)
+        log_w = log_w.clamp(_LOWEST_LOG, _HIGHEST_LOG)
+        is_good = terms.advantages >= 0
+        k = torch.where(is_good, _VESPO_K[True], _VESPO_K[False])
+        decay = torch.where(is_good, _VESPO_LAMBDA[True], _VESPO_LAMBDA[False])
+        phi = torch.exp(decay + k * log_w - decay * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return -phi * terms.advantages * terms.log_probabilities
+
+
+# name -> the token's loss, and whether the sampler's importance weights multiply it (VESPO's own weight has them)
+LOSSES: dict[str, tuple[Callable[[Terms], Tensor], bool]] = {
+    "grpo": (_clipped, True),
+    "bnpo": (_clipped, True),
+    "dr_grpo": (_clipped, True),
+    "dapo": (_clipped, True),
+    "luspo": (_clipped, True),
+    "cispo": (_cispo, True),
+    "sapo": (_sapo, True),
+    "vespo": (_vespo, False),
+}
+
+
+def token_weights(train: TrainConfig, mask_bs: Tensor, num_micro_batches: int, num_tokens: int) -> Tensor:
+    """Return by how much each token of a micro-batch counts in a step's loss, (b, s); 0 outside the completions.
+
+    num_micro_batches, num_tokens: of the whole step, over all replicas; tokens of completions. By loss type a mean over
+    completions of means over tokens (grpo, sapo) or of sums (luspo), a mean over the tokens of the micro-batch (bnpo)
+    or of the step (dapo, cispo, vespo), or a sum over a constant (dr_grpo).
+    """
+    num_rows = len(mask_bs) * num_micro_batches
+    divisor: float | Tensor
+    match train.loss_type:
+        case "grpo" | "sapo":
+            divisor = mask_bs.sum(-1, keepdim=True).clamp(min=1) * num_rows
+        case "luspo":
+            divisor = num_rows
+        case "bnpo":
+            divisor = max(float(mask_bs.sum()), 1.0) * num_micro_batches
+        case "dr_grpo":
+            divisor = num_rows * train.max_completion_length
+        case _:
+            divisor = max(num_tokens, 1)
+    return mask_bs.float() / divisor
