@@ -39,11 +39,11 @@ class ReplicaEngine:
     def __init__(self, config: Config, placement: Placement, base: nn.Module | None = None):
         from peft import get_peft_model
 
-        if any(module.storage != "linear" for module in placement.chosen):
+        shared = next((one for one in placement.chosen if one.storage not in ("linear", "conv1d")), None)
+        if shared is not None:
             raise ConfigError(
-                f"'{next(m.fqn for m in placement.chosen if m.storage != 'linear')}' is a part of a larger parameter, "
-                "whose adapters are not trained step by step; leave it out (placement.experts=false, "
-                "placement.exclude)."
+                f"'{shared.fqn}' is a part of '{shared.holder}', whose adapters are not trained step by step; leave it "
+                "out (placement.experts=false, placement.exclude)."
             )
         self._config, self._placement = config, placement
         self._base: Any = load(config) if base is None else base
