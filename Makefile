@@ -8,7 +8,7 @@ export PLOP_DIST_CACHE ?= $(CURDIR)/.cache/plop-dist
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 # The folders of tests that hold some; each is a lane of its own: make test-choose, make test-backends, ...
-AREAS := $(patsubst tests/%/,%,$(filter-out tests/parsers/ tests/older/ tests/te_on_cpu/,$(wildcard tests/*/)))
+AREAS := $(patsubst tests/%/,%,$(filter-out tests/parsers/ tests/older/ tests/te_on_cpu/ tests/hosts/,$(wildcard tests/*/)))
 LANES := test-fast test-newest test-fuzz test-rare test-gpu
 PYTEST := $(BIN)/python -m pytest -q
 
@@ -47,7 +47,7 @@ bench-scale: setup ## time per module of scoring, place, export and report, from
 # from .venv and from each other. Their tests are skipped, and say so, where one cannot be installed.
 # Likewise the oldest releases of dependencies that part of the code supports, and Transformer Engine's Python package,
 # which the rest of the tests must not find.
-APART := $(patsubst tests/%.txt,.cache/%/.installed,$(wildcard tests/parsers/*.txt tests/older/*.txt tests/te_on_cpu/*.txt))
+APART := $(patsubst tests/%.txt,.cache/%/.installed,$(wildcard tests/parsers/*.txt tests/older/*.txt tests/te_on_cpu/*.txt tests/hosts/*.txt))
 
 .cache/%/.installed: tests/%.txt | setup
 	@rm -rf $(@D)

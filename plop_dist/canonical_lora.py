@@ -3,7 +3,8 @@
 Importing this module is enough: it mends Bridge's own class too, so a framework that builds that class by itself (verl,
 where `actor_rollout_ref.model.external_lib` names this module) needs nothing else. In Megatron-Bridge 0.6.2 a
 partial choice fails in forward, in the distributed checkpoint and in the export of merged weights, and the gate and up
-adapters' checkpoints do not load at another tensor-parallel size.
+adapters' checkpoints do not load at another tensor-parallel size. Under sequence parallelism the adapters of replicated
+linears mix up tokens, and Transformer Engine drops a gradient of those behind a fused norm: mended in its LoRA too.
 """
 
 # S sequence, B batch, G local query groups, D kv_channels, F local out_features of the fused linear
@@ -15,8 +16,11 @@ from typing import Any
 
 import torch
 from megatron.bridge.models.conversion.peft_bridge import ADAPTER_NAME_MAP, MegatronPeftBridge
+from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
 from megatron.bridge.peft.canonical_lora import CanonicalLoRA as BridgeCanonicalLoRA
 from megatron.bridge.peft.canonical_lora import LoRALinearSplitFC1UpGate, LoRALinearSplitQKV, ModuleDict
+from megatron.bridge.peft.utils import ParallelLinearAdapter
+from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
 from plop_dist.errors import LayoutError, PlacementError
@@ -112,6 +116,8 @@ def _check_splittable(linear: nn.Module, full_name: str) -> None:
         )
 
 
+_bridge_init = AdapterWrapper.__init__
+_bridge_forward = ParallelLinearAdapter.forward
 _bridge_transform = BridgeCanonicalLoRA.transform
 _bridge_merge = MegatronPeftBridge._merge_lora_adapter_weights
 
@@ -136,6 +142,28 @@ def _transform(
     return wrapped
 
 
+def _init(self: AdapterWrapper, to_wrap: nn.Module, adapter: nn.Module) -> None:
+    _bridge_init(self, to_wrap, adapter)
+    linear: Any = to_wrap
+    if getattr(linear, "return_layernorm_output_gathered", False) and linear.parallel_mode is not None:
+        # Transformer Engine's backward (2.20, layernorm_linear.py) adds the gradient of the normed tokens that it
+        # returned only where it returned a rank's own: the adapters gather them.
+        linear.return_layernorm_output_gathered = False
+        for part in adapter.modules():
+            if isinstance(part, ParallelLinearAdapter):
+                part.disable_sequence_parallel_comm = False
+
+
+def _forward(self: ParallelLinearAdapter, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    is_whole = self.base_linear_is_parallel or self.is_expert or not self.config.sequence_parallel
+    if is_whole or self.tp_group is None:
+        return _bridge_forward(self, x, *args, **kwargs)
+    # Every rank holds the linear whole and its own tokens, but a part of A and B alone, which all tokens must meet.
+    x = mappings.gather_from_sequence_parallel_region(x, group=self.tp_group)
+    y = _bridge_forward(self, x, *args, **kwargs)
+    return mappings.scatter_to_sequence_parallel_region(y, group=self.tp_group)
+
+
 def _merge_present(
     self: MegatronPeftBridge, megatron_model: Any, converted_weights_dict: dict[str, Tensor], adapter_weights: Any
 ) -> dict[str, Tensor]:
@@ -151,5 +179,7 @@ def _merge_present(
     return converted_weights_dict
 
 
+AdapterWrapper.__init__ = _init
+ParallelLinearAdapter.forward = _forward
 BridgeCanonicalLoRA.transform = _transform
 MegatronPeftBridge._merge_lora_adapter_weights = _merge_present

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from plop_dist.errors import ConfigError, LayoutError, PlopError, WorkerError, first_line
+from plop_dist.values.interface import LOOPBACK, address_towards, interface_with, is_loopback, name_is_loopback
 
 if TYPE_CHECKING:
     from plop_dist.config.schema import Config  # pydantic, which every command's --help would wait for
@@ -124,7 +125,7 @@ def joined(config: Config) -> Iterator[int]:
             torch.cuda.set_device(local_device())
         backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=config.cluster.timeout_s))
+            _init_group(backend, timedelta(seconds=config.cluster.timeout_s))
         except (RuntimeError, ValueError, OSError) as error:  # a store that does not answer, variables that are missing
             raise ConfigError(_no_group(error, config)) from error
     try:
@@ -132,6 +133,39 @@ def joined(config: Config) -> Iterator[int]:
     finally:
         if created and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _init_group(backend: str, timeout: timedelta) -> None:
+    """Join the process group, through the interface that reaches the other hosts where gloo would not find it."""
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+
+    store, own, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if "GLOO_SOCKET_IFNAME" not in os.environ and os.environ.get("LOCAL_WORLD_SIZE") != str(world_size):
+        address = address_towards(os.environ["MASTER_ADDR"]) or LOOPBACK
+        store.set(f"plop-dist/address/{own}", address)
+        if name_is_loopback():
+            _name_interface(address, [store.get(f"plop-dist/address/{rank}").decode() for rank in range(world_size)])
+    dist.init_process_group(
+        backend, store=PrefixStore("plop-dist", store), rank=own, world_size=world_size, timeout=timeout
+    )
+
+
+def _name_interface(address: str, everyone: list[str]) -> None:
+    """Have gloo take the interface that reaches the others: the first rank's host finds it by where they are."""
+    others = [other for other in everyone if not is_loopback(other)]
+    if not others:
+        return  # all are on this host
+    if is_loopback(address):
+        address = address_towards(others[0]) or LOOPBACK
+    interface = interface_with(address)
+    if interface is None or is_loopback(address):
+        raise ConfigError(
+            f"rank {rank()} finds no network interface that reaches {others[0]}, and its host's name leads to itself; "
+            "set GLOO_SOCKET_IFNAME to the interface's name (ip -brief address)."
+        )
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def _no_group(error: Exception, config: Config) -> str:

@@ -54,6 +54,7 @@ EXPORTERS = Kind(
         "trl": "plop_dist.exporters.peft_trainers:TRL",
         "megatron-bridge": "plop_dist.exporters.megatron_bridge:EXPORTER",
         "nemo-rl": "plop_dist.exporters.nemo_rl:EXPORTER",
+        "skyrl": "plop_dist.exporters.skyrl:EXPORTER",
         "verl": "plop_dist.exporters.verl:EXPORTER",
         "openrlhf": "plop_dist.exporters.peft_trainers:OPENRLHF",
         "ms-swift": "plop_dist.exporters.peft_trainers:MS_SWIFT",
@@ -63,6 +64,13 @@ EXPORTERS = Kind(
         "torchtune": "plop_dist.exporters.torchtune:EXPORTER",
         "torchtitan": "plop_dist.exporters.torchtitan:EXPORTER",
         "deepspeed": "plop_dist.exporters.deepspeed:EXPORTER",
+        "areal": "plop_dist.exporters.areal:EXPORTER",
+        "prime-rl": "plop_dist.exporters.prime_rl:EXPORTER",
+        "miles": "plop_dist.exporters.miles:EXPORTER",
+        "cosmos-rl": "plop_dist.exporters.cosmos_rl:EXPORTER",
+        "automodel": "plop_dist.exporters.automodel:EXPORTER",
+        "litgpt": "plop_dist.exporters.litgpt:EXPORTER",
+        "tinker": "plop_dist.exporters.tinker:EXPORTER",
     },
 )
 
@@ -91,7 +99,7 @@ TRAINING_ENGINES = Kind(
     None,
     {
         "trl": "plop_dist.training.trl.engine:ENGINE",
-        "whole": "plop_dist.training.engines.whole:ENGINE",
+        "replicas": "plop_dist.training.engines.replicas:ENGINE",
         "autotp": "plop_dist.training.engines.autotp:ENGINE",
         "pipeline": "plop_dist.training.engines.pipeline:ENGINE",
         "tp_plan": "plop_dist.training.engines.tp_plan:ENGINE",
@@ -119,12 +127,30 @@ EXTERNAL_ENGINES = Kind(
     "engine",
     None,
     {
+        "skyrl": "plop_dist.training.external.skyrl:ENGINE",
         "verl": "plop_dist.training.external.verl:ENGINE",
         "nemo-rl": "plop_dist.training.external.nemo_rl:ENGINE",
     },
 )
 
 # Methods of the values that floors above theirs carry out, by what they are called.
+# By the wrapper that a backend finds around a host's model: how adapters are put on it and saved.
+HOST_LAYOUTS = Kind(
+    "wrapper",
+    None,
+    {
+        "plain": "plop_dist.training.adapters.on_hosts:PLAIN",
+        "ddp": "plop_dist.training.adapters.on_hosts:DDP",
+        "fsdp2": "plop_dist.training.adapters.on_hosts:FSDP2",
+        "tp_plan": "plop_dist.training.adapters.on_hosts:TP_PLAN",
+        "zero_init": "plop_dist.training.adapters.on_hosts:PLAIN",
+        "zero": "plop_dist.training.adapters.on_engines:ZERO",
+        "autotp": "plop_dist.training.adapters.on_engines:AUTOTP",
+        "pipeline": "plop_dist.training.adapters.on_engines:PIPELINE",
+        "megatron": "plop_dist.training.adapters.on_megatron:MEGATRON",
+    },
+)
+
 METHODS = Kind(
     "method",
     None,

@@ -14,22 +14,29 @@ def matched_rank(decision: Decision, chosen_U: np.ndarray) -> int:
     At most min(in_features, out_features) of what is chosen; under Megatron, which shards adapters by their rank, a
     multiple of its tensor-parallel size. chosen_U: (U,), bool, some of them.
     """
-    candidates, config = decision.candidates, decision.config
+    config = decision.config
     everything = decide_for(
         decision.scores,
         config.model_copy(update={"policy": "all", "granularity": "type", "options": {}, "match": None}),
         decision.eligible,
     )
     target = everything.candidates.sizes.total(everything.candidates.chosen_modules(everything.chosen_U))
+    return nearest_rank(decision, chosen_U, target)
+
+
+def nearest_rank(decision: Decision, chosen_U: np.ndarray, target: int) -> int:
+    """Return the common rank that brings a choice nearest to so many parameters, within what matched_rank says."""
+    candidates = decision.candidates
     # Adapters of one common rank grow with it in proportion, shared ones too.
     per_rank = candidates.sizes.with_ranks(lambda _: 1).total(candidates.chosen_modules(chosen_U))
-    step = _step(decision.scores)
+    step = rank_step(decision.scores)
     most = min(min(module.in_features, module.out_features) for module in candidates.members(chosen_U))
     nearest = round(target / per_rank / step) * step
     return max(step, min(nearest, most // step * step))
 
 
-def _step(scores: Scores) -> int:
+def rank_step(scores: Scores) -> int:
+    """Return the number that every rank is a multiple of: Megatron's tensor-parallel size, else 1."""
     parallel = scores.parallel
     size = parallel.get("tp", 1) if parallel.get("backend") == "megatron" else 1
     return size if isinstance(size, int) and size > 0 else 1

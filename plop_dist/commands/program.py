@@ -21,7 +21,7 @@ from plop_dist.values.visible import say
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
-_TAKE_TIME = {"check", "score", "place", "export", "report", "run", "submit", "diff", "bench", "doctor"}
+_TAKE_TIME = {"check", "score", "place", "export", "report", "run", "compare", "submit", "diff", "bench", "doctor"}
 _began = time.monotonic()
 
 _commands: list[tuple[str, Callable[..., None]]] = []

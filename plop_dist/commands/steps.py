@@ -45,6 +45,7 @@ def place(
     as_json: given.AsJson = False,
 ) -> None:
     """Choose the modules that get adapters, from the scores; writes RUN_DIR/placement.json."""
+    from plop_dist.choose.beside import beside
     from plop_dist.choose.decision import decide
     from plop_dist.choose.diagnostics import diagnose
     from plop_dist.choose.explain import explain as build_explanation
@@ -67,6 +68,7 @@ def place(
         machine.tell("place", **machine.placed(paths, placement, diagnose(scores, placement, decision), dry_run))
         return
     terminal.print_types(scores, placement)
+    terminal.print_beside(beside(decision, placement))
     if explain:
         terminal.print_explanation(build_explanation(scores, placement, decision))
     if sweep:

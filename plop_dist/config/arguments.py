@@ -178,6 +178,14 @@ Widen = Annotated[
     bool, typer.Option("--widen", help="Accept the nearest choice where the framework cannot express this one.")
 ]
 Address = Annotated[str, typer.Option("--address", help="Ray's dashboard.")]
+JobConfigFile = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help="YAML configuration; needed unless --stop.")
+]
+WorkingDir = Annotated[
+    Path | None, typer.Option("--working-dir", help="Send this folder along; relative paths are those in it.")
+]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the job is taken, without following its log.")]
+Stop = Annotated[str | None, typer.Option("--stop", metavar="JOB", help="Instead: end a job that was submitted.")]
 Ranks = Annotated[
     int, typer.Option("--ranks", help="Also measure communication and weak scaling up to this many ranks.", min=1)
 ]

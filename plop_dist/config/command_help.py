@@ -121,13 +121,28 @@ Examples:
     plop-dist run config.yaml train.method=sft train.max_steps=1000
     torchrun --nproc-per-node 8 --module plop_dist.cli run config.yaml
 """,
-    "submit": """\
-Paths in the configuration are those of the cluster's nodes, and `run_dir` must lie on storage that they share. The
-exit status is the job's.
+    "compare": """\
+Trains every placement of `compare.arms` with as many parameters and the same alpha, at its own best learning rate, from
+the same seeds on the same rows, and says of the first one whether it is better, worse, or no different, and how sure
+that is. Needs `train.method=sft`, and its training section. Prints what it is going to train first; interrupted, the
+same command goes on. No framework trains for it but those that `run` trains with, in the same layouts.
 
-Example:
+Examples:
+
+    plop-dist compare config.yaml train.method=sft
+    plop-dist compare config.yaml compare.arms=[lowest_k,mlp]
+    plop-dist compare config.yaml compare.arms=[runs/a/placement.json,all]
+""",
+    "submit": """\
+Paths in the configuration are those of the cluster's nodes, or lie in `--working-dir`, which is sent there; `run_dir`
+must lie on storage that the nodes share. The job runs in the interpreter that Ray runs in on the head. No variable of
+this environment is sent: the nodes have their own. The exit status is the job's; after Ctrl-C the job goes on.
+
+Examples:
 
     plop-dist submit config.yaml --address http://head-node:8265
+    plop-dist submit config.yaml --working-dir . run_dir=/shared/run --no-wait
+    plop-dist submit --stop raysubmit_ABC --address http://head-node:8265
 """,
     "doctor": """\
 Versions, what is missing for which backend, devices, network interfaces, and two tries: two ranks of gloo, and a local

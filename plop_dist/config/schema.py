@@ -21,10 +21,13 @@ from plop_dist.config.fields import (
     AmountOrAuto,
     AxisSize,
     Count,
+    CountOfFew,
+    CountOfFewSeveral,
     CountOfSeveral,
     CountOrZero,
     DeviceMap,
     Dtype,
+    HeldOutRows,
     Location,
     MaxMemory,
     NameOf,
@@ -46,9 +49,9 @@ from plop_dist.values.mesh import Layout
 
 _SHORTEST_HIDDEN = 4  # characters; a shorter value stands in other words too
 _LATER_KEYS = frozenset({"quantization", "device_map", "max_memory", "offload_folder"})
-_LATER_GRPO = frozenset(
+_LATER_TRAIN = frozenset(
     {"sampler", "loss_type", "num_iterations", "beta", "epsilon", "epsilon_high", "importance_sampling_level",
-     "scale_rewards", "reward_weights", "reward_timeout_s", "vllm"}
+     "scale_rewards", "reward_weights", "reward_timeout_s", "vllm", "engine_python"}
 )  # fmt: skip
 
 
@@ -292,6 +295,11 @@ class TrainConfig(_Section):
     )
     reward_weights: list[Real] | None = Field(default=None, description="GRPO: a weight for each reward; null: all 1.")
     reward_timeout_s: Seconds = Field(default=60, description="GRPO: longest time for one reward in one step.")
+    engine_python: Location | None = Field(
+        default=None,
+        min_length=1,
+        description="Python of the environment in which that engine is installed; null: this one.",
+    )
     rewards: list[Annotated[str, NameOrFunction(REWARDS)]] = Field(
         default=["builtin:number"],
         description="GRPO rewards: builtin:number, builtin:format, those of installed packages, or module:function.",
@@ -310,9 +318,9 @@ class TrainConfig(_Section):
     def _leave_out_what_is_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Finished stages and checkpoints from before there were these keys stay as they are.
         tree, fields = handler(self), type(self).model_fields
-        defaults = {key: fields[key].get_default(call_default_factory=True) for key in _LATER_GRPO}
+        defaults = {key: fields[key].get_default(call_default_factory=True) for key in _LATER_TRAIN}
         defaults["vllm"] = defaults["vllm"].model_dump(mode="json")
-        return {key: value for key, value in tree.items() if key not in _LATER_GRPO or value != defaults[key]}
+        return {key: value for key, value in tree.items() if key not in _LATER_TRAIN or value != defaults[key]}
 
 
 class ExportConfig(_Section):
@@ -327,6 +335,27 @@ class ExportConfig(_Section):
     )
 
 
+class CompareConfig(_Section):
+    """What `plop-dist compare` trains beside the placement, and on how much the answer rests."""
+
+    arms: list[Location] = Field(
+        default=["lowest_k", "all", "mlp", "attention", "highest_k", "random"],
+        description="Placements to train: policies, random (as many types, drawn by compare.seed), or the path of a "
+        "placement.json; the first is compared with every other.",
+    )
+    rates: CountOfFew = Field(
+        default=3, description="Learning rates per arm, each twice the last, around train.learning_rate."
+    )
+    seeds: CountOfFewSeveral = Field(
+        default=3, description="Trainings of every arm at its chosen rate, with seeds from train.seed on."
+    )
+    held_out: HeldOutRows = Field(
+        default=256,
+        description="Held-out rows, in place of train.eval_samples: one half chooses the rate, the other is reported.",
+    )
+    seed: Seed = Field(default=0, description="Seed of the arm random and of the bootstrap.")
+
+
 class ClusterConfig(_Section):
     """Where the ranks run."""
 
@@ -336,8 +365,19 @@ class ClusterConfig(_Section):
     num_workers: Count | None = Field(default=None, description="Ranks; default and expectation: tp * pp * dp * cp.")
     gpus_per_worker: AmountOrAuto = Field(default="auto", description="auto: 1 where the cluster has GPUs.")
     cpus_per_worker: Amount = Field(default=1, description="CPU cores per rank.")
+    gpus_per_node: Count | None = Field(
+        default=None,
+        description="GPUs of each node, for an engine that runs by itself; null: as many as ranks lie on one.",
+    )
     max_failures: CountOrZero = Field(default=1, description="Restarts of the workers before the run fails.")
     timeout_s: Seconds = Field(default=600, description="Longest wait in one collective, in seconds.")
+    start_timeout_s: Seconds = Field(
+        default=600,
+        description="Longest wait for free resources at each start, and for an extension's build, in seconds.",
+    )
+    env: list[str] = Field(
+        default=[], description="Names of further environment variables that the workers get from here."
+    )
 
 
 class Config(_Section):
@@ -351,6 +391,7 @@ class Config(_Section):
     placement: PlacementConfig = Field(default_factory=PlacementConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     _references: dict[str, str] = PrivateAttr(default_factory=dict)
 

@@ -16,6 +16,7 @@ from plop_dist.errors import (
     ConfigError,
     DataError,
     ExportError,
+    LayoutError,
     ModelError,
     PlacementError,
     PlopError,
@@ -189,7 +190,7 @@ def _judge_training_rows(
         if tokenizer is not None and config.train.method == "sft":
             encode(rows, config.train, tokenizer)
             encode(held_out, config.train, tokenizer)
-    except (DataError, ConfigError) as error:
+    except (DataError, ConfigError, LayoutError) as error:
         problems.append(str(error))
 
 

@@ -11,7 +11,7 @@ from plop_dist.registry import EXPORTERS, load, names
 from plop_dist.values.placement import Export, Placement
 from plop_dist.values.scores import Projection
 
-Language = Literal["shell", "yaml", "python"]
+Language = Literal["shell", "yaml", "toml", "python"]
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,11 @@ class ListExporter:
         given = {key.lstrip("+"): value for key, value in fields.items()}
         patterns = dict(zip(("rank_pattern", "alpha_pattern"), self.patterns or (), strict=False))
         config: dict[str, Any] = {
-            "r": int(given[self.rank]),
-            "lora_alpha": float(given[self.alpha]),
-            "target_modules": self.read_names(given.get(self.modules, next(iter(self.without_modules.values()), []))),
+            "r": int(given[self.rank.lstrip("+")]),
+            "lora_alpha": float(given[self.alpha.lstrip("+")]),
+            "target_modules": self.read_names(
+                given.get(self.modules.lstrip("+"), next(iter(self.without_modules.values()), []))
+            ),
             **{field: given[key] for field, key in patterns.items() if key in given},
         }
         if self.parameters is not None and self.parameters.lstrip("+") in given:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shlex
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def _tree(path: Path) -> dict[str, Any]:
             tree = json.loads(text)
         elif path.suffix in (".yaml", ".yml"):
             tree = yaml.safe_load(text)
+        elif path.suffix == ".toml":
+            tree = tomllib.loads(text)
         elif path.suffix == ".py":
             tree = _call(text)
         else:

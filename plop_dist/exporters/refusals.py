@@ -15,6 +15,7 @@ RANKS = "ranks that differ (--widen: the highest everywhere)"
 WHOLE_ALPHA = "an alpha that is no whole number"
 PARAMETERS = "experts kept as 3-D parameters, and what PEFT renames beside them"
 LINEARS = "weights that are no nn.Linear: experts kept as 3-D parameters, Conv1D"
+SHARED_EXPERTS = "routed experts, which would share one adapter"
 TOWERS = "models that read more than text, whose towers it names like their language models"
 EVERY_LAYER = "single layers (--widen: every layer)"
 
@@ -66,6 +67,16 @@ def refuse_parameters(targets: Targets, target: str) -> None:
             "(target_parameters) beside experts kept as 3-D parameters. Nearest choice: leave these types out "
             "(placement.exclude), or export to peft, trl, axolotl, ms-swift or verl.",
             sorted(types, key=natural_key),
+        )
+
+
+def refuse_shared_experts(has_experts: bool, target: str) -> None:
+    """Raise ExportError for routed experts in a framework that gives all of them one adapter of Bridge's LoRA."""
+    if has_experts:
+        raise ExportError(
+            f"{target} gives all routed experts of a rank one adapter together (share_expert_adapters), where the "
+            "placement has one for each. Nearest choice: leave the experts out (placement.experts=false), or export to "
+            "megatron-bridge or verl."
         )
 
 

@@ -32,6 +32,16 @@ def yaml_lines(tree: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(yaml_text(tree).removesuffix("\n").split("\n"))
 
 
+def toml_lines(section: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a section as TOML, a line each. Pasted into a shell by mistake, no name in it runs anything."""
+    return (f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in fields.items()))
+
+
+def toml_text(section: str, fields: Mapping[str, Any]) -> str:
+    """Return toml_lines as the text of a file."""
+    return "\n".join(toml_lines(section, fields)) + "\n"
+
+
 def shell_flags(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Return `--name value` for each field, lists separated by spaces, quoted for a shell.
 
@@ -48,6 +58,11 @@ def shell_text(fields: Mapping[str, Any]) -> str:
 def dot_list(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Return `name=value` for each field, as OmegaConf's dot list reads them (values are YAML), quoted for a shell."""
     return tuple(shlex.quote(f"{name}={_yaml_scalar(value)}") for name, value in fields.items())
+
+
+def omegaconf_overrides(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return `name=value` for each field, as a dot list that OmegaConf resolves: what reads as a reference is none."""
+    return tuple(shlex.quote(f"{name}={_yaml_value(_literal_for_omegaconf(value))}") for name, value in fields.items())
 
 
 def hydra_overrides(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -113,12 +128,41 @@ def _yaml_character(character: str) -> str:
     return character
 
 
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if not isinstance(value, str):
+        return repr(value)
+    # TOML's literal strings are a shell's too; what they cannot hold is written with escapes alone.
+    if "'" not in value and value.isprintable():
+        return f"'{value}'"
+    return f'"{"".join(map(_toml_character, value))}"'
+
+
+def _toml_character(character: str) -> str:
+    plain = character.isalnum() and character.isascii()
+    return character if plain else f"\\U{ord(character):08X}"
+
+
 def _yaml_scalar(value: Any) -> str:
     if not isinstance(value, str):
         return str(value)
-    if _is_bare(value.replace(",", "_")):
-        return value
+    return value if _is_bare(value.replace(",", "_")) else _quoted(value)
+
+
+def _quoted(value: str) -> str:
     return yaml.dump(value, Dumper=_Dumper, default_style="'", width=float("inf")).removesuffix("\n")
+
+
+def _yaml_value(value: Any) -> str:
+    """Return a value as YAML on one line: null, booleans, numbers, texts, and lists of these."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(item if _is_bare(str(item)) else _quoted(item) for item in value)}]"
+    return _yaml_scalar(value)
 
 
 def _words(name: str, value: Any) -> list[str]:
@@ -136,8 +180,10 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def _hydra(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_hydra(item)}' for key, item in value.items())}}}"
     if isinstance(value, str):
         if _is_bare(value):
             return value

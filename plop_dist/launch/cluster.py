@@ -110,55 +110,11 @@ def _check_answers(address: str) -> None:
     socket.create_connection((url.hostname, url.port), timeout=10).close()
 
 
-def worker_environment(config: Config) -> dict[str, str]:
-    """Return the workers' environment variables: threads as many as cores granted, and this process's caches."""
-    variables = {
-        "OMP_NUM_THREADS": str(max(1, int(config.cluster.cpus_per_worker))),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if "PLOP_DIST_CACHE" in os.environ:
-        # Compiling DeepSpeed's extension takes minutes; without this torch keeps it in the user's own cache.
-        variables["TORCH_EXTENSIONS_DIR"] = str(Path(os.environ["PLOP_DIST_CACHE"]) / "torch_extensions")
-    forwarded = ("OMP_NUM_THREADS", "PLOP_DIST_CACHE", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE")
-    return variables | {name: os.environ[name] for name in forwarded if name in os.environ}
-
-
-def resources_per_worker(config: Config, has_gpu: bool) -> dict[str, float]:
-    """Return what each worker asks of Ray."""
+def resources_per_worker(config: Config) -> dict[str, float]:
+    """Return what each worker asks of the cluster that was joined."""
     wanted = config.cluster.gpus_per_worker
-    gpus = (1.0 if has_gpu else 0.0) if wanted == "auto" else float(wanted)
+    gpus = (1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0) if wanted == "auto" else float(wanted)
     return {"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
-
-
-def check_resources(config: Config, per_worker: dict[str, float]) -> None:
-    """Raise LayoutError where the cluster could never place all workers: Ray would wait in silence."""
-    available = ray.cluster_resources()
-    for name, amount in per_worker.items():
-        needed = amount * config.parallel.world_size
-        if needed > available.get(name, 0):
-            raise LayoutError(
-                f"{config.parallel.world_size} workers need {needed:g} {name}s, but the Ray cluster has "
-                f"{available.get(name, 0):g}; lower "
-                f"cluster.{name.lower()}s_per_worker or the parallel sizes, or add nodes."
-            )
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """Return the configuration with local paths made absolute: workers run in other directories."""
-
-    def absolute(value: str | None) -> str | None:
-        return str(Path(value).resolve()) if value and Path(value).exists() else value
-
-    train = config.train.model_copy(
-        update={name: absolute(getattr(config.train, name)) for name in ("data_path", "eval_path")}
-    )
-    model = config.model.model_copy(
-        update={name: absolute(getattr(config.model, name)) for name in ("name_or_path", "checkpoint")}
-    )
-    data = config.data.model_copy(update={"path": absolute(config.data.path)})
-    return config.model_copy(
-        update={"run_dir": str(Path(config.run_dir).resolve()), "train": train, "model": model, "data": data}
-    )
 
 
 def last_line(error: BaseException) -> str:

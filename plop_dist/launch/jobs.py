@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import shlex
+import shutil
+import signal
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError
@@ -17,34 +25,137 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, WorkerError, first_line
-from plop_dist.launch.cluster import close_token, connected, with_absolute_paths
+from plop_dist.launch.cluster import close_token, connected
+from plop_dist.launch.same_files import with_absolute_paths
 from plop_dist.values.visible import log_text, say
 
+_CONFIG, _START = "plop-dist-config.yaml", "plop-dist-start.sh"
+_ANSWER_S = 10.0
 
-def submit_job(config: Config, address: str) -> int:
+
+def submit_job(config: Config, address: str, *, working_dir: Path | None = None, waits: bool = True) -> int:
     """Run `plop-dist run` with this configuration as a Ray job and follow its log; returns the job's exit status.
 
-    Paths in the configuration are those of the cluster's nodes. The job uses the `python` on the head node's PATH:
-    start Ray there in the environment that has plop-dist. Raises ConfigError when the address does not take jobs.
+    Paths in the configuration are those of the cluster's nodes, or lie in working_dir, which is sent there. The job
+    runs in the interpreter that Ray runs in on the head. waits: False returns 0 as soon as the job is taken. Raises
+    ConfigError when the address does not take jobs, WorkerError on an interrupt, after which the job goes on.
     """
-    whole = with_absolute_paths(config)
-    whole = whole.model_copy(update={"cluster": whole.cluster.model_copy(update={"address": "auto"})})
+    whole = _for_the_nodes(config, working_dir)
     # References stay: the nodes have their own environment, and a job's description is for all to read.
     references = {key: text for key, text in whole.references.items() if key != "cluster.address"}
-    close_token()
-    try:
-        client = JobSubmissionClient(address)
-        with tempfile.TemporaryDirectory() as directory:
-            Path(directory, "config.yaml").write_text(whole.with_references(references).stored_yaml())
-            job = client.submit_job(
-                entrypoint="python -m plop_dist.cli run config.yaml", runtime_env={"working_dir": directory}
-            )
-    except (RayError, OSError, RuntimeError, ValueError) as error:
+    with tempfile.TemporaryDirectory() as directory:
+        if working_dir is not None:
+            shutil.copytree(working_dir, directory, dirs_exist_ok=True, symlinks=True)
+        Path(directory, _CONFIG).write_text(whole.with_references(references).stored_yaml())
+        shutil.copyfile(Path(__file__).with_name("start_job.sh"), Path(directory, _START))
+        with _refused(address):
+            client = _client(address)
+            job = client.submit_job(entrypoint=f"sh {_START} {_CONFIG}", runtime_env={"working_dir": directory})
+    if not waits:
+        say(f"job {job} is taken\n{_way_on(job, address)}")
+        return 0
+    with suppress(KeyboardInterrupt):
+        return _follow_job(client, job)
+    error = WorkerError(f"no longer followed: job {job} goes on on the cluster.\n{_way_on(job, address)}")
+    error.exit_status = 128 + signal.SIGINT
+    raise error
+
+
+def stop_job(job: str, address: str) -> None:
+    """End a job that was submitted. Raises ConfigError for one that is not there or has ended."""
+    with _refused(address):
+        client = _client(address)
+        status = client.get_job_status(job)
+        stopped = not status.is_terminal() and client.stop_job(job)
+    if not stopped:
+        raise ConfigError(f"--stop {job}: it has ended already ({status.value.lower()}).")
+    say(f"job {job} is being stopped; the same configuration goes on from what is on disk")
+
+
+def _for_the_nodes(config: Config, working_dir: Path | None) -> Config:
+    """Return the configuration for the head, where Ray is at hand; say which paths are those of this machine."""
+    if working_dir is not None and not working_dir.is_dir():
+        raise ConfigError(f"--working-dir {working_dir} is no folder; give one with what the configuration names.")
+    if working_dir is not None and not Path(config.run_dir).is_absolute():
         raise ConfigError(
-            f"--address {address} does not take this job: {first_line(error)}; give the URL of the Ray dashboard, and "
-            "RAY_AUTH_TOKEN where the cluster asks for one."
-        ) from error
-    return _follow_job(client, job)
+            f"run_dir '{config.run_dir}' is relative, and would end with the job's copy of --working-dir; give an "
+            "absolute one on storage that all nodes share."
+        )
+    whole = with_absolute_paths(config) if working_dir is None else config
+    before, after = (it.stored() | {"cluster": {}} for it in (config, whole))
+    if before != after:
+        say(
+            "relative paths are taken from here, and must be there on every node (or send a folder: --working-dir): "
+            f"{', '.join(_changed(before, after))}",
+            to_stderr=True,
+        )
+    return whole.model_copy(update={"cluster": whole.cluster.model_copy(update={"address": "auto"})})
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return the values of the second tree that are others than in the first."""
+    found: list[str] = []
+    for key, value in after.items():
+        if isinstance(value, dict) and isinstance(before[key], dict):
+            found += _changed(before[key], value)
+        elif value != before[key]:
+            found.append(str(value))
+    return found
+
+
+def _way_on(job: str, address: str) -> str:
+    return (
+        f"follow it: ray job logs --follow --address {address} {job}\n"
+        f"stop it: plop-dist submit --stop {job} --address {address}"
+    )
+
+
+@contextmanager
+def _refused(address: str) -> Iterator[None]:
+    """Turn what Ray's client raises into one message."""
+    try:
+        yield
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"--address {address} does not take this job: {first_line(error)}.") from error
+
+
+def _client(address: str) -> JobSubmissionClient:
+    """Return Ray's client, once something that speaks HTTP has answered. Raises ConfigError saying what is wrong."""
+    close_token()
+    url = urlsplit(address)
+    if url.scheme in ("http", "https"):
+        try:
+            urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_S).close()
+        except urllib.error.HTTPError:
+            pass  # it is there, and may ask for a token
+        except http.client.HTTPException as error:
+            raise _no_dashboard(address, "what listens there is no web server") from error
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ConnectionResetError):
+                raise _no_dashboard(address, "what listens there is no web server") from error
+            raise ConfigError(
+                f"--address {address} cannot be reached: {first_line(reason)}; is Ray running there, with its "
+                "dashboard on an address for others (ray start --head --dashboard-host=0.0.0.0)?"
+            ) from error
+    try:
+        return JobSubmissionClient(address)
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        if "token" in str(error).lower() or "auth" in type(error).__name__.lower():
+            raise ConfigError(
+                f"--address {address} does not take this job: the token is not the cluster's; give RAY_AUTH_TOKEN the "
+                "one that Ray was started with there (its ~/.ray/auth_token)."
+            ) from error
+        raise
+
+
+def _no_dashboard(address: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"--address {address} is not Ray's dashboard: {why}; give the dashboard's URL (port 8265 unless it was "
+        "changed), not the port that nodes join at (6379)."
+    )
 
 
 def run_script(config: Config, script: Path, directory: Path) -> int:

@@ -25,7 +25,9 @@ from plop_dist.rundir.stages import Stages
 from plop_dist.rundir.stored_config import kept_config
 from plop_dist.rundir.taken import taken
 from plop_dist.rundir.talk import kept_apart, rank_log
+from plop_dist.rundir.trained import read_trained, write_trained
 from plop_dist.values.files import write_json
+from plop_dist.values.placement import Placement
 
 
 def run(config: Config, command: str) -> RunDir:
@@ -38,11 +40,13 @@ def run(config: Config, command: str) -> RunDir:
     if ranks.rank() == 0:
         stages.run_dir.check()
     with _alone(stages.run_dir, "run"):
+        _check_engine(config)
         if any(map(stages.reason_to_run, wanted)):
             before = _state(stages.run_dir.training_summary)
             launch(stages, wanted, command)
             if _state(stages.run_dir.training_summary) != before:  # else it names a script that another has written
                 run_job(stages)
+        bring_back(stages)
         report(stages.run_dir)
     return stages.run_dir
 
@@ -52,6 +56,18 @@ def score(config: Config, command: str) -> RunDir:
     stages = Stages(config)
     with _alone(stages.run_dir, "score"):
         launch(stages, ["score"], command, force=True)
+    return stages.run_dir
+
+
+def compare(config: Config, command: str) -> RunDir:
+    """Score, where that is not done, train the arms of compare.arms, and return the run directory."""
+    from plop_dist.compare.comparison import check
+
+    check(config)
+    stages = Stages(config)
+    with _alone(stages.run_dir, "compare"):
+        launch(stages, ["score", "compare"], command)
+        report(stages.run_dir)
     return stages.run_dir
 
 
@@ -108,7 +124,45 @@ def run_job(stages: Stages) -> None:
         error = WorkerError(f"{job['script']} ended with status {status}; its log is above. Run again to start anew.")
         error.exit_status = status
         raise error
+    if not bring_back(stages):
+        raise WorkerError(
+            f"{job['script']} ended with status 0, but left no adapter beside itself; its log is above. Run again to "
+            "start anew."
+        )
     write_json(stages.run_dir.training_job, {**job, "exit_status": status})
+
+
+def bring_back(stages: Stages) -> bool:
+    """Take over adapter, rewards and steps from an engine's job that has ended, whoever started it, on rank 0.
+
+    Returns whether they are there. Raises RunDirError for an adapter that is not the placement's.
+    """
+    run_dir = stages.run_dir
+    if stages.config.train.method != "grpo" or ranks.rank() != 0 or not run_dir.training_summary.is_file():
+        return False
+    from plop_dist.training.train import external_engine
+
+    engine, trained = external_engine(stages.config), read_trained(run_dir)
+    if engine is None or trained is None or not trained.is_of_placement:
+        return False
+    if "adapter" in trained.summary:
+        return True
+    from plop_dist.training.external.bring_back import bring_back as take_over
+
+    found = take_over(stages.config, Placement.from_file(run_dir.placement), engine)
+    if found is None:
+        return False
+    kept = {key: value for key, value in trained.summary.items() if key != "note"}
+    write_trained(run_dir, {**kept, **found})
+    return True
+
+
+def _check_engine(config: Config) -> None:
+    """Raise UserError, before anything is scored, for what the training engine of the configuration does not train."""
+    if config.train.method == "grpo":
+        from plop_dist.training.train import check_trainable
+
+        check_trainable(config)
 
 
 def _state(path: Path) -> tuple[int, int] | None:

@@ -17,6 +17,8 @@ from plop_dist.data.rows import load_rows
 from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, tokenize
 from plop_dist.data.singly import ReadSingly
 from plop_dist.errors import ExportError, PlopError, ScoresError, WorkerError, as_cause
+from plop_dist.launch.builds import bounded_builds
+from plop_dist.launch.same_files import check_same_files
 from plop_dist.measure.aggregate import check_weights
 from plop_dist.measure.protocols import MicroBatch, ScorableModel
 from plop_dist.registry import BACKENDS, load
@@ -37,7 +39,8 @@ def run_rank(stages: Stages, wanted: Sequence[str], notify: Notify, *, force: bo
     Raises UserError for bad input and WorkerError, naming the rank, for anything unforeseen.
     """
     _be_quiet()
-    with ranks.joined(stages.config) as rank:
+    with ranks.joined(stages.config) as rank, bounded_builds(stages.config.cluster.start_timeout_s):
+        check_same_files(stages)
         tell = notify if rank == 0 else _nothing
         for stage in wanted:
             try:
@@ -208,11 +211,22 @@ def train(stages: Stages, notify: Notify) -> None:
         stages.finish("train", [str(path.relative_to(run_dir.path)) for path in outputs])
 
 
+def compare(stages: Stages, notify: Notify) -> None:
+    """Train the placements of compare.arms against each other in the same ranks. Collective over all ranks."""
+    from plop_dist.compare.comparison import compare as compare_arms
+
+    found = compare_arms(stages.config, notify)
+    if ranks.rank() == 0:
+        found.to_file(stages.run_dir.comparison)
+        stages.finish("compare", [stages.run_dir.comparison.name])
+
+
 _STAGES: dict[str, Callable[[Stages, Notify], Any]] = {
     "score": score,
     "place": place,
     "export": export,
     "train": train,
+    "compare": compare,
 }
 
 

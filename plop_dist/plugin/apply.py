@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from plop_dist.backends.hosts import bare, is_a
 from plop_dist.errors import LayoutError, ModelError, PlacementError
 from plop_dist.plugin.detect import find
-from plop_dist.training.adapters.on_hosts import adapt_ddp, adapt_engine, adapt_fsdp2, adapt_plain
+from plop_dist.registry import HOST_LAYOUTS, load, names
 from plop_dist.training.adapters.placed import check_complete
 from plop_dist.training.adapters.shards import lora_layers
 from plop_dist.values.names import unwrapped as unwrapped_path
 from plop_dist.values.placement import Placement
-
-Adapt = Callable[[Any, Any], Any]
 
 
 def apply(placement: Placement, model: Any, **options: Any) -> Any:
@@ -35,24 +33,39 @@ def apply(placement: Placement, model: Any, **options: Any) -> Any:
             f"placement.apply() got a {type(inner).__name__} that has adapters already; give it the base model, or "
             "merge the adapters first (PEFT's merge_and_unload)."
         )
-    if found.wrapper not in _ADAPT:
+    if found.wrapper not in names(HOST_LAYOUTS):
         raise LayoutError(
-            f"placement.apply() cannot put adapters on a model of {found.backend} under '{found.wrapper}'; "
-            f"{_BEFORE.get(found.wrapper, 'apply it before the model is wrapped')}."
+            f"placement.apply() cannot put adapters on a model of {found.backend} under '{found.wrapper}'; apply it "
+            "before the model is wrapped."
         )
-    if is_a(model, "_FabricModule"):
-        raise LayoutError("placement.apply() got what fabric.setup returned; apply it to the model before that.")
-    _check_model(inner, placement)
-    adapted = _ADAPT[found.wrapper](model, placement.to_peft(**options))
-    if all(module.storage in ("linear", "conv1d") for module in placement.chosen):
+    layout = load(HOST_LAYOUTS, found.wrapper)
+    if layout.is_whole:
+        _check_model(inner, placement)
+    adapted = layout.adapt(_in_fabric(model), placement, placement.to_peft(**options))
+    if layout.is_whole and all(module.storage in ("linear", "conv1d") for module in placement.chosen):
         check_complete([path for path, _ in lora_layers(unwrapped(adapted))], placement)
+    if is_a(model, "_FabricModule"):
+        # The shell is what the host's loop calls; the optimizer is set up anew, as everywhere.
+        model._forward_module, model._original_module = adapted, unwrapped(adapted)
+        return model
     return adapted
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the module inside DDP, torch.compile and a DeepSpeed engine; a list of chunks as it is."""
-    inner, _ = bare(model)
-    return inner.module if is_a(inner, "DeepSpeedEngine") else inner
+    """Return the module inside DDP, torch.compile, a DeepSpeed engine and Megatron's wrappers; of chunks the first."""
+    if isinstance(model, list | tuple | nn.ModuleList):
+        model = model[0]
+    inner, _ = bare(_in_fabric(model))
+    while is_a(inner, "DeepSpeedEngine") or is_a(inner, "Float16Module"):
+        inner = inner.module
+    return inner
+
+
+def _in_fabric(model: Any) -> Any:
+    """Return what Lightning Fabric's strategy has made, out of the shell that fabric.setup returned."""
+    while is_a(model, "_FabricModule"):
+        model = model._forward_module
+    return model
 
 
 def check_same(placement: Placement) -> None:
@@ -85,21 +98,3 @@ def _check_model(inner: Any, placement: Placement) -> None:
             f"the model has no module '{missing[0]}', which the placement of {placement.source.model.name_or_path} "
             "chose; score and place this model."
         )
-
-
-_ADAPT: dict[str, Adapt] = {
-    "plain": adapt_plain,
-    "ddp": adapt_ddp,
-    "fsdp2": adapt_fsdp2,
-    "zero_init": adapt_plain,
-    "zero": adapt_engine,
-}
-
-_BEFORE = {
-    "autotp": "give the placement to the model before AutoTP cuts it, or train with plop-dist run, whose AutoTP "
-    "engine has adapters of its own",
-    "pipeline": "build the PipelineModule from layers of get_peft_model(model, placement.to_peft()), or train with "
-    "plop-dist run",
-    "tp_plan": "train with plop-dist run, whose engine sums the gradients of adapters over tensor-parallel ranks",
-    "megatron": "give placement.to_megatron() to Megatron-Bridge before DDP wraps its chunks, e.g. as cfg.peft",
-}

@@ -10,14 +10,17 @@ import torch.distributed as dist
 
 from plop_dist.errors import ModelError, RunDirError
 from plop_dist.plugin.apply import unwrapped
-from plop_dist.training.adapters.peft_files import peft_tensors, write_peft
+from plop_dist.plugin.detect import find
+from plop_dist.registry import HOST_LAYOUTS, load
+from plop_dist.training.adapters.peft_files import write_peft
 
 
 def save_adapter(model: Any, folder: str | Path) -> Path:
     """Write adapter_model.safetensors and adapter_config.json, from rank 0, and return the folder.
 
     model: what placement.apply returned, or what a host has made of PEFT's model itself: in DDP, in a DeepSpeed engine
-    of any ZeRO stage, under fully_shard. Collective over the world; all ranks return when the files are there.
+    of any ZeRO stage, under fully_shard. Parts that lie on several ranks are joined. Collective over the world; all
+    ranks return when the files are there.
     Raises ModelError for a model without adapters, RunDirError where the folder cannot be written.
     """
     inner = unwrapped(model)
@@ -27,14 +30,14 @@ def save_adapter(model: Any, folder: str | Path) -> Path:
             "returned."
         )
     directory = Path(folder)
-    tensors = peft_tensors(inner)
+    tensors = load(HOST_LAYOUTS, find(model).wrapper).tensors(model, inner)
     if not (dist.is_available() and dist.is_initialized()):
-        write_peft(directory, tensors, inner)
+        write_peft(directory, tensors or {}, inner)
         return directory
     said: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
-            write_peft(directory, tensors, inner)
+            write_peft(directory, tensors or {}, inner)
         except RunDirError as error:
             said = [str(error)]
     dist.broadcast_object_list(said, src=0)  # the others wait for the files, and hear of an error

@@ -19,6 +19,7 @@ from plop_dist.config.loading import parse_section
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.report import figures, paste
 from plop_dist.report.closing import command_text
+from plop_dist.report.forest import comparison_of
 from plop_dist.report.module_rows import module_rows, num_rows_left_out
 from plop_dist.report.panels import folded_panels, samples_panel
 from plop_dist.report.redact import redact
@@ -46,7 +47,7 @@ def write_report(run_dir: RunDir) -> Path:
     """Write report.html into a run directory and return its path.
 
     Reads scores.json (required) and samples.safetensors, placement.json, train/log.jsonl, train/summary.json,
-    config.yaml and command.txt where they exist. Secrets are left out of it.
+    compare.json, config.yaml and command.txt where they exist. Secrets are left out of it.
     Raises ScoresError for a file that is missing or malformed, ConfigError for the policy of a placement that cannot be
     read, RunDirError for a link: what it leads to is not the run's, and the page is passed on.
     """
@@ -103,6 +104,7 @@ def build_context(run_dir: RunDir) -> dict[str, Any]:
         "is_of_older_scores": placement is not None and placement.is_of_older_scores,
         "outdated": [entry for entry in outdated(run_dir) if entry.name != run_dir.report.name],
         "training": redact(training.summary),
+        "comparison": comparison_of(run_dir, scores),
         "held_out_label": training.held_out_label,
         "num_unreadable": training.num_unreadable,
         "folded": folded,

@@ -105,6 +105,20 @@ def tracked_nfn_panel(log: Iterable[Mapping[str, Any]]) -> Panel | None:
     return _over_steps(points, "NFN of the adapted model")
 
 
+def lines_panel(points: Mapping[str, Sequence[_Point]], x_title: str, y_title: str) -> Panel | None:
+    """Return lines over a quantity whose values are factors apart, or None without any."""
+    drawn = {name: found for name, found in points.items() if found}
+    if not drawn:
+        return None
+    x = numbers_axis(x_title, [place for found in drawn.values() for place, _ in found], is_log=True)
+    y = numbers_axis(y_title, [value for found in drawn.values() for _, value in found])
+    lines = []
+    for index, (name, found) in enumerate(drawn.items()):
+        texts = [(f"{name}: {value:.4f}", f"{x_title} {place:.3g}") for place, value in found]
+        lines.append(_line(name, index % NUM_COLOURS, found, texts, x, y))
+    return Panel(f"{y_title} by {x_title}", x, y, tuple(lines))
+
+
 def _add(points: list[_Point], step: Any, value: Any) -> None:
     if is_number(step) and is_number(value):
         points.append((step, value))

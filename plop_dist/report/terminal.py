@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from rich.console import Console
 
+from plop_dist.choose.beside import Beside
 from plop_dist.choose.diagnostics import Diagnostic
 from plop_dist.choose.explain import Explanation
 from plop_dist.choose.sweep import Sweep
@@ -23,6 +24,10 @@ NFN_MEANS = (
 )
 CONFIDENCE_MEANS = (
     "Confidence is the share of bootstrap resamples (the same samples, drawn anew) that lead to the same choice."
+)
+BESIDE_MEANS = (
+    "parameters: as many multiply-adds more per token. kept bytes: float32 activations that training keeps of a token "
+    "for the adapters' gradients."
 )
 PROBABILITY_MEANS = "P(chosen): the share of these resamples in which the type, or exactly this choice, is chosen."
 
@@ -75,6 +80,17 @@ def print_explanation(explanation: Explanation, console: Console | None = None) 
         counts = [f"{other.num_modules}", f"{other.num_parameters:,}"]
         grid.rows.append([other.name, types, *counts, nfn, percent(other.probability)])
     show(grid, console)
+
+
+def print_beside(rows: Sequence[Beside], console: Console | None = None) -> None:
+    """Print what training the choice costs beside adapters on the MLP and on everything."""
+    headers = ["choice", ">modules", ">rank", ">parameters", ">kept bytes/token"]
+    grid = Grid("What it costs beside other choices", headers)
+    for row in rows:
+        kept = "-" if row.kept_bytes is None else f"{row.kept_bytes:,}"
+        grid.rows.append([row.name, f"{row.num_modules:,}", f"{row.rank}", f"{row.num_parameters:,}", kept])
+    show(grid, console)
+    show_line(BESIDE_MEANS, console)
 
 
 def print_sweep(sweep: Sweep, console: Console | None = None) -> None:

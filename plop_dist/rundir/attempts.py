@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from plop_dist.rundir.layout import RunDir
 from plop_dist.values.files import make_folder, write_json
 from plop_dist.values.secret_texts import without_secrets
 
-_SECONDS_FOR_PEERS = 5.0
-
 
 def records_of(run_dir: RunDir, launch_id: str) -> Path:
     """The directory where the workers of one launch leave what the driver and later attempts need to know."""
@@ -22,36 +19,13 @@ def records_of(run_dir: RunDir, launch_id: str) -> Path:
 
 
 def begin_attempt(records: Path) -> int:
-    """Return the number of the attempt that begins, counted from 1, or 0 if an earlier one found bad input."""
-    if any(record["user"] for record in read_records(records)):
-        return 0
+    """Return the number of the attempt that begins, counted from 1; records of earlier ones are taken away."""
     for path in _paths(records):
         path.unlink()
     make_folder(records, records.parent.parent)
     attempt = 1 + len(list(records.glob("attempt-*")))
     (records / f"attempt-{attempt}").touch()
     return attempt
-
-
-def all_found_it(records: Path, rank: int, world_size: int) -> bool:
-    """Wait a moment for the other ranks' records; tell whether every rank found bad input.
-
-    If so all can end in peace. If not, the others wait in a collective, and only raising makes Ray end them. Rank 0
-    alone looks through the records, and leaves a mark for the others.
-    """
-    mark = records / "all-found-it"
-    deadline = time.monotonic() + _SECONDS_FOR_PEERS
-    while time.monotonic() < deadline:
-        if rank != 0:
-            if mark.exists():
-                return True
-        elif len(_paths(records)) == world_size:
-            if all(record["user"] for record in read_records(records)):
-                mark.touch()
-                return True
-            return False
-        time.sleep(0.1)
-    return False
 
 
 def write_record(records: Path, rank: int, error: Exception, hide: Callable[[str], str] = str) -> None:

@@ -23,6 +23,7 @@ class RunDir:
         self.training_log = self.train / "log.jsonl"
         self.training_job = self.train / "job.json"
         self.stop_request = self.train / "stop"  # there while a training runs, with a word in it when it is to end
+        self.comparison = self.path / "compare.json"
         self.report = self.path / "report.html"
         self.config = self.path / "config.yaml"
         self.command = self.path / "command.txt"

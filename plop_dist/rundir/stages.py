@@ -16,6 +16,8 @@ from plop_dist.rundir.layout import RunDir
 from plop_dist.values.files import content_hash, no_pipe, write_json
 from plop_dist.values.visible import check_names
 
+_ROWS = ("path", "split", "text_field", "template", "messages_field")
+
 
 class Stages:
     """The stages of the run that `config` describes; made once, where a run begins, and handed down from there.
@@ -78,13 +80,19 @@ class Stages:
             return {**inputs, "exclude": tree["placement"]["exclude"], "files": self._files}
         if stage == "place":
             return {"placement": tree["placement"], "scores": content_hash(self.run_dir.scores)}
+        if stage == "compare":
+            rows = {name: tree["data"][name] for name in _ROWS}
+            inputs = {name: tree[name] for name in ("model", "parallel", "placement", "train")}
+            # Placements by what they say: their paths are others for Ray's workers.
+            arms = [content_hash(Path(arm)) or arm if arm.endswith(".json") else arm for arm in config.compare.arms]
+            inputs["compare"] = {**tree["compare"], "arms": arms}
+            return {**inputs, "data": rows, "scores": content_hash(self.run_dir.scores), "files": self._files}
         placement = content_hash(self.run_dir.placement)
         if stage == "export":
             return {"export": tree["export"], "placement.json": placement}
-        rows = ("path", "split", "text_field", "template", "messages_field")
         return {
             **{name: tree[name] for name in ("model", "parallel", "train")},
-            "data": {name: tree["data"][name] for name in rows},
+            "data": {name: tree["data"][name] for name in _ROWS},
             "export.widen": tree["export"]["widen"],
             "placement.json": placement,
             "files": self._files,

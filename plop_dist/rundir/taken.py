@@ -59,6 +59,12 @@ def taken(path: Path, command: str, *, makes: bool = False) -> Iterator[None]:
                 file.unlink()
 
 
+def mark_of(path: Path) -> str | None:
+    """Return the mark of who has a run directory, which nobody else's has; None where nobody has it."""
+    found = _read(path / TAKEN).get("token")
+    return found if isinstance(found, str) else None
+
+
 def _own(command: str) -> dict[str, Any]:
     return {
         "token": uuid.uuid4().hex,

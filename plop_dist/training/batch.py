@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,6 +44,12 @@ def sum_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
 
 
+def row_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the same for each row: (batch,), float32."""
+    predictions = logits[:, :-1].float().transpose(1, 2)
+    return cross_entropy(predictions, labels[:, 1:], ignore_index=IGNORED, reduction="none").sum(dim=1)
+
+
 def batch_loss(model: Callable[..., Any], batch: Batch, objective: Objective | None = None) -> Tensor:
     """Return the summed loss of what a model answers that is called as transformers' are; None: sum_token_losses."""
     logits = model(**model_inputs(batch)).logits
@@ -53,6 +59,13 @@ def batch_loss(model: Callable[..., Any], batch: Batch, objective: Objective | N
 def read_batch(model: Callable[..., Any], batch: Batch, read: Read) -> Tensor:
     """Return what is read of the logits that such a model answers."""
     return read(WholeLogits(model(**model_inputs(batch)).logits), batch)
+
+
+@torch.no_grad()
+def row_losses(model: Callable[..., Any], micro_batches: Iterable[Batch]) -> list[float]:
+    """Return row_token_losses of all rows, one micro-batch after the other, as batch_loss calls the model."""
+    losses = (row_token_losses(model(**model_inputs(batch)).logits, batch["labels"]) for batch in micro_batches)
+    return [loss for rows in losses for loss in rows.tolist()]
 
 
 def count_targets(batch: Batch) -> int:

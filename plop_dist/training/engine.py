@@ -61,6 +61,17 @@ class Tracked:
     modules: Sequence[nn.Module]
 
 
+class Stepwise(Protocol):
+    """A training engine whose steps a caller may drive by himself, as comparisons do."""
+
+    def opener(self, config: Config) -> Callable[[Config, Placement], Engine]:
+        """Return what opens an Engine for a placement, over one base model that is loaded here, once.
+
+        One Engine is open at a time: close it before the next. Collective over all ranks, as what is returned.
+        """
+        ...
+
+
 class Evaluating(Protocol):
     """A model whose replicas share out the held-out rows."""
 
@@ -69,10 +80,10 @@ class Evaluating(Protocol):
     dp_group: dist.ProcessGroup | None  # None: one replica
     device: torch.device
 
-    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
-        """Return the summed loss of this replica's micro-batches without gradients, on every rank of the replica.
+    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Return each row's summed loss over this replica's micro-batches, in their order, without gradients.
 
-        Every replica passes the same number of micro-batches.
+        The same on every rank of the replica. Every replica passes the same number of micro-batches.
         """
         ...
 
@@ -119,7 +130,7 @@ class Engine(Evaluating, Protocol):
         ...
 
     def close(self) -> None:
-        """Give back hooks and buffers that outlive the engine otherwise."""
+        """Give back hooks and buffers that outlive the engine otherwise, and leave the base model without adapters."""
         ...
 
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -35,10 +36,13 @@ logger = logging.getLogger(__name__)
 class StepEngine:
     """A training engine whose steps this loop drives: supervised fine-tuning, and GRPO where it says so.
 
-    open: makes the Engine of this layout, for grpo a RewardedEngine; collective over all ranks.
+    open: makes the Engine of this layout, for grpo a RewardedEngine. load: what of it does not depend on the placement,
+    to be handed to `open` as its last argument, time and again; without it every Engine loads the model anew.
+    Collective over all ranks.
     """
 
-    open: Callable[[Config, Placement], Engine]
+    open: Callable[..., Engine]
+    load: Callable[[Config], Any] | None = None
     methods: tuple[str, ...] = ("sft",)
 
     def check(self, config: Config) -> None:
@@ -60,6 +64,13 @@ class StepEngine:
         finally:
             engine.close()
 
+    def opener(self, config: Config) -> Callable[[Config, Placement], Engine]:
+        """Return what opens an Engine for a placement. See Stepwise."""
+        if self.load is None:
+            return self.open
+        base = self.load(config)
+        return lambda config, placement: self.open(config, placement, base)
+
 
 def run(engine: Engine, data: Data, config: Config, placement: Placement, log: Log) -> dict[str, Any]:
     """Train for train.max_steps, from the last complete checkpoint if there is one, and save the adapter.
@@ -73,7 +84,7 @@ def run(engine: Engine, data: Data, config: Config, placement: Placement, log: L
         return {"held_out_before": evaluate(engine, data.held_out)}
 
     def step(number: int) -> dict[str, Any]:
-        return _step(engine, data, train, number)
+        return train_step(engine, data, train, number)
 
     progress = run_steps(engine, engine.optimizer, begin, step, config, placement, log)
     held_out_after = evaluate(engine, data.held_out)
@@ -116,7 +127,6 @@ def run_steps(
     saved = start
     with stoppable(RunDir(config.run_dir)) as stopping:
         for step in range(start, train.max_steps):
-            _seed(train.seed, step, engine.dp_rank)
             try:
                 log(take_step(step))
             except StepRefusedError:
@@ -160,21 +170,32 @@ def micro_batch_indices(step: int, accumulation: int, dp_rank: int, dp_size: int
 
 
 def evaluate(engine: Evaluating, held_out: Sequence[Batch]) -> float:
-    """Return the mean loss per target token of the held-out rows. Collective over all ranks.
+    """Return the mean loss per target token of the held-out rows. Collective over all ranks."""
+    phase(f"measuring the loss on {len(held_out)} held-out batches")
+    losses = losses_of_rows(engine, held_out)
+    return math.fsum(losses) / max(sum(count_targets(batch) for batch in held_out), 1)
+
+
+def losses_of_rows(engine: Evaluating, held_out: Sequence[Batch]) -> list[float]:
+    """Return the summed loss of every held-out row, in their order, on every rank. Collective over all ranks.
 
     Each replica reads its share; the last round is filled up with batches without targets, so that all replicas run
     equally often.
     """
-    phase(f"measuring the loss on {len(held_out)} held-out batches")
     num_rounds = math.ceil(len(held_out) / engine.dp_size)
+    places = [index * engine.dp_size + engine.dp_rank for index in range(num_rounds)]
     shares = []
-    for index in range(num_rounds):
-        at = index * engine.dp_size + engine.dp_rank
+    for at in places:
         batch = held_out[min(at, len(held_out) - 1)]
         shares.append(to_device(without_targets(batch) if at >= len(held_out) else batch, engine.device))
-    total = engine.sum_loss(shares)
-    sums = sum_over(engine.dp_group, total, float(sum(count_targets(batch) for batch in shares)), device=engine.device)
-    return sums[0] / max(sums[1], 1.0)
+    own = iter(engine.row_losses(shares))
+    starts = list(accumulate((len(batch["input_ids"]) for batch in held_out), initial=0))
+    losses = [0.0] * starts[-1]
+    for at, share in zip(places, shares, strict=True):
+        rows = list(islice(own, len(share["input_ids"])))
+        if at < len(held_out):
+            losses[starts[at] : starts[at + 1]] = rows
+    return sum_over(engine.dp_group, *losses, device=engine.device)
 
 
 def learning_rate_at(train: TrainConfig, step: int) -> float:
@@ -189,8 +210,9 @@ def learning_rate_at(train: TrainConfig, step: int) -> float:
     return train.learning_rate * decay
 
 
-def _step(engine: Engine, data: Data, train: TrainConfig, step: int) -> dict[str, Any]:
-    """Run one optimizer step and return its entry for the log."""
+def train_step(engine: Engine, data: Data, train: TrainConfig, step: int) -> dict[str, Any]:
+    """Run one optimizer step, counted from 0, and return its entry for the log. Collective over all ranks."""
+    seed_dropout(train.seed, step, engine.dp_rank)
     began = time.perf_counter()
     indices = micro_batch_indices(step, train.gradient_accumulation_steps, engine.dp_rank, engine.dp_size)
     micro_batches = [to_device(data.micro_batch(index), engine.device) for index in indices]
@@ -216,7 +238,7 @@ def _tracker(engine: Engine, config: Config, placement: Placement) -> NfnTracker
     return NfnTracker(config, placement, tokenizer, tracked.model, engine.shards, tracked.modules)
 
 
-def _seed(seed: int, step: int, dp_rank: int) -> None:
+def seed_dropout(seed: int, step: int, dp_rank: int) -> None:
     """Key dropout by (seed, step, dp_rank): a resumed run draws the same masks without stored random state."""
     key = hashlib.sha256(f"dropout:{seed}:{step}:{dp_rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(key[:8], "little") >> 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError
@@ -12,6 +12,9 @@ from plop_dist.registry import BACKENDS, EXTERNAL_ENGINES, TRAINING_ENGINES, imp
 from plop_dist.training.engine import Data, Log, TrainingEngine
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModelInfo, Projection
+
+if TYPE_CHECKING:
+    from plop_dist.training.external.handover import HandedOver
 
 
 def train(config: Config, placement: Placement, log: Log, data: Data | None = None) -> dict[str, Any]:
@@ -87,8 +90,14 @@ def engine_name(config: Config) -> str:
                 f"train.engine is 'plop' with parallel.zero_stage {parallel.zero_stage}, at which only TRL "
                 "trains; use train.engine=trl, or zero_stage=0."
             )
-        return "whole"
+        return "replicas"
     return of_layout
+
+
+def external_engine(config: Config) -> HandedOver | None:
+    """Return what trains in a job of its own, or None where the ranks themselves train. Raises ConfigError."""
+    name = engine_name(config)
+    return load(EXTERNAL_ENGINES, name) if name in names(EXTERNAL_ENGINES) else None
 
 
 def load_engine(name: str) -> TrainingEngine:

@@ -183,12 +183,14 @@ class Placement(Value):
         """Put the adapters on a host's model and return what is trained from here on. Collective over the world.
 
         model: as plop_dist.score takes it: plain or in DDP (a PEFT model, in a new DDP), under fully_shard (the same
-        module), a DeepSpeed engine of ZeRO 0 to 3 (a new engine). Only adapters need gradients in what comes back;
-        give its optimizer those. All ranks begin with rank 0's adapters. options go to LoraConfig (r, lora_alpha,
-        lora_dropout, use_rslora, use_dora, ...), without them the placement's rank and alpha.
+        module), a DeepSpeed engine of ZeRO 0 to 3, AutoTP or a pipeline (a new engine), under transformers' tensor
+        parallelism (a PEFT model), Megatron's chunks (the same, in a new DDP where they were in one), or what Fabric's
+        setup returned (the same). Only adapters need gradients in what comes back; give its optimizer those. Replicas
+        begin with the same adapters. options go to LoraConfig (r, lora_alpha, lora_dropout, use_rslora, use_dora,
+        ...), without them the placement's rank and alpha.
 
-        Raises LayoutError where the layout takes adapters only before the model is wrapped, saying how, or where the
-        ranks' placements differ; ModelError for a model that has adapters; ExportError, PlacementError as to_peft.
+        Raises LayoutError for options that a layout's adapters do not have, by name, and where the ranks' placements
+        differ; ModelError for a model that has adapters; ExportError, PlacementError as to_peft.
         """
         return load(METHODS, "Placement.apply")(self, model, **options)
 

@@ -49,7 +49,7 @@ from tests.models import save_tiny
 
 axolotl, llamafactory, ms_swift, openrlhf = map(find_exporter, ("axolotl", "llamafactory", "ms-swift", "openrlhf"))
 megatron_swift, nemo_rl, torchtitan = map(find_exporter, ("megatron-swift", "nemo-rl", "torchtitan"))
-torchtune, verl = map(find_exporter, ("torchtune", "verl"))
+skyrl, torchtune, verl = map(find_exporter, ("skyrl", "torchtune", "verl"))
 
 CHOICE = ("v_proj", "o_proj", "down_proj")
 
@@ -178,6 +178,35 @@ def check_verl() -> None:
             wanted = placement.to_megatron()
             assert isinstance(wanted, type(peft))  # Bridge's class, which external_lib has mended
             assert (peft.target_modules, peft.dim, peft.alpha) == (wanted.target_modules, wanted.dim, wanted.alpha)
+
+
+def check_skyrl() -> None:
+    from skyrl.train.config import SkyRLTrainConfig
+
+    def read(export: Export) -> Any:
+        config = SkyRLTrainConfig.from_cli_overrides(words(export))
+        assert SkyRLTrainConfig.from_dict_config(OmegaConf.create(file_tree(export))) == config
+        return config.trainer
+
+    for placement in placements():
+        trainer = read(skyrl.export(placement))
+        lora = trainer.policy.model.lora
+        assert trainer.strategy == "fsdp"
+        names = lora.target_modules
+        assert_adapted(adapt("llama", r=lora.rank, lora_alpha=lora.alpha, target_modules=names), placement)
+    for name in NAMES:
+        hostile = [projection(f"model.layers.0.self_attn.{name}", 8, 8)]
+        placement = place(scores_of([*projections_of(model_of("llama")), *hostile]), [name, "v_proj"])
+        assert name in read(skyrl.export(placement)).policy.model.lora.target_modules
+    if importlib.util.find_spec("megatron") is None:  # Python 3.11
+        return
+    import_bridge()
+    for placement in placements():
+        trainer, wanted = read(skyrl.export(placement, engine="megatron")), placement.to_megatron()
+        lora, own = trainer.policy.model.lora, trainer.policy.megatron_config.lora_config
+        kind = {"CanonicalLoRA": "canonical_lora", "LoRA": "lora"}[type(wanted).__name__]
+        assert (trainer.strategy, own.lora_type, own.merge_lora) == ("megatron", kind, False)
+        assert (lora.target_modules, lora.rank, lora.alpha) == (wanted.target_modules, wanted.dim, wanted.alpha)
 
 
 def check_openrlhf() -> None:
@@ -347,6 +376,7 @@ CHECKS = {
     "ms-swift": check_ms_swift,
     "nemo-automodel": check_nemo_automodel,
     "openrlhf": check_openrlhf,
+    "skyrl": check_skyrl,
     "torchtitan": check_torchtitan,
     "torchtune": check_torchtune,
     "verl": check_verl,

@@ -7,6 +7,7 @@ import copy
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +24,8 @@ from tests.exporters.hostile import NAMES, arguments, assert_nothing_runs
 
 TARGETS = names(EXPORTERS)
 LLAMA = scores_of(llama_projections())
-RANKS = {"r", "rank", "dim", "lora_r", "lora_rank"}
-ALPHAS = {"alpha", "lora_alpha"}
+RANKS = {"r", "rank", "dim", "lora_r", "lora_rank", "lora-rank"}
+ALPHAS = {"alpha", "lora_alpha", "lora-alpha"}
 
 
 @pytest.fixture(params=TARGETS)
@@ -37,6 +38,8 @@ def placements() -> Iterator[Placement]:
     qkv, mlp = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]
     for types in (["v_proj"], qkv, ["o_proj", "down_proj"], [*qkv, *mlp], ["v_proj", "down_proj"]):
         yield place(LLAMA, types, rank=16, alpha=48)
+    for types in ([*qkv, "o_proj", *mlp], [*qkv, "o_proj"], mlp):
+        yield place(LLAMA, types, rank=16, alpha=32)
     yield place(LLAMA, qkv, where=lambda item: item.layer == 1)
     yield place(LLAMA, where=lambda item: item.fqn == "model.layers.1.self_attn.v_proj")
     yield place(LLAMA, [*qkv, *mlp], rank_pattern={"v_proj": 16, "model.layers.0.mlp.up_proj": 2})
@@ -70,6 +73,8 @@ def tree_of(name: str, text: str) -> Any:
         return json.loads(text)
     if name.endswith((".yaml", ".yml")):
         return yaml.safe_load(text)
+    if name.endswith(".toml"):
+        return tomllib.loads(text)
     if name.endswith(".py"):
         calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
         return {item.arg: ast.literal_eval(item.value) for item in calls[0].keywords}
@@ -92,7 +97,7 @@ def settings(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def test_it_says_of_itself_what_people_choose_by(exporter: Exporter, request: pytest.FixtureRequest):
     assert exporter.name == request.node.callspec.params["exporter"]
-    assert exporter.flags_in in ("shell", "yaml", "python")
+    assert exporter.flags_in in ("shell", "yaml", "toml", "python")
     for lines in (exporter.engines, exporter.keys, exporter.limits):
         assert isinstance(lines, tuple)
         assert len(set(lines)) == len(lines) > 0
@@ -139,6 +144,9 @@ def test_its_flags_say_what_its_files_say(exporter: Exporter, tmp_path):
         elif exporter.flags_in == "yaml":
             assert yaml.safe_load("\n".join(export.flags)) in [tree_of(*item) for item in export.files.items()]
             continue
+        elif exporter.flags_in == "toml":
+            assert tomllib.loads("\n".join(export.flags)) in [tree_of(*item) for item in export.files.items()]
+            continue
         else:
             (flag,) = export.flags
             call = ast.parse(flag, mode="eval").body
@@ -160,6 +168,9 @@ def leaves(tree: Any) -> Iterator[Any]:
 
 
 def test_alpha_over_rank_is_the_placements(exporter: Exporter):
+    if not any(key.rpartition(".")[2] in ALPHAS for key in exporter.keys):
+        assert any("alpha" in limit for limit in exporter.limits), "without an alpha it must say which one there is"
+        return
     num_seen = 0
     for placement, export in exports(exporter):
         for name, text in export.files.items():

@@ -52,6 +52,8 @@ def from_flags(target: str, export: Export, directory: Path) -> list[str]:
     if target == "axolotl":
         return yaml.safe_load("\n".join(export.flags))["lora_target_modules"]
     (words,) = arguments([export.flags], directory)
+    if target == "skyrl":
+        return names_of(OmegaConf.from_cli(words))
     if target in ("verl", "nemo-rl"):
         return hydra_list(next(word for word in words if ".target_modules=" in word))
     if target == "llamafactory":
@@ -67,10 +69,9 @@ def from_file(target: str, export: Export, directory: Path) -> list[str]:
     if target in ("peft", "deepspeed"):
         tree = json.loads(text)
         return tree.get("target_modules") or tree["target_mods"]
-    if target in ("verl", "nemo-rl"):
+    if target in ("verl", "nemo-rl", "skyrl"):
         (directory / name).write_text(text)
-        tree = OmegaConf.to_container(OmegaConf.load(directory / name), resolve=True)
-        return next(value for key, value in flat(tree) if key == "target_modules")
+        return names_of(OmegaConf.load(directory / name))
     if target == "openrlhf":
         return shlex.split(text)[shlex.split(text).index("--ds.lora.target_modules") + 1 :]
     tree = yaml.safe_load(text)
@@ -78,6 +79,10 @@ def from_file(target: str, export: Export, directory: Path) -> list[str]:
         value for key, value in tree.items() if key in ("target_modules", "lora_target", "lora_target_modules")
     )
     return names.split(",") if isinstance(names, str) else names
+
+
+def names_of(tree: Any) -> list[str]:
+    return next(value for key, value in flat(OmegaConf.to_container(tree, resolve=True)) if key == "target_modules")
 
 
 def flat(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -95,7 +100,8 @@ def is_refused(target: str, name: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "target", ["peft", "trl", "openrlhf", "ms-swift", "llamafactory", "axolotl", "verl", "nemo-rl", "deepspeed"]
+    "target",
+    ["peft", "trl", "openrlhf", "ms-swift", "llamafactory", "axolotl", "skyrl", "verl", "nemo-rl", "deepspeed"],
 )
 def test_every_name_arrives_as_it_is(target: str, tmp_path: Path):
     exporter = find_exporter(target)

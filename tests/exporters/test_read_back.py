@@ -50,7 +50,8 @@ def test_what_is_exported_is_read_back_without_a_difference(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", EXPORTERS.own)
 def test_a_file_by_any_name_is_recognised_or_its_target_named(name: str, tmp_path: Path) -> None:
-    placement = place(LLAMA, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], rank=16)
+    types = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    placement = place(LLAMA, types, rank=16, alpha=32)
     engine = find_exporter(name).engines[0]
     for file in written(tmp_path, placement, name, engine):
         moved = tmp_path / f"mine{file.suffix}"

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from plop_dist.config.loading import parse_config
-from plop_dist.errors import ConfigError, DataError, LayoutError, WorkerError
+from plop_dist.errors import ConfigError, DataError, LayoutError, RunDirError, WorkerError
 from plop_dist.launch import cluster, workers
+from plop_dist.launch import environment as environment_of
 from plop_dist.rundir.attempts import begin_attempt
 from plop_dist.rundir.stages import Stages
 from tests.launch.cluster_case import BIN, ROOT, Case, environment, events, make_case, processes_with, run, session
@@ -79,7 +80,7 @@ def test_workers_killed_in_scoring_and_in_training_change_nothing(case: Case, he
     assert got["held_out_before"] == pytest.approx(expected["held_out_before"], abs=1e-4)
     assert (run_dir / "train" / "adapter" / "adapter_model.safetensors").is_file()
     for count in (1, 2):
-        assert re.search(rf"rank 1: its process died \(.*\); the workers are restarted, {count} of 2 times", err)
+        assert re.search(rf"rank 1 on .*: its process died .*; the workers are restarted, {count} of 2 times", err)
     assert f"resumed: {resumed['done']} of 96 samples" in err
     assert "Traceback" not in err
 
@@ -154,21 +155,22 @@ def test_the_oldest_record_of_the_last_attempt_is_the_cause(tmp_path: Path) -> N
     assert str(workers._cause(tmp_path, {})) == "rank 0: Connection closed by peer"
 
 
-def test_bad_input_is_raised_as_its_own_class_and_stops_further_attempts(tmp_path: Path) -> None:
+def test_bad_input_is_raised_as_its_own_class(tmp_path: Path) -> None:
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
     _record(tmp_path, 1, "DataError", "row 3 has no field 'text'", user=True, age_s=2)
-    found = workers._cause(tmp_path, {0: RuntimeError("collateral")})
-    assert type(found) is DataError
-    assert begin_attempt(tmp_path) == 0
+    assert type(workers._cause(tmp_path, {0: RuntimeError("collateral")})) is DataError
+    found = workers._cause(tmp_path / "elsewhere", {0: RuntimeError("collateral"), 1: RunDirError("another folder")})
+    assert type(found) is RunDirError
 
 
 def test_a_dead_process_is_named_before_what_its_peers_saw(tmp_path: Path) -> None:
     from ray.exceptions import RayActorError
 
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
-    found = workers._cause(tmp_path, {0: RuntimeError("Connection closed by peer"), 1: RayActorError()})
+    raised = {0: RuntimeError("Connection closed by peer"), 1: RayActorError()}
+    found = workers._cause(tmp_path, raised, ["node1", "node2 (10.77.0.2)"])
     assert type(found) is WorkerError
-    assert str(found).startswith("rank 1: its process died")
+    assert str(found).startswith("rank 1 on node2 (10.77.0.2): its process died")
 
 
 @pytest.mark.parametrize(
@@ -201,11 +203,11 @@ def test_workers_get_threads_by_cores_and_this_process_caches(monkeypatch: pytes
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PLOP_DIST_CACHE", "/somewhere")
     tree = {"model": {"name_or_path": "m"}, "data": {"path": "d"}, "cluster": {"cpus_per_worker": 3}}
-    variables = cluster.worker_environment(parse_config(tree))
+    variables = environment_of.worker_environment(parse_config(tree))
     assert variables["OMP_NUM_THREADS"] == "3"
     assert variables["TORCH_EXTENSIONS_DIR"] == "/somewhere/torch_extensions"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert cluster.worker_environment(parse_config(tree))["OMP_NUM_THREADS"] == "1", (
+    assert environment_of.worker_environment(parse_config(tree))["OMP_NUM_THREADS"] == "1", (
         "the user's own choice was overruled"
     )
 

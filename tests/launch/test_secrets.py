@@ -87,10 +87,10 @@ def test_a_submitted_job_holds_references_and_no_secret(tmp_path: Path, dashboar
     assert done.returncode == 2, done.stderr
     assert "does not take this job" in done.stderr
     package, job = received
-    assert json.loads(job)["entrypoint"] == "python -m plop_dist.cli run config.yaml"
+    assert json.loads(job)["entrypoint"] == "sh plop-dist-start.sh plop-dist-config.yaml"
     with zipfile.ZipFile(BytesIO(package)) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
-    assert b"some/model" in contents["config.yaml"]
+    assert b"some/model" in contents["plop-dist-config.yaml"]
     for content in (job, done.stdout.encode(), done.stderr.encode(), *contents.values()):
         assert found_in(content) == []
 

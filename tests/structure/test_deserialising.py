@@ -24,7 +24,10 @@ HOMES: dict[str, dict[str, str]] = {
     "train": {"training/trl/checkpoints.py": "resume_from_checkpoint after check_resumable, in tensors_only"},
     "load_dataset": {"data/rows.py": "datasets runs no scripts and unpickles nothing since its version 4"},
     "safe_open": {"values/files.py": "safetensors", "training/trl/checkpoints.py": "safetensors"},
-    "load_file": {"training/engines/megatron.py": "safetensors, of this run's own"},
+    "load_file": {
+        "training/engines/megatron.py": "safetensors, of this run's own",
+        "training/external/bring_back.py": "safetensors, of the job that this run has started",
+    },
     "from_pretrained": {
         "backends/hf/load.py": "trust_remote_code as configured, after check_foreign_code",
         "backends/hf/quantized/loadable.py": "no file: weights of its own",

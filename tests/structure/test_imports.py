@@ -18,11 +18,14 @@ ROOT = Path(plop_dist.__file__).parent
 
 # Where a framework may be imported: files, or folders with a closing slash.
 HOMES = {
-    "ray": ("launch/",),
+    "ray": ("launch/", "training/external/skyrl_job.py"),
     "deepspeed": ("backends/", "training/", "exporters/deepspeed.py"),
     "megatron": (
         "backends/megatron/",
         "training/engines/megatron.py",
+        "training/adapters/megatron_chunks.py",
+        "training/adapters/on_megatron.py",
+        "plugin/bridge_peft.py",
         "exporters/megatron_bridge.py",
         "canonical_lora.py",
     ),
@@ -30,7 +33,12 @@ HOMES = {
     "trl": ("training/trl/",),
 }
 ALWAYS_LAZY = {"deepspeed", "megatron", "peft", "trl"}
-ON_USE = ("canonical_lora.py", "training/trl/grpo.py", "training/trl/sft.py")  # are themselves imported only on use
+ON_USE = (
+    "canonical_lora.py",
+    "plugin/bridge_peft.py",
+    "training/trl/grpo.py",
+    "training/trl/sft.py",
+)  # are themselves imported only on use
 
 
 def files() -> dict[str, Path]:
@@ -64,8 +72,8 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 # A folder answers one question; what is no folder stands above all of them or below.
 ROOMS = (
-    "cli", "launch", "report", "plugin", "costs", "training", "data", "backends", "measure", "choose", "rundir",
-    "ranks", "config", "exporters", "values", "canonical_lora", "checkpoints", "registry", "errors",
+    "cli", "launch", "report", "compare", "plugin", "costs", "training", "data", "backends", "measure", "choose",
+    "rundir", "ranks", "config", "exporters", "values", "canonical_lora", "checkpoints", "registry", "errors",
 )  # fmt: skip
 
 

@@ -67,9 +67,9 @@ def lost_paths(page: Path) -> list[str]:
 # What runs and users write, and packages of other people in examples.
 MADE = (
     "config.yaml", "quickstart.yaml", "a.yaml", "runs/", "train/adapter/", "adapter/", "megatron_adapter/",
-    "checkpoints/step-", "checkpoints/checkpoint-", "depends_on.txt", "held_out_before.txt", "verl/", "nemo-rl/",
-    "launch.sh", "tensorboard/", "wandb/", "strips_plop/", "nfn_share.py", "quilt_plop.py", "tests/parsers/TARGET",
-    "RUN_DIR/log.txt",
+    "checkpoints/step-", "checkpoints/checkpoint-", "depends_on.txt", "held_out_before.txt", "skyrl/",
+    "verl/", "nemo-rl/", "launch.sh", "tensorboard/", "wandb/", "strips_plop/", "nfn_share.py", "quilt_plop.py",
+    "tests/parsers/TARGET", "RUN_DIR/log.txt",
 )  # fmt: skip
 
 

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import plop_dist
-from tests.sweep.family import TOLERANCE, Family, sweep_family
+from tests.sweep.family import TOLERANCES, Family, Outcome, sweep_family
+from tests.sweep.specifications import bridge_classes, sweep_specifications
 
 # The heads of a model type in the order in which one is taken: what reads text and is trained on it comes first.
 _HEADS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM",
           "SPEECH_SEQ_2_SEQ", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION")  # fmt: skip
-_WAYS = {"command": "plop-dist score", "host": "plop_dist.score, PEFT"}
+_WAYS = {"command": "plop-dist score", "host": "plop_dist.score, PEFT", "local": "Megatron's own layers",
+         "transformer_engine": "Transformer Engine's"}  # fmt: skip
 _TIME_LIMIT_S = 120
 _CELL = 160
 
@@ -60,6 +62,10 @@ def _is_of(class_name: str, model_type: str) -> bool:
 def sweep(model_types: Sequence[str] = (), backend: str = "transformers") -> list[Family]:
     """Return a row for each of these model types, or for all."""
     chosen = {name: one for name, one in architectures().items() if not model_types or name in model_types}
+    if backend == "megatron":
+        types = {class_name: model_type for model_type, class_name in chosen.items()}
+        missing = {} if model_types else dict.fromkeys(bridge_classes(), "")
+        return sweep_specifications({name: types.get(name, "") for name in missing or types})
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context, _begin) as pool:
         tasks = [pool.submit(_swept, name, one, backend) for name, one in chosen.items()]
@@ -97,24 +103,25 @@ def markdown(rows: Sequence[Family], backend: str = "transformers") -> str:
     built = [row for row in rows if "" not in row.ways]
     ways = [way for way in _WAYS if any(way in row.ways for row in built)]
     head = " | ".join(_WAYS[way] for way in ways)
+    what = "every family of Megatron-Bridge" if backend == "megatron" else "every architecture of transformers"
     lines = [
-        f"# What becomes of every architecture of transformers under `parallel.backend={backend}`",
+        f"# What becomes of {what} under `parallel.backend={backend}`",
         "",
-        f"Written by `python -m tests.sweep.table --backend {backend} --write`; transformers {_version()}.",
+        f"Written by `python -m tests.sweep.table --backend {backend} --write`; {_version(backend)}.",
         "A tiny random model of each model type is saved and scored, and held to a reference in float64 that hooks",
-        f"nothing: *exact* is within {TOLERANCE:g} in gains and baselines, every weight that multiplies activations",
-        "scored or named as one that is not.",
+        f"nothing: *exact* is within {TOLERANCES[backend]:g} in gains and baselines, every weight that multiplies",
+        "activations scored or named as one that is not; the worst gain stands beside it.",
         "",
         *(f"- {_WAYS[way]}: {_sum(counts, way)}" for way in ways),
         "",
         f"| model type | class | {head} |",
         f"|{' --- |' * (2 + len(ways))}",
         *(f"| {row.model_type} | {row.class_name} | {_cells(row, ways)} |" for row in built),
-        "",
-        "Not built: transformers refuses the small configuration, needs another package, or the model fails by itself.",
-        "",
-        *(f"- {row.model_type}: {_shortened(row.ways[''].said)}" for row in rows if "" in row.ways),
     ]
+    not_built = [f"- {row.model_type}: {_shortened(row.ways[''].said)}" for row in rows if "" in row.ways]
+    if not_built:
+        why = "transformers refuses the small configuration, needs another package, or the model fails by itself."
+        lines += ["", f"Not built: {why}", "", *not_built]
     return "\n".join(lines) + "\n"
 
 
@@ -124,12 +131,18 @@ def _sum(counts: Counter[tuple[str, str]], way: str) -> str:
 
 
 def _cells(row: Family, ways: Sequence[str]) -> str:
-    outcomes = [row.ways[way] for way in ways]
-    return " | ".join(one.verdict + (f": {_shortened(one.said)}" if one.said else "") for one in outcomes)
+    return " | ".join(_cell(row.ways[way]) for way in ways)
 
 
-def _version() -> str:
-    return version("transformers")
+def _cell(outcome: Outcome) -> str:
+    if outcome.verdict == "exact" and outcome.worst_gain is not None:
+        return f"exact ({outcome.worst_gain:.0e})"
+    return outcome.verdict + (f": {_shortened(outcome.said)}" if outcome.said else "")
+
+
+def _version(backend: str) -> str:
+    packages = ["transformers", *(["megatron-core", "megatron-bridge"] if backend == "megatron" else [])]
+    return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 def _shortened(said: str) -> str:

@@ -75,6 +75,7 @@ ODD: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "gemma3_text": {"layer_types": [*["sliding_attention"] * 5, "full_attention"], "num_hidden_layers": 6},
     "nemotron": {"num_key_value_heads": 2},
     "xlstm": {"num_heads": 2},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16]},

@@ -99,6 +99,7 @@ def _layernorm_linear(self: Any, inp: Tensor, *_: Any, **__: Any) -> Any:
         z = mappings.gather_from_sequence_parallel_region(z, group=self.tp_group)
         bias = self.bias if self.use_bias else None
         y = _multiply(z, self.weight, None if self.return_bias else bias)
+        z = z.detach()  # its backward adds no gradient of this one
     else:
         y, bias = _parallel(self, z)
     out = (y, bias) if self.return_bias else y
@@ -125,11 +126,15 @@ def _attention(
     assert (qkv_format or self.qkv_format) == "sbhd"
     q, k, v = (t.permute(1, 2, 0, 3).float() for t in (query_layer, key_layer, value_layer))  # b h s d
     repeat = q.shape[1] // k.shape[1]
+    places, keys = torch.arange(q.shape[2]) + (k.shape[2] - q.shape[2]), torch.arange(k.shape[2])
+    if self.cp_group is not None and self.cp_group.size() > 1:
+        k, v = (_gathered(self.cp_group, t) for t in (k, v))
+        places, keys = (_gathered_places(self.cp_group, q.shape[2], part) for part in ("own", "all"))
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = q @ k.transpose(-1, -2) * self.softmax_scale
     kind = attn_mask_type or self.attn_mask_type
     window = window_size if window_size is not None else self.window_size
-    hidden = _hidden(*scores.shape[-2:], "causal" in kind, window)
+    hidden = _hidden(places, keys, "causal" in kind, window)
     if kind in ("arbitrary", "padding") and attention_mask is not None:
         hidden = hidden | attention_mask
     if core_attention_bias is not None and core_attention_bias_type == "post_scale_bias":
@@ -139,10 +144,31 @@ def _attention(
     return out.reshape(*out.shape[:2], -1).to(query_layer.dtype)
 
 
-def _hidden(n: int, m: int, is_causal: bool, window: Any) -> Tensor:
-    """Return which keys no query may see, (n, m); window: how far to the left and to the right, -1: all."""
-    places, keys = torch.arange(n)[:, None] + (m - n), torch.arange(m)[None]
-    hidden = (keys > places) if is_causal else torch.zeros(n, m, dtype=torch.bool)
+def _gathered(group: Any, t_bhsd: Tensor) -> Tensor:
+    """Return the keys or values of all ranks of a context-parallel group, one rank's after another's. No gradient."""
+    parts = [torch.empty_like(t_bhsd, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, t_bhsd.contiguous(), group=group)
+    return torch.cat(parts, 2)
+
+
+def _gathered_places(group: Any, num_own: int, part: str) -> Tensor:
+    """Return the places of this rank's tokens, or of all in the order of _gathered.
+
+    Megatron cuts a row into two chunks for each rank: the first rank has the first and the last, and so on.
+    """
+    size = group.size()
+    chunks = torch.arange(num_own * size).chunk(2 * size)
+    ranks = [torch.cat([chunks[rank], chunks[-1 - rank]]) for rank in range(size)]
+    return ranks[group.rank()] if part == "own" else torch.cat(ranks)
+
+
+def _hidden(places: Tensor, keys: Tensor, is_causal: bool, window: Any) -> Tensor:
+    """Return which keys no query may see, (n, m), by their places in the row, (n,) and (m,).
+
+    window: how far to the left and to the right, -1: all.
+    """
+    places, keys = places[:, None], keys[None]
+    hidden = (keys > places) if is_causal else torch.zeros(len(places), keys.shape[1], dtype=torch.bool)
     left, right = window if window is not None else (-1, -1)
     if left >= 0:
         hidden = hidden | (keys < places - left)

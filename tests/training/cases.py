@@ -214,7 +214,13 @@ def load_placement(directory: str | Path) -> Placement:
     return Placement.from_file(Path(directory, "placement.json"))
 
 
-def prepare(directory: Path, family: str, types: tuple[str, ...] = TYPES, **overrides: Any) -> dict[str, Any]:
+def prepare(
+    directory: Path,
+    family: str,
+    types: tuple[str, ...] = TYPES,
+    train: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
     """Save tiny model, scores and placement in `directory` and return the reference run."""
     from tests.models import save_tiny, tiny
 
@@ -223,7 +229,7 @@ def prepare(directory: Path, family: str, types: tuple[str, ...] = TYPES, **over
     placement = make_placement(model, types)
     placement.source.to_file(directory / "scores.json")
     placement.to_file(directory / "placement.json")
-    return reference(model, make_config(directory / "model", directory), placement, Rows(), per_step=4)
+    return reference(model, make_config(directory / "model", directory, train=train), placement, Rows(), per_step=4)
 
 
 def check_run(expected: dict[str, Any], found: dict[str, Any], directory: Path, family: str, **overrides: Any) -> None:

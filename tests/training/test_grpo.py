@@ -248,7 +248,9 @@ def test_two_ranks_at_zero_2_teach_the_chosen_modules_alone(tmp_path: Path) -> N
 def test_megatron_is_handed_over_with_everything_written(tmp_path: Path, engine: str) -> None:
     save_tiny("llama", tmp_path / "model")
     placement = make_placement(tiny("llama"), types=("q_proj", "k_proj", "v_proj"))
-    config = make_config(tmp_path, train={"engine": engine, "rewards": ["builtin:number"]})
+    train = {"engine": engine, "rewards": ["builtin:number"], "lr_scheduler": "constant"}
+    config = make_config(tmp_path, train=train)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "auto"})})
     parallel = config.parallel.model_copy(update={"backend": "megatron", "tp": 2, "pp": 2})
     config = config.model_copy(update={"parallel": parallel})
     summary = run_training(config, placement, lambda entry: None)
@@ -259,8 +261,8 @@ def test_megatron_is_handed_over_with_everything_written(tmp_path: Path, engine:
     script = Path(summary["launch"])
     assert script.parent == directory
     # A stand-in for the engine's command prints the arguments that the shell hands over.
-    command = script.read_text().replace("exec python3 -m verl.trainer.main_ppo", "exec printf '%s\\n'")
-    command = command.replace("exec uv run examples/run_grpo.py", "exec printf '%s\\n'")
+    command = script.read_text().replace("python3 -m verl.trainer.main_ppo", "exec printf '%s\\n'")
+    command = command.replace("uv run examples/run_grpo.py", "exec printf '%s\\n'")
     arguments = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout.splitlines()
     export = json.loads((directory / "export.json").read_text())
     assert len(export["flags"]) > 2
@@ -285,7 +287,8 @@ def test_megatron_is_handed_over_with_everything_written(tmp_path: Path, engine:
 
 def test_the_stage_ends_well_and_says_that_nothing_was_trained(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
-    config = make_config(tmp_path, train={"engine": "verl", "rewards": ["builtin:number"]})
+    train = {"engine": "verl", "rewards": ["builtin:number"], "lr_scheduler": "constant"}
+    config = make_config(tmp_path, train=train)
     told: list[str] = []
     run_rank(Stages(config), ["score", "place", "train"], lambda kind, **fields: told.append(fields.get("text", "")))
     summary = json.loads((tmp_path / "run" / "train" / "summary.json").read_text())

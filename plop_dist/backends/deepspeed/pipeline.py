@@ -84,6 +84,21 @@ def wrap(engine: Any, exclude: Sequence[str]) -> PipelineModel:
 
     Raises ModelError for layers of any other kind: what they hand to each other is not known.
     """
+    layers = host_layers(engine)
+    return PipelineModel(layers, engine.grid, _twin(layers), needs_head(list(exclude)))
+
+
+def stage_model(engine: Any) -> nn.Module:
+    """Return a model on the meta device that has the layers of a host's stage in their places, nothing in the others.
+
+    Raises ModelError as wrap does.
+    """
+    layers = host_layers(engine)
+    return _only_here(_twin(layers), layers)
+
+
+def host_layers(engine: Any) -> list[StageLayer]:
+    """Return the layers of a host's stage. Raises ModelError for any that is not of pipeline_layers."""
     layers = list(engine.module.forward_funcs)
     foreign = [layer for layer in layers if not isinstance(layer, StageLayer)]
     if foreign:
@@ -91,9 +106,13 @@ def wrap(engine: Any, exclude: Sequence[str]) -> PipelineModel:
             f"the PipelineModule holds a {type(foreign[0]).__name__}, whose input and path in the model are not known; "
             "build its layers with plop_dist.backends.deepspeed.stack.pipeline_layers(model)."
         )
+    return layers
+
+
+def _twin(layers: Sequence[StageLayer]) -> Any:
     config = layers[0].config
     name = ModelConfig(name_or_path=getattr(config, "_name_or_path", "") or type(config).__name__)
-    return PipelineModel(layers, engine.grid, meta_model(name, config), needs_head(list(exclude)))
+    return meta_model(name, config)
 
 
 class PipelineModel:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from plop_dist.backends.hf.own_class import architecture, loaded_config
-from plop_dist.backends.hf.parts import other_parts
+from plop_dist.backends.hf.own_class import architecture
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError
 from plop_dist.values.mesh import divisors, nearest
@@ -37,17 +36,6 @@ def refuse_experts(hf_config: Any, config: Config) -> None:
             f"parallel.tp is {config.parallel.tp} with parallel.backend '{config.parallel.backend}', which shards the "
             "inside of each expert, so that no expert's output is whole on any rank; use parallel.tp=1, or "
             "parallel.backend=megatron with parallel.ep."
-        )
-
-
-def refuse_towers(hf_config: Any, config: Config, what: str) -> None:
-    """Raise LayoutError for a model that reads more than text, where `what` is not known to keep its parts apart."""
-    others = other_parts(loaded_config(config.model, hf_config))
-    if others:
-        raise LayoutError(
-            f"model.name_or_path '{config.model.name_or_path}' is a {architecture(hf_config)}, which has other parts "
-            f"than its language model ({', '.join(sorted(others))}); {what} takes language models alone: use "
-            "parallel.backend=transformers, or deepspeed at any zero_stage."
         )
 
 

@@ -37,13 +37,6 @@ def own_class(model: ModelConfig, hf_config: Any) -> Any:
     return found
 
 
-def loaded_config(model: ModelConfig, hf_config: Any) -> Any:
-    """Return the configuration of what is loaded: the checkpoint's, or its text section where that is all."""
-    concrete = _concrete(own_class(model, hf_config), hf_config)
-    text = hf_config.get_text_config()
-    return text if isinstance(text, getattr(concrete, "config_class", None) or ()) else hf_config
-
-
 def reads_pairs(model: ModelConfig, hf_config: Any) -> bool:
     """Tell whether what is loaded has an encoder beside its decoder: the checkpoint, and not its decoder alone."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -78,11 +78,6 @@ def stream_finder(model: Any) -> Callable[[str], str | None]:
     return stream_of
 
 
-def other_parts(config: Any) -> set[ModelPart]:
-    """Return the parts that a model of this configuration has besides its language model."""
-    return {part for _, part in _sections(config) if part != "language"}
-
-
 def _sections(config: Any) -> Iterator[tuple[type[Any], ModelPart]]:
     """Yield the class of every section of a configuration, those inside sections too, with its part."""
     for name in getattr(config, "sub_configs", None) or ():

@@ -43,9 +43,13 @@ def load(config: Config) -> HFModel:
 
 def wrap(model: Any, exclude: Sequence[str]) -> HFModel:
     """Return a host's model, loaded with tp_plan="auto", as the collector sees it. Collective over the world."""
+    return scorable(model, meta_twin(model), tp_group_of(model), needs_head(list(exclude)))
+
+
+def tp_group_of(model: Any) -> dist.ProcessGroup:
+    """Return the tensor-parallel ranks of a host's model that was loaded with tp_plan="auto"."""
     mesh = model._device_mesh
-    group = (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
-    return scorable(model, meta_twin(model), group, needs_head(list(exclude)))
+    return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
 
 
 def scorable(module: nn.Module, twin: nn.Module, group: dist.ProcessGroup, with_head: bool) -> HFModel:

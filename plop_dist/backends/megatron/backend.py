@@ -37,6 +37,7 @@ from plop_dist.backends.megatron.names import below, bridge_names, conventional_
 from plop_dist.backends.megatron.renamed import as_modules
 from plop_dist.backends.megatron.rotary import complete_rotary
 from plop_dist.backends.megatron.stored import check_weights
+from plop_dist.backends.megatron.stored_names import offer_known_names
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
 from plop_dist.backends.megatron.wide_norms import share_wide_norms
 from plop_dist.checkpoints.builtin import resolve
@@ -88,8 +89,12 @@ def wrap(chunks: Sequence[nn.Module], exclude: Sequence[str] = ("lm_head",)) -> 
     return MegatronModel(chunks, Logical(conventional_names, with_head=needs_head(list(exclude))))
 
 
-def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
-    """Return this rank's model chunks in eval mode, with weights, and the AutoBridge that made them. Collective."""
+def load_chunks(config: Config, *, experts_apart: bool = False) -> tuple[list[nn.Module], Any]:
+    """Return this rank's model chunks in eval mode, with weights, and the AutoBridge that made them. Collective.
+
+    experts_apart: build each routed expert as a module of its own, which takes adapters of its own, also where grouped
+    ones would be faster.
+    """
     auto_bridge = import_auto_bridge()
     hf_config = load_hf_config(config.model)
     check_layout(hf_config, config.parallel)
@@ -109,6 +114,8 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
         check_family(hf_config, config)
         complete_rotary(provider, hf_config)
         configure(provider, config, dtype)
+        if experts_apart:
+            provider.moe_grouped_gemm = False
         if config.model.checkpoint is None:
             provider.register_pre_wrap_hook(lambda chunks: _load_weights(bridge, chunks, whole, config))
         chunks = provider.provide_distributed_model(
@@ -126,6 +133,7 @@ def load_chunks(config: Config) -> tuple[list[nn.Module], Any]:
 
 
 def _load_weights(bridge: Any, chunks: list[nn.Module], whole: nn.Module, config: Config) -> list[nn.Module]:
+    offer_known_names(bridge, whole)
     check_weights(bridge, chunks, whole, config)
     with freed_at_once():  # whole tensors come by, of which a rank keeps its shard
         return bridge.load_hf_weights(chunks)

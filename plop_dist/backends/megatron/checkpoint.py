@@ -42,7 +42,7 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
         with _weights_alone(), tensors_only(), indexes_checked():
             loaded: Any = dist_checkpointing.load(wanted, str(directory))
         for key, chunk in zip(keys, chunks, strict=True):
-            _put(chunk, loaded[key])
+            _put(chunk, loaded.get(key, {}))  # a stage may hold no layers
     except (Exception, CheckpointException) as error:  # torch's own kind is a BaseException
         # torch's own message only says that there are some, by rank: (error, stack).
         failures = getattr(error, "failures", {})

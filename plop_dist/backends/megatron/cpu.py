@@ -27,6 +27,7 @@ def prepare() -> None:
 
 def _patch_cuda_calls() -> list[str]:
     """Point megatron-core's hard-wired CUDA calls at the CPU; return what was changed, for the log."""
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import utils as megatron_utils
@@ -38,7 +39,8 @@ def _patch_cuda_calls() -> list[str]:
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]  # tied embeddings under pp
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda *_, **__: _CPU_STREAM  # type: ignore[assignment,return-value]
-    schedules.torch = megatron_utils.torch = _TorchOnCpu(torch)  # they ask for device="cuda"
+    # They ask for device="cuda", or for pinned memory.
+    schedules.torch = megatron_utils.torch = rope_utils.torch = _TorchOnCpu(torch)
     megatron_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
@@ -69,7 +71,7 @@ _CPU_STREAM = _Stream()
 
 
 class _TorchOnCpu:
-    """The torch module with `zeros`, `ones` and `device` on the CPU, for modules of Megatron that ask for "cuda"."""
+    """The torch module whose `zeros`, `ones`, `tensor` and `device` know the CPU alone, for modules of Megatron."""
 
     def __init__(self, module: Any):
         self._module = module
@@ -82,6 +84,9 @@ class _TorchOnCpu:
 
     def ones(self, *size: Any, **kwargs: Any) -> Tensor:
         return self._module.ones(*size, **_on_cpu(kwargs))
+
+    def tensor(self, *data: Any, **kwargs: Any) -> Tensor:
+        return self._module.tensor(*data, **_on_cpu({**kwargs, "pin_memory": False}))
 
     def device(self, *_: Any, **__: Any) -> torch.device:
         return torch.device("cpu")

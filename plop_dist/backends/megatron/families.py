@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
 from plop_dist.config.schema import Config
-from plop_dist.errors import ModelError
+from plop_dist.errors import MissingExtraError, ModelError
 
 # Equal with Megatron's own layers, i.e. without Transformer Engine; and so with it.
 LOCAL_FAMILIES = (
@@ -27,6 +29,10 @@ GPU_FAMILIES = (
 _WRONG = {
     "Ernie4_5_MoeForCausalLM": "it chooses experts by a sigmoid, transformers by a softmax",
 }
+# Every how many layers Bridge builds one of full attention, whatever layer_types says; Gemma 3 turns those otherwise.
+_FULL_LAYERS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6, "Gemma3ForConditionalGeneration": 6}
+# Kind of layer -> the package of its kernels, for which Megatron has no other code, and what pip calls it.
+_KERNELS = {"linear_attention": ("fla", "flash-linear-attention"), "mamba": ("mamba_ssm", "mamba-ssm")}
 _ELSEWHERE = "use parallel.backend=deepspeed or transformers for it"
 
 
@@ -50,6 +56,7 @@ def check_family(hf_config: Any, config: Config) -> None:
             f"here) are known to be right for {', '.join(LOCAL_FAMILIES)} alone; {_ELSEWHERE}."
         )
     _check_fields(hf_config, family, name)
+    _check_kernels(hf_config, name)
     why = None if config.train.method != "sft" else _untrained(hf_config, family, config)
     if why is not None:
         raise ModelError(
@@ -67,13 +74,9 @@ def _untrained(hf_config: Any, family: str, config: Config) -> str | None:
         return None
     if family == "MiniMaxM2ForCausalLM":
         return "whose norms over all heads pass no gradient from rank to rank: parallel.tp must be 1 to train it"
-    if parallel.sequence_parallel and getattr(text, "kv_lora_rank", None):
-        return (
-            "whose latent attention every tensor-parallel rank holds whole, with a gradient of its share of the tokens "
-            "alone under parallel.sequence_parallel: train it without, or with tp 1"
-        )
     has_experts = any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
-    if has_experts and not parallel.sequence_parallel:
+    is_dense = (getattr(text, "first_k_dense_replace", None) or 0) >= text.num_hidden_layers
+    if has_experts and not is_dense and not parallel.sequence_parallel:
         return (
             "whose routed experts Megatron trains at parallel.tp above 1 with parallel.sequence_parallel=true alone: "
             "set that"
@@ -83,6 +86,9 @@ def _untrained(hf_config: Any, family: str, config: Config) -> str | None:
 
 def _check_fields(hf_config: Any, family: str, name: str) -> None:
     """Raise ModelError for what Bridge builds otherwise in some models of a family that it mostly builds right."""
+    period = _FULL_LAYERS.get(family)
+    if period is not None:
+        _check_period(hf_config.get_text_config().layer_types, period, name)
     if family == "Exaone4ForCausalLM" and hf_config.sliding_window and "full_attention" in hf_config.layer_types:
         raise ModelError(
             f"model.name_or_path '{name}': with sliding_window {hf_config.sliding_window} its layers of full attention "
@@ -94,3 +100,25 @@ def _check_fields(hf_config: Any, family: str, name: str) -> None:
             f"{hf_config.hidden_size}, so that Megatron-Bridge cannot tell the rows of experts.gate_up_proj from its "
             f"columns, and does not turn it; {_ELSEWHERE}."
         )
+
+
+def _check_period(layer_types: Sequence[str], period: int, name: str) -> None:
+    for layer, found in enumerate(layer_types):
+        built = "sliding_attention" if (layer + 1) % period else "full_attention"
+        if found != built:
+            raise ModelError(
+                f"model.name_or_path '{name}': layer_types[{layer}] is '{found}', where Megatron-Bridge builds "
+                f"'{built}', as in the published models (every {period}th layer is of full attention); {_ELSEWHERE}."
+            )
+
+
+def _check_kernels(hf_config: Any, name: str) -> None:
+    """Raise MissingExtraError for a package that the model's kinds of layers need and that is not installed."""
+    text = hf_config.get_text_config()
+    kinds = {kind for key in ("layer_types", "layers_block_type") for kind in getattr(text, key, None) or ()}
+    for kind, (package, distribution) in _KERNELS.items():
+        if kind in kinds and find_spec(package) is None:
+            raise MissingExtraError(
+                f"model.name_or_path '{name}' has layers of kind '{kind}', for which Megatron needs {package}, which "
+                f"is not installed: pip install {distribution}, or {_ELSEWHERE}."
+            )

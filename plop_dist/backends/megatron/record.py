@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from plop_dist.backends.hosts import is_a
 from plop_dist.backends.record import BackendRecord, Found
-from plop_dist.errors import ConfigError
+from plop_dist.errors import ConfigError, LayoutError
 from plop_dist.registry import needing_extras
+from plop_dist.values.versions import versions
 
 if TYPE_CHECKING:
     from plop_dist.config.schema import Config
@@ -27,7 +28,7 @@ class Megatron(BackendRecord):
     limits = (
         "no families but those that were compared with transformers: more with Transformer Engine than without",
         "no tp that does not divide heads, key-value heads and MLP, nor pp the layers, nor ep the experts",
-        "no models that read more than text",
+        "of models that read more than text the language model alone, and no training",
         "no tensor parallelism inside experts, and no packed rows under Transformer Engine's attention",
     )
     hosts = "Megatron's list of model chunks"
@@ -45,11 +46,13 @@ class Megatron(BackendRecord):
             )
 
     def check_model(self, hf_config: Any, config: Config) -> None:
-        """Raise LayoutError where an axis does not divide what it shards, and for models that read more than text."""
-        from plop_dist.backends.hf.layout import refuse_towers
+        """Raise ModelError for a family not known to be right here, LayoutError where an axis does not divide."""
         from plop_dist.backends.megatron.layout import check_layout
 
-        refuse_towers(hf_config, config, f"parallel.backend '{self.name}'")
+        if "megatron-bridge" in versions():  # what it builds depends on what is installed
+            from plop_dist.backends.megatron.families import check_family
+
+            check_family(hf_config, config)
         check_layout(hf_config, config.parallel)
 
     def load(self, config: Config) -> ScorableModel:
@@ -69,6 +72,7 @@ class Megatron(BackendRecord):
         from plop_dist.backends.megatron.backend import wrap
         from plop_dist.backends.megatron.chunks import unwrap
 
+        _refuse_fsdp(chunks)
         return Found(
             self.name, "megatron", tuple(chunks), lambda exclude: wrap(chunks, exclude),
             sequence_parallel=bool(unwrap(chunks[0]).config.sequence_parallel), has_schedule=True,
@@ -84,5 +88,19 @@ def _is_megatron(chunk: Any) -> bool:
         is_a(module, "MegatronModule") for module in chunk.modules()
     )
 
+
+def _refuse_fsdp(chunks: list[Any]) -> None:
+    """Raise LayoutError for Megatron-FSDP and Megatron's wrapper of FSDP2: weights are whole in no rank's forward."""
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if any(is_a(module, name) for name in _FSDP):
+            raise LayoutError(
+                f"the model's chunks are in {type(module).__name__}, whose shards score() does not know; score them "
+                "before they are wrapped (a pre-wrap hook, or cfg.peft = plop_dist.MegatronBridgePeft(batches)), or "
+                "wrap them in Megatron's DistributedDataParallel."
+            )
+
+
+# megatron-core's two wrappers, and the package megatron-fsdp below one of them.
+_FSDP = ("FullyShardedDataParallel", "TorchFullyShardedDataParallel", "MegatronFSDP")
 
 RECORD = Megatron()

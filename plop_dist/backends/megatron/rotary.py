@@ -47,7 +47,7 @@ def check_rotary(hf_model: nn.Module, chunk: nn.Module, length: int, config: Con
         ours.seq_len_interpolation_factor = None
     expected = _transformers_cosines(rotary, length)
     try:
-        found = _megatron_cosines(ours, length)
+        found = _megatron_cosines(ours, length, is_cut=config.parallel.cp > 1)
     except TypeError:  # fields of YaRN that Bridge has left unset
         found = torch.zeros(0)
     if expected.shape[-1] * 2 == found.shape[-1]:  # one for each pair of dimensions (complex numbers, GPT-OSS)
@@ -60,12 +60,15 @@ def check_rotary(hf_model: nn.Module, chunk: nn.Module, length: int, config: Con
         )
 
 
-def _megatron_cosines(rotary: Any, length: int) -> Tensor:
-    """Return the sorted cosines of every position, (s, D), whatever the order of dimensions."""
+def _megatron_cosines(rotary: Any, length: int, *, is_cut: bool) -> Tensor:
+    """Return the sorted cosines of every position, (s, D), whatever the order of dimensions.
+
+    is_cut: a context-parallel rank by itself has those of its own positions.
+    """
     if "Multimodal" in type(rotary).__name__:  # time, height and width, the same for text
         angles, scale = rotary(_places(length), [rotary.inv_freq.numel(), 0, 0]), 1.0
     else:
-        angles, scale = rotary(length), 1.0
+        angles, scale = rotary(length, **({"packed_seq": True} if is_cut else {})), 1.0
     if isinstance(angles, tuple):
         angles, scale = angles
     return (angles.flatten(1).float().cos() * scale).sort(dim=-1).values.cpu()

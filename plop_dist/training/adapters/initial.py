@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from plop_dist.training.adapters.shards import AdapterShard
@@ -36,3 +37,11 @@ def draw_initial(fqn: str, in_features: int, rank: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
     bound = 1 / math.sqrt(in_features)
     return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+
+
+def agreed_seed() -> int:
+    """Return a seed that rank 0 draws from its random state, on every rank. Collective over the world."""
+    drawn: list[int] = [int(torch.randint(1 << 31, ()))]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(drawn, src=0)
+    return drawn[0]

@@ -1,35 +1,59 @@
-"""PEFT's adapters on a host's model: in one process, in DDP, under fully_shard, in a DeepSpeed engine."""
+"""PEFT's adapters on a host's model: in one process, in DDP, under fully_shard, under transformers' own plan."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from plop_dist.backends.hf.tp_plan import tp_group_of
 from plop_dist.backends.hosts import bare, is_a
 from plop_dist.errors import LayoutError
+from plop_dist.training.adapters.host_layout import HostLayout
+from plop_dist.training.adapters.initial import agreed_seed, set_initial
+from plop_dist.training.adapters.placed import check_draws, check_options
+from plop_dist.training.adapters.saved import gather_tensors, whole_tensors
+from plop_dist.training.adapters.tp_plan import add_planned, planned_shards
+from plop_dist.values.placement import Placement
 
 
-def adapt_plain(model: Any, peft_config: Any) -> nn.Module:
+def adapt_plain(model: Any, placement: Placement, peft_config: Any) -> nn.Module:
     """Return PEFT's model around a module that every rank holds whole; adapters as on rank 0."""
     from peft import get_peft_model
 
     inner, _ = bare(model)
     adapted = get_peft_model(inner, peft_config)
-    _broadcast(adapted)
+    broadcast_trained(adapted)
     return adapted
 
 
-def adapt_ddp(model: Any, peft_config: Any) -> nn.Module:
+def adapt_ddp(model: Any, placement: Placement, peft_config: Any) -> nn.Module:
     """Return a new DistributedDataParallel with the old one's options: DDP knows only what was there when it was made.
 
     What had been compiled has to be compiled again.
     """
+    return _in_ddp(model, adapt_plain(model, placement, peft_config))
+
+
+def adapt_plan(model: Any, placement: Placement, peft_config: Any) -> nn.Module:
+    """Return PEFT's model around one that transformers' plan has sharded, in DDP again if it was.
+
+    Without DDP the gradients of replicas are the host's to average, as they were.
+    """
+    inner, wrapper = bare(model)
+    tp_group = tp_group_of(inner)
+    check_options(peft_config, "transformers' tensor parallelism")
+    check_draws(peft_config, tp_group)
+    adapted = add_planned(inner, peft_config)
+    set_initial(planned_shards(adapted, tp_group), agreed_seed())
+    return _in_ddp(model, adapted) if wrapper == "ddp" else adapted
+
+
+def _in_ddp(model: Any, adapted: nn.Module) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     wrapper = model if is_a(model, "DistributedDataParallel") else model._orig_mod
-    adapted = adapt_plain(model, peft_config)
     return DistributedDataParallel(
         adapted,
         device_ids=wrapper.device_ids,
@@ -42,16 +66,16 @@ def adapt_ddp(model: Any, peft_config: Any) -> nn.Module:
     )
 
 
-def _broadcast(model: nn.Module) -> list[nn.Parameter]:
-    """Give all ranks rank 0's adapters, which are all that needs a gradient, and return them."""
+def broadcast_trained(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[nn.Parameter]:
+    """Give all ranks of a group its first one's adapters, which are all that needs a gradient, and return them."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if dist.is_available() and dist.is_initialized():
         for parameter in trained:
-            dist.broadcast(parameter.data, src=0)
+            dist.broadcast(parameter.data, group_src=0, group=group)
     return trained
 
 
-def adapt_fsdp2(model: Any, peft_config: Any) -> nn.Module:
+def adapt_fsdp2(model: Any, placement: Placement, peft_config: Any) -> nn.Module:
     """Put adapters into a module that was given to fully_shard, in place, and return it. Collective over the world.
 
     PEFT's own wrapper would call the root's forward past its hooks, which gather its parameters. The adapters, small
@@ -67,7 +91,7 @@ def adapt_fsdp2(model: Any, peft_config: Any) -> nn.Module:
     module, _ = bare(model)
     inject_adapter_in_model(peft_config, module)
     _freeze_gathered(module)
-    for parameter in _broadcast(module):
+    for parameter in broadcast_trained(module):
         parameter.register_hook(_averaged)
     return model
 
@@ -92,39 +116,11 @@ def _freeze_gathered(module: nn.Module) -> None:
                         whole.requires_grad_(parameter.sharded_param.requires_grad)
 
 
-def adapt_engine(engine: Any, peft_config: Any) -> Any:
-    """Return a new DeepSpeed engine, of the same configuration, that trains adapters on the old one's module.
+def _planned_tensors(model: Any, module: Any) -> dict[str, Tensor] | None:
+    return gather_tensors(whole_tensors(planned_shards(module, tp_group_of(module))))
 
-    The old engine is destroyed: its optimizer holds what is frozen from here on. An optimizer that the host gave it is
-    made again with its class and defaults. Collective over the world.
-    """
-    import deepspeed
-    from peft import get_peft_model
 
-    stage = engine.zero_optimization_stage()
-    if peft_config.use_dora and stage == 3:
-        raise LayoutError(
-            "use_dora needs the norm of whole weights, which ZeRO-3 has partitioned; leave it out, or use a stage "
-            "below 3."
-        )
-    scheduler = engine.client_lr_scheduler
-    if scheduler is not None and not callable(scheduler):
-        raise LayoutError(
-            "the engine has an lr_scheduler that is bound to the optimizer of the base model; give "
-            "deepspeed.initialize a function lr_scheduler=lambda optimizer: ..., which apply() can call again, or a "
-            "scheduler in the configuration."
-        )
-    given, options, module = engine.client_optimizer, dict(engine._config._param_dict), engine.module
-    engine.destroy()
-    adapted = get_peft_model(module, peft_config)
-    trainable: Any = _broadcast(adapted)
-    optimizer = given
-    if given is not None and not callable(given):
-        optimizer = type(given)(trainable, **given.defaults)
-    return deepspeed.initialize(
-        model=adapted,
-        model_parameters=trainable,
-        config=options,
-        optimizer=optimizer,
-        lr_scheduler=cast(Any, scheduler),
-    )[0]
+PLAIN = HostLayout(adapt_plain)
+DDP = HostLayout(adapt_ddp)
+FSDP2 = HostLayout(adapt_fsdp2)
+TP_PLAN = HostLayout(adapt_plan, _planned_tensors, is_whole=False)

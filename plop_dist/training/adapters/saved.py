@@ -27,32 +27,52 @@ def save_peft_adapter(
 ) -> None:
     """Write the adapter that the ranks hold in shards, from rank 0.
 
-    Of copies the first is sent: that of replica 0, and of the first rank in a shard's group. One adapter at a time is
-    whole in memory besides rank 0's collection of adapters; the base model is not touched. Collective over all ranks.
+    Of copies the first is sent: that of replica 0, and of the first rank in a shard's group. The base model is not
+    touched. Collective over all ranks.
     """
-    whole = {}
-    for shard in shards:
-        A_RI, B_OR = shard.gather(shard.A, shard.B)
-        if dp_rank == 0 and (shard.group is None or dist.get_rank(shard.group) == 0):
-            whole[shard.fqn] = (A_RI, B_OR)
-    parts: list[Any] = [whole]
-    if dist.is_initialized():
-        rank = dist.get_rank()
-        parts = [None] * dist.get_world_size()
-        dist.gather_object(whole, parts if rank == 0 else None, dst=0)
-        if rank != 0:
-            dist.barrier()
-            return
-    adapters = {fqn: pair for part in parts for fqn, pair in part.items()}
-    check_complete(adapters, placement)
-    tensors = {}
-    for fqn in sorted(adapters, key=natural_key):
-        for name, tensor in zip("AB", adapters[fqn], strict=True):
-            tensors[f"base_model.model.{fqn}.lora_{name}.weight"] = tensor.contiguous()
-    write_weights(directory, tensors)
-    write_config(directory, lora_config(placement, config), config.stored()["model"]["name_or_path"])
+    tensors = gather_tensors(whole_tensors(shards) if dp_rank == 0 else {})
+    if tensors is not None:
+        check_complete(_adapted(tensors), placement)
+        write_weights(directory, tensors)
+        write_config(directory, lora_config(placement, config), config.stored()["model"]["name_or_path"])
     if dist.is_initialized():
         dist.barrier()
+
+
+def whole_tensors(shards: Sequence[AdapterShard]) -> dict[str, Tensor]:
+    """Return this rank's adapters whole, on the CPU, under PEFT's names, from the first rank of each shard's group.
+
+    Collective over the shards' groups.
+    """
+    tensors = {}
+    for shard in shards:
+        pair = shard.gather(shard.A, shard.B)
+        if shard.group is None or dist.get_rank(shard.group) == 0:
+            for name, tensor in zip("AB", pair, strict=True):
+                tensors[f"base_model.model.{shard.fqn}.lora_{name}.weight"] = tensor.contiguous()
+    return tensors
+
+
+def gather_tensors(own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return all ranks' tensors on rank 0, in natural order, None elsewhere. Collective over the world.
+
+    Of copies that of the first rank is sent.
+    """
+    if not dist.is_initialized():
+        return {name: own[name] for name in sorted(own, key=natural_key)}
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, sorted(own))
+    before = {name for names in held[: dist.get_rank()] for name in names}
+    parts: list[Any] | None = [None] * len(held) if dist.get_rank() == 0 else None
+    dist.gather_object({name: own[name] for name in own if name not in before}, parts, dst=0)
+    if parts is None:
+        return None
+    tensors = {name: tensor for part in parts for name, tensor in part.items()}
+    return {name: tensors[name] for name in sorted(tensors, key=natural_key)}
+
+
+def _adapted(tensors: Mapping[str, Tensor]) -> set[str]:
+    return {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
 
 
 def write_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,28 @@ def lora_layers(model: nn.Module, adapter_name: str = _DEFAULT) -> Iterator[tupl
     for path, module in model.named_modules():
         if adapter_name in getattr(module, "lora_A", {}):
             yield path.removeprefix("base_model.model."), module
+
+
+def remove_wrapped(model: nn.Module, base_of: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put modules that adapters wrap back into their places.
+
+    base_of: from any module of the model to the one that it wraps, None where it is no wrapper of an adapter.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            base = base_of(child)
+            if base is not None:
+                setattr(parent, name, base)
+
+
+def remove_peft(model: nn.Module) -> None:
+    """Take out of a model what PEFT has put into it: its layers, and the mark of them."""
+    remove_wrapped(model, _peft_base)
+    vars(model).pop("peft_config", None)
+
+
+def _peft_base(module: Any) -> nn.Module | None:
+    return module.get_base_layer() if _DEFAULT in getattr(module, "lora_A", {}) else None
 
 
 def peft_shards(model: nn.Module) -> list[AdapterShard]:

@@ -15,10 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from plop_dist.config.schema import TrainConfig
 from plop_dist.errors import PlacementError
 from plop_dist.training.adapters.initial import set_initial
-from plop_dist.training.adapters.placed import ranks_of, scaling_of
+from plop_dist.training.adapters.placed import sizes_of
 from plop_dist.training.adapters.shards import AdapterShard, gather_lengths
 from plop_dist.values.placement import Placement
 
@@ -75,29 +74,34 @@ def mark_sharded(parameter: nn.Parameter, is_sharded: bool) -> None:
 
 
 def add_adapters(
-    model: nn.Module, placement: Placement, train: TrainConfig, group: dist.ProcessGroup
+    model: nn.Module, placement: Placement, peft_config: Any, group: dist.ProcessGroup, *, seed: int
 ) -> list[AdapterShard]:
     """Wrap the chosen modules of a model that AutoTP has sharded over `group`, freeze the rest, return the adapters.
 
     They are set to the initial ones. Collective over `group`. Raises PlacementError for a module that is absent or of a
     kind whose shards are not rows or columns of one weight.
     """
-    model.requires_grad_(False)
-    ranks = ranks_of(placement)
-    bases = {fqn: _base(model, fqn) for fqn in ranks}
+    adapter_sizes = sizes_of(placement, peft_config)
+    bases = {fqn: _base(model, fqn) for fqn in adapter_sizes}
     kinds = {fqn: _kind(base, fqn) for fqn, base in bases.items()}
     lengths = [_weight_of(base).shape[1 if kinds[fqn] == "row" else 0] for fqn, base in bases.items()]
+    model.requires_grad_(False)
     shards = []
     for (fqn, base), sizes in zip(bases.items(), gather_lengths(lengths, group), strict=True):
+        rank, scaling = adapter_sizes[fqn]
         wrapped = TensorParallelLoRA(
-            base, fqn, kinds[fqn], sizes, group, rank=ranks[fqn], scaling=scaling_of(placement),
-            dropout=train.lora_dropout,
-        )  # fmt: skip
+            base, fqn, kinds[fqn], sizes, group, rank=rank, scaling=scaling, dropout=peft_config.lora_dropout
+        )
         parent, _, name = fqn.rpartition(".")
         setattr(model.get_submodule(parent), name, wrapped)
         shards.append(wrapped.shard())
-    set_initial(shards, train.seed)
+    set_initial(shards, seed)
     return shards
+
+
+def added_shards(model: nn.Module) -> list[AdapterShard]:
+    """Return the adapters that add_adapters has put into a model."""
+    return [module.shard() for module in model.modules() if isinstance(module, TensorParallelLoRA)]
 
 
 def _base(model: nn.Module, fqn: str) -> nn.Module:

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from plop_dist.backends.deepspeed.autotp import scorable
 from plop_dist.backends.hf.load import load_model, meta_model
 from plop_dist.config.schema import Config
+from plop_dist.training.adapters.placed import lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
-from plop_dist.training.adapters.tensor_parallel import add_adapters
-from plop_dist.training.batch import Batch, batch_loss, read_batch
+from plop_dist.training.adapters.shards import remove_wrapped
+from plop_dist.training.adapters.tensor_parallel import TensorParallelLoRA, add_adapters
+from plop_dist.training.batch import Batch, batch_loss, read_batch, row_losses
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.deepspeed import deepspeed_config, initialize, training_engine
 from plop_dist.training.logits import Objective, Read
@@ -27,19 +29,14 @@ from plop_dist.values.placement import Placement
 class AutoTPEngine:
     """An Engine over deepspeed.initialize with tensor_parallel.autotp_size."""
 
-    def __init__(self, config: Config, placement: Placement):
+    def __init__(self, config: Config, placement: Placement, base: nn.Module | None = None):
         from deepspeed.utils import groups
 
         self._config, self._placement = config, placement
-        model: Any = load_model(config.model)
-        model.config.use_cache = False
         # The adapters are sized by AutoTP's shards, and the optimizer by the adapters: hence two engines in a row.
-        sharding = {**deepspeed_config(config), "zero_optimization": {"stage": 0}}
-        sharded = initialize(model, {**sharding, "tensor_parallel": {"autotp_size": config.parallel.tp}})
-        module = sharded.module
+        module = load(config) if base is None else base
         tp_group: Any = groups.get_tensor_model_parallel_group()
-        self.shards = add_adapters(module, placement, config.train, tp_group)
-        sharded.destroy()
+        self.shards = add_adapters(module, placement, lora_config(placement, config), tp_group, seed=config.train.seed)
         self._engine, self.optimizer = training_engine(module, self.shards, config, mpu=groups)
         dp_group: Any = groups.get_data_parallel_group()
         self.dp_group: dist.ProcessGroup | None = dp_group
@@ -70,11 +67,10 @@ class AutoTPEngine:
             norm = float(self._engine.get_global_grad_norm())
         return total, norm
 
-    @torch.no_grad()
-    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
-        """Return the summed loss without gradients. See Engine."""
+    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Return each row's loss without gradients. See Engine."""
         self._engine.eval()
-        return sum(float(batch_loss(self._engine, batch)) for batch in micro_batches)
+        return row_losses(self._engine, micro_batches)
 
     @torch.no_grad()
     def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
@@ -97,8 +93,21 @@ class AutoTPEngine:
         save_peft_adapter(directory, self.shards, self._placement, self._config, dp_rank=self.dp_rank)
 
     def close(self) -> None:
-        """Give DeepSpeed's hooks and buffers back."""
+        """Give DeepSpeed's hooks and buffers back, and leave the base model without adapters."""
+        module = self._engine.module
         self._engine.destroy()
+        remove_wrapped(module, lambda part: part.base_layer if isinstance(part, TensorParallelLoRA) else None)
 
 
-ENGINE = StepEngine(AutoTPEngine, methods=("sft", "grpo"))
+def load(config: Config) -> nn.Module:
+    """Return this rank's shard of the model, as AutoTP has cut it. Collective over the world."""
+    model: Any = load_model(config.model)
+    model.config.use_cache = False
+    sharding = {**deepspeed_config(config), "zero_optimization": {"stage": 0}}
+    sharded = initialize(model, {**sharding, "tensor_parallel": {"autotp_size": config.parallel.tp}})
+    module = sharded.module
+    sharded.destroy()
+    return module
+
+
+ENGINE = StepEngine(AutoTPEngine, load, methods=("sft", "grpo"))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,42 +19,45 @@ from plop_dist.backends.hf.load import meta_model
 from plop_dist.backends.megatron.backend import describe_chunks, load_chunks
 from plop_dist.backends.megatron.batch import Batching, Prepared
 from plop_dist.backends.megatron.chunks import unwrap
-from plop_dist.backends.megatron.classes import changes_output
 from plop_dist.backends.megatron.groups import read_place
+from plop_dist.backends.megatron.latent import sum_rotary_gradients
 from plop_dist.backends.megatron.schedule import run_schedule
 from plop_dist.backends.megatron.vocab_parallel import VocabParallelLogits
 from plop_dist.config.schema import Config
-from plop_dist.errors import LayoutError, PlacementError
+from plop_dist.errors import PlacementError
 from plop_dist.measure.protocols import MicroBatch
 from plop_dist.training.adapters.experts import fuse_experts
 from plop_dist.training.adapters.initial import set_initial
-from plop_dist.training.adapters.placed import check_complete, lora_config, ranks_of
+from plop_dist.training.adapters.megatron_chunks import add_bridge_adapters, check_ranks
+from plop_dist.training.adapters.placed import check_complete, lora_config, sizes_of
 from plop_dist.training.adapters.saved import WEIGHTS, write_config, write_weights
-from plop_dist.training.adapters.shards import AdapterShard
+from plop_dist.training.adapters.shards import AdapterShard, remove_wrapped
 from plop_dist.training.batch import IGNORED, OBJECTIVE_KEYS, Batch
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.optimizer import AdapterOptimizer
 from plop_dist.training.logits import Objective, Read, next_tokens
 from plop_dist.training.loop import StepEngine
 from plop_dist.training.sums import from_last, sum_over
-from plop_dist.values.mesh import nearest
 from plop_dist.values.names import expert_index
 from plop_dist.values.placement import Placement
+
+Base = tuple[list[nn.Module], Any]
 
 
 class MegatronEngine:
     """An Engine over the model chunks of this rank."""
 
-    def __init__(self, config: Config, placement: Placement):
+    def __init__(self, config: Config, placement: Placement, base: Base | None = None):
         _check(config, placement)
-        chunks, self._bridge = load_chunks(config)
+        chunks, self._bridge = base or _load(config, experts_apart=bool(_experts(placement)))
+        self._before = {module: _outputs_of(module) for chunk in chunks for module in chunk.modules()}
         from megatron.core import parallel_state as state
 
         self._config, self._placement = config, placement
         self._peft = placement.to_megatron(engine="canonical", dropout=config.train.lora_dropout)
-        self._chunks: list[Any] = self._peft(chunks, training=True)
+        self._chunks: list[Any] = chunks
+        self._hook = add_bridge_adapters([unwrap(chunk) for chunk in chunks], self._peft)
         self._peft.set_params_to_save(self._chunks)
-        _check_wrapped(self._chunks)
         first = unwrap(self._chunks[0])
         first.config.variable_seq_lengths = config.parallel.pp > 1
         self._place = read_place(first.config)
@@ -69,9 +73,6 @@ class MegatronEngine:
         self.shards, names = self._find_shards()
         check_complete(names, placement)
         set_initial(self.shards, config.train.seed)
-        if config.parallel.pp > 1 and getattr(first, "pre_process", False):
-            # A first stage without adapters would have nothing to send a gradient through.
-            first.embedding.register_forward_hook(_require_grad)
         stages = [self._pp_group] if config.parallel.pp > 1 else []
         self.optimizer = AdapterOptimizer(self.shards, config.train, gradient_group, stages)
 
@@ -87,12 +88,12 @@ class MegatronEngine:
             chunk.train()
         # The schedule divides by the number of micro-batches and multiplies by the context-parallel size.
         scale = len(micro_batches) / (num_targets * self._place.cp_size)
-        total = self._run(micro_batches, scale, objective, forward_only=False)
+        total = math.fsum(self._run(micro_batches, scale, objective, forward_only=False))
         return total, self.optimizer.step(learning_rate, self.device)
 
     @torch.no_grad()
-    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
-        """Return the summed loss without gradients. See Engine."""
+    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Return each row's loss without gradients. See Engine."""
         for chunk in self._chunks:
             chunk.eval()
         return self._run(micro_batches, 1.0, None, forward_only=True)
@@ -131,7 +132,15 @@ class MegatronEngine:
         self._save_distributed(directory.with_name("megatron_adapter"))
 
     def close(self) -> None:
-        """Give back nothing: what Megatron holds besides the model are its process groups."""
+        """Leave the chunks without adapters, their linears returning what they did before."""
+        from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
+
+        for chunk in self._chunks:
+            remove_wrapped(chunk, lambda module: module.to_wrap if isinstance(module, AdapterWrapper) else None)
+        for module, outputs in self._before.items():
+            vars(module).update(outputs)
+        if self._hook is not None:
+            self._hook.remove()
 
     def _save_distributed(self, directory: Path) -> None:
         from megatron.core import dist_checkpointing
@@ -155,25 +164,30 @@ class MegatronEngine:
 
     def _run(
         self, micro_batches: Sequence[Batch], scale: float, objective: Objective | None, *, forward_only: bool
-    ) -> float:
-        """Return the summed loss of the replica's micro-batches; gradients are of scale times that sum."""
+    ) -> list[float]:
+        """Return the summed loss of each of the replica's rows, of each micro-batch where an objective says it.
+
+        Gradients are of scale times their sum.
+        """
 
         def loss(output: Tensor, *, batch: Prepared) -> tuple[Tensor, dict[str, Any]]:
             if objective is None:
-                total = output.float().masked_select(_targets(batch) >= 0).sum()
+                losses = output.float().masked_fill(_targets(batch) < 0, 0).sum(dim=1)
             else:
-                total = objective(self._logits(output), _answers(batch))
-            return total * scale, {"total": total.detach()}
+                losses = objective(self._logits(output), _answers(batch)).reshape(1)
+            return losses.sum() * scale, {"losses": losses.detach()}
 
         prepared = [self._prepare(batch) for batch in micro_batches]
         call = _losses if objective is None else _forward
         stored = run_schedule(
             self._chunks, prepared, call, loss, cp_size=self._place.cp_size, forward_only=forward_only
         )
-        total = float(sum(float(entry["total"]) for entry in stored))  # the last stage's; others store nothing
+        # The last stage's; others store nothing.
+        losses = [loss for entry in stored for loss in entry["losses"].tolist()]
+        losses = losses or [0.0] * sum(1 if objective else len(batch["input_ids"]) for batch in micro_batches)
         for group in (self._pp_group, self._cp_group):
-            total = sum_over(group, total, device=self.device)[0]
-        return total
+            losses = sum_over(group, *losses, device=self.device)
+        return losses
 
     def _prepare(self, batch: Batch) -> Prepared:
         """Return what the chunks are called with; labels hold the next token's, negative: none."""
@@ -227,37 +241,20 @@ def _targets(batch: Prepared) -> Tensor:
     return batch.labels
 
 
-def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_()
+def _outputs_of(module: nn.Module) -> dict[str, Any]:
+    """Return what Bridge sets on a linear with a norm in it, so that an adapter gets the normed input."""
+    names = ("return_layernorm_output", "return_layernorm_output_gathered")
+    return {name: vars(module)[name] for name in names if name in vars(module)}
 
 
 def _experts(placement: Placement) -> list[str]:
     return [fqn for fqn in placement.modules if expert_index(fqn) is not None]
 
 
-def _check_wrapped(chunks: Sequence[nn.Module]) -> None:
-    """Raise PlacementError for an adapter that Bridge adds behind a norm, which PEFT and inference add before it."""
-    for name, module in (item for chunk in chunks for item in chunk.named_modules()):
-        base = getattr(module, "to_wrap", None)
-        if base is not None and changes_output(base):
-            raise PlacementError(
-                f"'{name}' is a {type(base).__name__}: its norm comes after the projection, and Megatron-Bridge adds "
-                "the adapter's output after the norm, where PEFT adds it before; place adapters on other types than "
-                "o_proj and down_proj (placement.exclude), or train with parallel.backend=deepspeed or transformers."
-            )
-
-
 def _check(config: Config, placement: Placement) -> None:
-    lora_config(placement, config)  # what PEFT cannot express is known before hours of training
+    peft_config = lora_config(placement, config)  # what PEFT cannot express is known before hours of training
     tp, ep = config.parallel.tp, config.parallel.ep
-    for rank in sorted(set(ranks_of(placement).values())):
-        if rank % tp:
-            fitting = " or ".join(str(tp * near) for near in nearest(rank // tp, range(1, rank // tp + 2)))
-            raise LayoutError(
-                f"placement.rank ({rank}) is not divisible by parallel.tp ({tp}): Megatron shards A along the rank; "
-                f"use placement.rank={fitting}."
-            )
+    check_ranks([rank for rank, _ in sizes_of(placement, peft_config).values()], tp)
     experts = _experts(placement)
     if experts and (tp > 1 or ep > 1):
         raise PlacementError(
@@ -266,4 +263,11 @@ def _check(config: Config, placement: Placement) -> None:
         )
 
 
-ENGINE = StepEngine(MegatronEngine, methods=("sft", "grpo"))
+def _load(config: Config, *, experts_apart: bool = True) -> Base:
+    """Return the chunks and what made them; apart, because one of several placements may adapt routed experts."""
+    chunks, bridge = load_chunks(config, experts_apart=experts_apart)
+    sum_rotary_gradients(chunks)
+    return chunks, bridge
+
+
+ENGINE = StepEngine(MegatronEngine, _load, methods=("sft", "grpo"))

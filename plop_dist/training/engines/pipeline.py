@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,34 +15,34 @@ from plop_dist.backends.deepspeed.pipeline import PipelineModel, load_stage
 from plop_dist.backends.deepspeed.stack import pipeline_layers
 from plop_dist.backends.hf.load import meta_model
 from plop_dist.config.schema import Config
-from plop_dist.errors import LayoutError
 from plop_dist.training.adapters.initial import set_initial
-from plop_dist.training.adapters.placed import check_complete, lora_config
+from plop_dist.training.adapters.placed import lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
-from plop_dist.training.adapters.shards import AdapterShard, parameters_of, peft_shards
-from plop_dist.training.adapters.tensor_parallel import mark_sharded
-from plop_dist.training.batch import OBJECTIVE_KEYS, Batch, sum_token_losses
+from plop_dist.training.adapters.shards import remove_peft
+from plop_dist.training.adapters.stages import add_stage_adapters, clip_over_stages
+from plop_dist.training.batch import OBJECTIVE_KEYS, Batch, row_token_losses
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.deepspeed import training_engine
 from plop_dist.training.logits import Objective, Read, WholeLogits
 from plop_dist.training.loop import StepEngine
-from plop_dist.training.sums import clip_factor, from_last, grad_norm, sum_over
+from plop_dist.training.sums import from_last, sum_over
 from plop_dist.values.placement import Placement
+
+Base = tuple[nn.Module, dict[str, Any]]
 
 
 class PipelineEngine:
     """An Engine over deepspeed.pipe.PipelineModule."""
 
-    def __init__(self, config: Config, placement: Placement):
+    def __init__(self, config: Config, placement: Placement, base: Base | None = None):
         from deepspeed.pipe import PipelineModule
 
         self._config, self._placement = config, placement
-        model, options = load_stage(config)
-        layers = pipeline_layers(model)
-        self.shards = self._add_adapters(model)
-        for parameter in parameters_of(self.shards):
-            mark_sharded(parameter, True)  # DeepSpeed's ZeRO norm counts unmarked parameters on the first stage alone
-        self._total, self._scale, self._grad_norm = 0.0, 1.0, 0.0
+        self._model, options = base or load_stage(config)
+        layers = pipeline_layers(self._model)
+        self.shards = add_stage_adapters(self._model, placement, lora_config(placement, config))
+        set_initial(self.shards, config.train.seed)
+        self._losses, self._scale, self._grad_norm = list[float](), 1.0, 0.0
         self._objective: Objective | None = None
         self._reader: Read | None = None
         self._found: list[Tensor] = []
@@ -49,7 +50,7 @@ class PipelineEngine:
             layers=layers, loss_fn=self._loss, activation_checkpoint_interval=0, dynamic_shape=True, **options
         )
         self._engine, self.optimizer = training_engine(self._pipe, self.shards, config)
-        self._engine.clip_fp32_gradients = self._clip  # DeepSpeed's own does not keep the norm, and misses later stages
+        clip_over_stages(self._engine, self.shards, config.train.max_grad_norm, self._note_norm)
         grid = self._engine.grid
         self._pp_group: dist.ProcessGroup = grid.get_pipe_parallel_group()
         self.dp_group: dist.ProcessGroup | None = grid.get_data_parallel_group()
@@ -66,18 +67,20 @@ class PipelineEngine:
         """Run one optimizer step through DeepSpeed's 1F1B schedule. See Engine."""
         self.optimizer.set_learning_rate(learning_rate)
         # DeepSpeed averages over micro-batches and replicas; the loss is a mean over tokens.
-        self._total, self._scale = 0.0, len(micro_batches) * self.dp_size / num_targets
+        self._losses, self._scale = [], len(micro_batches) * self.dp_size / num_targets
         self._objective = objective
         self._engine.train_batch(iter([_as_pipe_input(batch) for batch in micro_batches]))
         if self._config.parallel.zero_stage:
             self._grad_norm = float(self._engine.get_global_grad_norm())
-        return sum_over(self._pp_group, self._total, device=self.device)[0], self._grad_norm
+        return sum_over(self._pp_group, math.fsum(self._losses), device=self.device)[0], self._grad_norm
 
-    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
-        """Return the summed loss without gradients. See Engine."""
-        self._total, self._scale, self._objective = 0.0, 1.0, None
+    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Return each row's loss without gradients. See Engine."""
+        self._losses, self._scale, self._objective = [], 1.0, None
         self._evaluate(micro_batches)
-        return sum_over(self._pp_group, self._total, device=self.device)[0]
+        # The last stage alone has seen losses.
+        rows = self._losses or [0.0] * sum(len(batch["input_ids"]) for batch in micro_batches)
+        return sum_over(self._pp_group, *rows, device=self.device)
 
     def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """Return what is read of each micro-batch's logits, from the last stage. See RewardedEngine."""
@@ -100,23 +103,9 @@ class PipelineEngine:
         save_peft_adapter(directory, self.shards, self._placement, self._config, dp_rank=self.dp_rank)
 
     def close(self) -> None:
-        """Give DeepSpeed's hooks and buffers back."""
+        """Give DeepSpeed's hooks and buffers back, and leave the base model without adapters."""
         self._engine.destroy()
-
-    def _add_adapters(self, model: nn.Module) -> list[AdapterShard]:
-        """Put this stage's adapters into the model, set to the initial ones, and freeze the rest. Collective."""
-        from peft import inject_adapter_in_model
-
-        modules = dict(model.named_modules())
-        here = [fqn for fqn in self._placement.modules if not isinstance(modules.get(fqn, nn.Identity()), nn.Identity)]
-        self._check_stages(here)
-        model.requires_grad_(False)
-        peft_config = lora_config(self._placement, self._config)
-        peft_config.target_modules = set(here)  # PEFT would adapt what stands in for another stage's head
-        inject_adapter_in_model(peft_config, model)
-        shards = peft_shards(model)
-        set_initial(shards, self._config.train.seed)
-        return shards
+        remove_peft(self._model)
 
     def _evaluate(self, micro_batches: Sequence[Batch]) -> None:
         self._engine.eval_batch(
@@ -132,28 +121,15 @@ class PipelineEngine:
         if self._reader is not None:
             self._found.append(self._reader(whole, batch))
             return logits.new_zeros(())
-        loss = sum_token_losses(logits, batch["labels"]) if self._objective is None else self._objective(whole, batch)
-        self._total += float(loss.detach())
-        return loss * self._scale
+        if self._objective is None:
+            losses = row_token_losses(logits, batch["labels"])
+        else:
+            losses = self._objective(whole, batch).reshape(1)
+        self._losses += losses.tolist()
+        return losses.sum() * self._scale
 
-    def _clip(self) -> None:
-        """Clip by the norm over all stages, and keep it. Collective over the pipeline."""
-        self._grad_norm = grad_norm(self.shards, self.device, [self._pp_group])
-        factor = clip_factor(self._grad_norm, self._config.train.max_grad_norm)
-        for parameter in parameters_of(self.shards):
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
-
-    def _check_stages(self, here: Sequence[str]) -> None:
-        """Raise PlacementError or LayoutError unless the stages hold the chosen modules, and each of them some."""
-        stages: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(stages, list(here))
-        check_complete({fqn for stage in stages for fqn in stage}, self._placement)
-        if not all(stages):
-            raise LayoutError(
-                f"parallel.pp is {self._config.parallel.pp}, but rank {stages.index([])}'s stage holds no chosen "
-                "module; use a smaller parallel.pp, parallel.tp instead, or placement.granularity=type."
-            )
+    def _note_norm(self, norm: float) -> None:
+        self._grad_norm = norm
 
 
 def _as_pipe_input(batch: Batch) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
@@ -168,4 +144,4 @@ def _from_pipe_targets(targets: tuple[Tensor, ...]) -> Batch:
     return {"labels": targets[0], **{name: tensor for name, tensor in named if tensor.numel()}}
 
 
-ENGINE = StepEngine(PipelineEngine, methods=("sft", "grpo"))
+ENGINE = StepEngine(PipelineEngine, load_stage, methods=("sft", "grpo"))

@@ -16,7 +16,7 @@ from plop_dist.training.grpo.checks import sampler_name
 from plop_dist.training.grpo.loss import GRPOObjective
 from plop_dist.training.grpo.rating import Rater
 from plop_dist.training.grpo.rollout import Rollout, Rollouts
-from plop_dist.training.loop import learning_rate_at, run_steps, save_adapter
+from plop_dist.training.loop import learning_rate_at, run_steps, save_adapter, seed_dropout
 from plop_dist.training.rewards import RewardHistory, load_rewards
 from plop_dist.training.sums import sum_over
 from plop_dist.values.placement import Placement
@@ -59,6 +59,7 @@ class GRPORun:
     def step(self, number: int) -> dict[str, Any]:
         """Take a step, counted from 0, and return its entry for the log. Collective. Raises StepRefusedError."""
         began, engine = time.perf_counter(), self._engine
+        seed_dropout(self._train.seed, number, engine.dp_rank)
         generation, iteration = divmod(number, self._train.num_iterations)
         if iteration == 0 or self._rollout is None:
             self._rollout = self._rollouts.make(generation)

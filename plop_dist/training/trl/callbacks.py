@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from plop_dist import ranks
 from plop_dist.errors import RunDirError
-from plop_dist.training.batch import Batch, batch_loss
+from plop_dist.training.batch import Batch, row_losses
 from plop_dist.training.engine import Log
 from plop_dist.training.loop import evaluate
 from plop_dist.values.files import write_text
@@ -96,11 +96,10 @@ class _Replicas:
         self.dp_group: dist.ProcessGroup | None = dist.group.WORLD if self.dp_size > 1 else None
         self.device: torch.device = trainer.args.device
 
-    def sum_loss(self, micro_batches: Sequence[Batch]) -> float:
-        """Return the summed loss without gradients. See Evaluating."""
+    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Return each row's loss without gradients. See Evaluating."""
         was_training = self._model.training
         self._model.eval()
-        with torch.no_grad():
-            losses = [batch_loss(self._model, batch) for batch in micro_batches]
+        losses = row_losses(self._model, micro_batches)
         self._model.train(was_training)
-        return float(sum(losses))
+        return losses

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from plop_dist.config.schema import Config
-from plop_dist.registry import import_attribute
-from plop_dist.training.engine import Data, Log
+from plop_dist.registry import TRAINING_ENGINES, import_attribute, load
+from plop_dist.training.engine import Data, Engine, Log
 from plop_dist.training.grpo.checks import check_trl
 from plop_dist.values.placement import Placement
 
@@ -28,6 +29,10 @@ class TRLEngine:
         method = config.train.method
         train = import_attribute(f"plop_dist.training.trl.{method}:train", f"train.method {method}")
         return train(config, placement, log, data)
+
+    def opener(self, config: Config) -> Callable[[Config, Placement], Engine]:
+        """Return what opens an Engine over the same replicas, whose steps are the same. See Stepwise."""
+        return load(TRAINING_ENGINES, "replicas").opener(config)
 
 
 ENGINE = TRLEngine()

@@ -94,6 +94,8 @@ GPU_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "square": ("gpt_oss", {"rope_parameters": OSS_YARN}, "intermediate_size 32 is half of hidden_size 64, so that"),
     "nope": ("exaone4", {**SIZES, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]},
              "with sliding_window 512 its layers of full attention see no positions, but Megatron-Bridge's do"),
+    "other layers": ("gemma3_text", {**SIZES, "layer_types": ["sliding_attention", "full_attention"]},
+                     "layer_types.1. is 'full_attention', where Megatron-Bridge builds 'sliding_attention', as in"),
     "absorbed": ("glm_moe_dsa", {**DEEPSEEK, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 64,
                                  "indexer_rope_interleave": True, "mlp_layer_types": ["dense", "sparse"]},
                  "is a GlmMoeDsaForCausalLM, of which nobody has compared"),

@@ -22,7 +22,16 @@ from tests.te_on_cpu.install import each_specification_rarely, specified
 
 pytestmark = [pytest.mark.slow, needs_bridge]
 OLDER = Path(__file__).parents[3] / ".cache" / "older" / "megatron-core"
-LAYOUTS = {"bridge": (2, 2, 1), "plain": (2, 2, 1), "virtual": (2, 2, 1), "wrapped": (2, 1, 2)}
+# Four layers over two stages that share them evenly, and not: Megatron's ways to say so.
+PIPELINES: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain": (1, {}),
+    "virtual": (2, {}),
+    "first": (1, {"num_layers_in_first_pipeline_stage": 1}),
+    "last": (1, {"num_layers_in_last_pipeline_stage": 1}),
+    "embeddings alone": (1, {"pipeline_model_parallel_layout": "E|ttttL"}),
+    "uneven virtual": (2, {"pipeline_model_parallel_layout": "Ett|t||tL"}),
+}
+LAYOUTS = {"bridge": (2, 2, 1), **dict.fromkeys(PIPELINES, (2, 2, 1)), "wrapped": (2, 1, 2)}
 FIELDS = {"num_hidden_layers": 4, "head_dim": 8}
 
 
@@ -32,7 +41,7 @@ def _batches(share: int, num_shares: int) -> list[dict[str, Any]]:
     return [{"input_ids": row[None], "sample_ids": 0 * row[None] + number} for number, row in rows]
 
 
-def _plain_chunks(directory: Path, checkpoint: Path, virtual: int) -> list[nn.Module]:
+def _plain_chunks(directory: Path, checkpoint: Path, virtual: int, pipeline: dict[str, Any]) -> list[nn.Module]:
     """Build GPTModels as Megatron-LM's pretrain_gpt.py does at tp 2, pp 2, with `virtual` chunks per rank."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
@@ -55,7 +64,7 @@ def _plain_chunks(directory: Path, checkpoint: Path, virtual: int) -> list[nn.Mo
         activation_func=nn.functional.silu, gated_linear_unit=True, add_bias_linear=False, qk_layernorm=True,
         hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True, masked_softmax_fusion=False,
         persist_layer_norm=False, tensor_model_parallel_size=2, pipeline_model_parallel_size=2,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None, pipeline_dtype=hf.dtype,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None, pipeline_dtype=hf.dtype, **pipeline,
     )  # fmt: skip
     stage = parallel_state.get_pipeline_model_parallel_rank()
     chunks: list[nn.Module] = [
@@ -91,8 +100,8 @@ def _bridge_job(rank: int, root: Path) -> dict[str, Scores]:
 def _plain_job(rank: int, root: Path) -> dict[str, Scores]:
     """Score model lists that are built without Bridge and read root/checkpoint."""
     found = {}
-    for name, virtual in (("plain", 1), ("virtual", 2)):
-        chunks = _plain_chunks(root / "model", root / "checkpoint", virtual)
+    for name, (virtual, pipeline) in PIPELINES.items():
+        chunks = _plain_chunks(root / "model", root / "checkpoint", virtual, pipeline)
         assert len(chunks) == virtual
         found[name] = plop_dist.score(chunks, _batches(0, 1), num_directions=4, exclude=())
         assert all(chunk.training for chunk in chunks)
@@ -153,5 +162,5 @@ def test_the_oldest_megatron_core_is_scored_without_bridge(tmp_path: Path) -> No
     run_ranks(4, _bridge_job, tmp_path)
     torch.save({}, tmp_path / "checkpoint" / "common.pt")
     ranks = run_ranks(4, _older_job, tmp_path, OLDER)
-    assert ranks[0].keys() == {"plain", "virtual"}
+    assert ranks[0].keys() == PIPELINES.keys()
     _check(ranks)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from plop_dist.backends.megatron import families
+from plop_dist.backends.megatron.record import RECORD
 from plop_dist.config.loading import parse_config
-from plop_dist.errors import ModelError
+from plop_dist.errors import MissingExtraError, ModelError
 from tests.installed import needs_bridge
 from tests.models import tiny_config
 
@@ -21,7 +22,8 @@ SFT = {"method": "sft"}
 @pytest.mark.parametrize(
     ("family", "parallel", "message"),
     [
-        ("deepseek_v3", {"tp": 2, "sequence_parallel": True}, "latent attention .* parallel.sequence_parallel"),
+        ("deepseek_v3", {"tp": 2}, "routed experts .* parallel.sequence_parallel=true alone"),
+        ("deepseek_v3", {"tp": 2, "sequence_parallel": True}, None),
         ("qwen3_moe", {"tp": 2}, "routed experts .* parallel.sequence_parallel=true alone"),
         ("qwen3_moe", {"tp": 2, "sequence_parallel": True}, None),
         ("qwen3_moe", {"dp": 2}, None),
@@ -45,3 +47,35 @@ def test_training_is_refused_and_scoring_is_not(
     with pytest.raises(ModelError, match=r"train\.method is 'sft', and .* set train\.method=none") as caught:
         families.check_family(hf_config, config)
     caught.match(message)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "message"),
+    [
+        (
+            "qwen3_next",
+            "Qwen3NextForCausalLM",
+            "layers of kind 'linear_attention', for which .* needs fla, which is",
+        ),
+        ("nemotron_h", "NemotronHForCausalLM", "layers of kind 'mamba', for which .* pip install mamba-ssm, or use"),
+    ],
+)
+def test_check_names_a_package_of_kernels_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, name: str, message: str
+) -> None:
+    monkeypatch.setattr(families, "has_transformer_engine", lambda: True)
+    hf_config: Any = tiny_config(family)
+    hf_config.architectures = [name]
+    tree = {"model": {"name_or_path": str(tmp_path)}, "data": {"path": "builtin:arithmetic"},
+            "parallel": {"backend": "megatron"}}  # fmt: skip
+    with pytest.raises(MissingExtraError, match=message):
+        RECORD.check_model(hf_config, parse_config(tree))
+
+
+def test_check_refuses_a_family_that_the_layers_here_do_not_build(tmp_path: Path) -> None:
+    hf_config: Any = tiny_config("mixtral")
+    hf_config.architectures = ["MixtralForCausalLM"]
+    tree = {"model": {"name_or_path": str(tmp_path)}, "data": {"path": "builtin:arithmetic"},
+            "parallel": {"backend": "megatron"}}  # fmt: skip
+    with pytest.raises(ModelError, match="is a MixtralForCausalLM"):
+        RECORD.check_model(hf_config, parse_config(tree))

@@ -16,7 +16,7 @@ from plop_dist.values.scores import ModuleScore, TypeScore
 from tests.installed import needs_bridge
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
-from tests.te_on_cpu.install import each_specification_rarely, specified
+from tests.te_on_cpu.install import each_specification, each_specification_rarely, specified
 from tests.training.cases import Rows, assert_equal, check_run, make_placement, prepare, run_engine
 
 pytestmark = [pytest.mark.slow, needs_bridge]
@@ -46,7 +46,11 @@ def test_expert_parallel_layouts_equal_one_process(tmp_path: Path, specification
             check_run(expected, found[name], tmp_path, "qwen3_moe")
 
 
-def test_adapters_of_experts_load_in_peft_with_the_same_loss(tmp_path: Path) -> None:
+@each_specification
+@pytest.mark.parametrize(
+    "parts", ["gate, up", *(pytest.param(one, marks=pytest.mark.rare) for one in ("gate, up, down", "down"))]
+)
+def test_adapters_of_experts_load_in_peft_with_the_same_loss(tmp_path: Path, specification: str, parts: str) -> None:
     from peft import PeftModel
 
     save_tiny("qwen3_moe", tmp_path / "model")
@@ -58,17 +62,21 @@ def test_adapters_of_experts_load_in_peft_with_the_same_loss(tmp_path: Path) -> 
         for projection in site.projections
         if projection.type.startswith("experts.")
     ]
-    chosen = tuple(module.fqn for module in experts)
-    types = tuple(sorted({module.type for module in experts}))
-    rows = [TypeScore(type=name, num_modules=sum(m.type == name for m in experts), nfn=1.0) for name in types]
+    picked = [module for module in experts if module.fqn.rpartition(".")[2].removesuffix("_proj") in parts.split(", ")]
+    chosen = tuple(module.fqn for module in picked)
+    types = tuple(sorted({module.type for module in picked}))
+    rows = [
+        TypeScore(type=name, num_modules=sum(m.type == name for m in experts), nfn=1.0)
+        for name in sorted({m.type for m in experts})
+    ]
     every = scores.model_copy(update={"modules": (*scores.modules, *experts), "types": (*scores.types, *rows)})
-    size = num_trainable_parameters(experts, lambda _: 4)
+    size = num_trainable_parameters(picked, lambda _: 4)
     placement = Placement(
         policy={}, module_types=types, modules=chosen, rank=4, alpha=8, num_trainable_parameters=size
     ).with_source(every)  # fmt: skip
     every.to_file(tmp_path / "scores.json")
     placement.to_file(tmp_path / "placement.json")
-    (found,) = run_ranks(1, _train, str(tmp_path), {"experts": {}})
+    (found,) = run_ranks(1, specified, specification, _train, str(tmp_path), {"experts": {}})
     result = found["experts"]["result"]
     assert result["held_out_after"] < result["held_out_before"] - 0.01
     adapted = PeftModel.from_pretrained(model, result["adapter"])

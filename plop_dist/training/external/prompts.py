@@ -1,0 +1,57 @@
+"""What an engine asks the model: chats, which reach it in the very words that were scored.
+
+Engines put every prompt through a chat template. Messages go through the checkpoint's own; a text that is no chat gets
+a template that writes it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plop_dist.config.schema import Config
+from plop_dist.data.images import joined_texts
+from plop_dist.data.texts import messages_of
+from plop_dist.errors import ConfigError
+from plop_dist.training.data import RowSet, prompts_of
+
+_AS_IT_IS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """chats: the messages of each row's prompt. template: the chat template that they need; None: the checkpoint's."""
+
+    chats: Sequence[list[dict[str, str]]]
+    template: str | None
+
+
+def chat_template(config: Config, tokenizer: Any) -> str | None:
+    """Return the template that writes a text as it is, or None where the rows are chats. Raises ConfigError.
+
+    It begins as the tokenizer begins a text: with its beginning-of-text token, if it puts one there by itself.
+    """
+    if config.train.prompt_template is None and config.data.messages_field is not None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                f"data.messages_field is '{config.data.messages_field}', but the tokenizer of model.name_or_path "
+                f"'{config.model.name_or_path}' has no chat template; use a checkpoint with one, or data.template."
+            )
+        return None
+    ids = tokenizer("x")["input_ids"]
+    begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    return ("{{ bos_token }}" if begins else "") + _AS_IT_IS
+
+
+def prompts_for(row_set: RowSet, config: Config, tokenizer: Any) -> Prompts:
+    """Return the rows' prompts as chats: a text is one message of the user. Raises DataError naming the row."""
+    template = chat_template(config, tokenizer)
+    texts = prompts_of(row_set, config.train, tokenizer)  # renders, and so checks, every row
+    if template is not None:
+        return Prompts([[{"role": "user", "content": text}] for text in texts], template)
+    chats = []
+    for number, row in row_set.numbered():
+        messages = [dict(message) for message in joined_texts(messages_of(row, number, row_set.data))]
+        chats.append(messages[:-1] if messages[-1].get("role") == "assistant" else messages)
+    return Prompts(chats, None)

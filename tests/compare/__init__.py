@@ -1,0 +1,1 @@
+"""Tests of plop_dist/compare."""

@@ -1,0 +1,223 @@
+"""A whole comparison: its trainings are plain PEFT's, in every layout; cut off, it goes on to the same file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plop_dist import ranks
+from plop_dist.backends.hf.load import load_tokenizer
+from plop_dist.compare.arms import build_arms
+from plop_dist.compare.comparison import check, compare
+from plop_dist.compare.result import Comparison
+from plop_dist.config.loading import parse_config
+from plop_dist.config.schema import Config
+from plop_dist.errors import ConfigError, DataError
+from plop_dist.launch.rank import run_rank
+from plop_dist.rundir.stages import Stages
+from plop_dist.training.batch import count_targets
+from plop_dist.training.data import TrainingData
+from plop_dist.values.scores import Scores
+from tests.installed import needs_bridge
+from tests.models import save_tiny, tiny
+from tests.spawn import run_ranks
+from tests.training.cases import KilledError, assert_equal, reference
+
+ARMS = ["lowest_k", "all", "mlp"]
+
+
+def make_config(directory: Path, run: str, compare: dict[str, Any] | None = None, **parallel: Any) -> Config:
+    """Return a comparison of three arms by four steps of four rows each, whatever the number of replicas."""
+    if not (directory / "model").is_dir():
+        save_tiny("llama", directory / "model")
+        rows = [{"question": f"{i} + {3 * i} = ", "answer": f"{4 * i}" * (1 + i % 3)} for i in range(40)]
+        (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return parse_config(
+        {
+            "run_dir": str(directory / run),
+            "model": {"name_or_path": str(directory / "model"), "dtype": "float32"},
+            "data": {"path": str(directory / "rows.jsonl"), "template": "{question}{answer}", "num_samples": 4},
+            "placement": {"k": 2, "rank": 4, "alpha": 8},
+            "parallel": parallel,
+            "train": {"method": "sft", "max_steps": 4, "learning_rate": 0.02, "seed": 5, "max_grad_norm": 0.3,
+                      "micro_batch_size": 4 // parallel.get("dp", 1), "prompt_template": "{question}"},
+            "compare": {"arms": ARMS, "rates": 1, "seeds": 2, "held_out": 12, **(compare or {})},
+        }
+    )  # fmt: skip
+
+
+def quietly(kind: str, **fields: Any) -> None:
+    """Take progress without showing it."""
+
+
+def scored(config: Config) -> Config:
+    """Score on this rank, and return the configuration."""
+    run_rank(Stages(config), ["score"], quietly)
+    ranks.barrier()
+    return config
+
+
+def values(found: Comparison) -> dict[tuple[str, float, int, int], tuple[float | None, float | None]]:
+    """Return what every training ended with, by arm, rate, seed and steps."""
+    return {
+        (arm.arm, run.learning_rate, run.seed, run.steps): (run.value, run.choosing)
+        for arm in found.arms
+        for run in arm.runs
+    }
+
+
+def same(found: Comparison, expected: Comparison, tolerance: float = 1e-4) -> None:
+    """Assert that two comparisons trained the same, to the same losses."""
+    trained, wanted = values(found), values(expected)
+    assert trained.keys() == wanted.keys()
+    assert [arm.rank for arm in found.arms] == [arm.rank for arm in expected.arms]
+    for key, pair in wanted.items():
+        assert_equal(str(key), trained[key], pair, tolerance)
+    assert found.base == pytest.approx(expected.base, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_every_training_is_plain_peft_s_though_the_base_is_loaded_once(tmp_path: Path) -> None:
+    config = scored(make_config(tmp_path, "run"))
+    found = compare(config, quietly)
+    assert [arm.arm for arm in found.arms] == ARMS
+    assert [one.against for one in found.comparisons] == ARMS[1:]
+    train = config.train.model_copy(update={"eval_samples": 12})
+    arms = build_arms(Scores.from_file(config.run_path / "scores.json"), ARMS, config.placement, 0)
+    for arm, candidate in zip(found.arms, arms, strict=True):
+        assert [run.seed for run in arm.runs] == [5, 6]
+        for run in arm.runs:
+            one = config.model_copy(update={"train": train.model_copy(update={"seed": run.seed})})
+            data = TrainingData(one, load_tokenizer(config.model))
+            expected = reference(tiny("llama"), one, candidate.placement, data, per_step=1)
+            targets = [count_targets({k: v[i : i + 1] for k, v in b.items()}) for b in data.held_out for i in range(4)]
+            odd, even = sum(targets[1::2]), sum(targets[::2])
+            assert run.value is not None
+            assert run.choosing is not None
+            mean = (run.value * odd + run.choosing * even) / (odd + even)
+            assert_equal(f"{arm.arm}, seed {run.seed}", mean, expected["held_out_after"])
+    assert found.cost.steps == 3 * 2 * 4
+    assert all(arm.cost.tokens_per_second > 0 and arm.cost.peak_memory_bytes > 0 for arm in found.arms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_after", [1, 9, 30])
+def test_one_that_is_cut_off_goes_on_to_the_same_file(tmp_path: Path, killed_after: int) -> None:
+    options = {"rates": 2, "arms": ["lowest_k", "all", "all_again.json"]}
+    whole = scored(make_config(tmp_path, "whole", options))
+    arms = build_arms(Scores.from_file(whole.run_path / "scores.json"), ["lowest_k", "all"], whole.placement, 0)
+    options["arms"] = ["lowest_k", "all", str(whole.run_path / "placement.json")]
+    arms[1].placement.to_file(whole.run_path / "placement.json")
+    whole = make_config(tmp_path, "whole", options)
+    expected = compare(whole, quietly)
+    cut = scored(make_config(tmp_path, "cut", options))
+    steps = []
+
+    def dying(kind: str, **fields: Any) -> None:
+        if kind == "training":
+            steps.append(fields["note"])
+            if len(steps) == killed_after:
+                raise KilledError
+
+    with pytest.raises(KilledError):
+        compare(cut, dying)
+    num_done = len(list((cut.run_path / "compare").glob("[!b]*.json")))
+    before, steps[:] = len(steps), [None] * 10**6
+    found = compare(cut, dying)
+    again = len(steps) - 10**6
+    assert found.cost.steps == expected.cost.steps
+    assert again + before - expected.cost.steps < 4  # one training is lost at most
+    assert num_done <= before // 2
+    measured = {"arms": {"__all__": {"cost"}}, "cost": True}
+    assert found.model_dump(exclude=measured) == expected.model_dump(exclude=measured)
+    first, second, third = found.arms
+    assert second.runs == third.runs  # the same placement is trained once
+    assert first.runs != second.runs
+
+
+def _zero(rank: int, directory: str, stage: int) -> dict[str, Any]:
+    config = scored(make_config(Path(directory), f"zero{stage}", backend="deepspeed", dp=2, zero_stage=stage))
+    return compare(config, quietly).model_dump(mode="json", by_alias=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, pytest.param(1, marks=pytest.mark.rare), 3])
+def test_zero_has_the_values_of_one_process(tmp_path: Path, stage: int) -> None:
+    expected = compare(scored(make_config(tmp_path, "one")), quietly)
+    for found in run_ranks(2, _zero, str(tmp_path), stage):
+        same(Comparison.model_validate(found), expected)
+
+
+def _sharded(rank: int, directory: str, run: str, parallel: dict[str, Any]) -> dict[str, Any]:
+    config = scored(make_config(Path(directory), run, **parallel))
+    return compare(config, quietly).model_dump(mode="json", by_alias=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param({"backend": "megatron", "tp": 2}, marks=needs_bridge),
+        pytest.param({"backend": "megatron", "pp": 2}, marks=[needs_bridge, pytest.mark.rare]),
+        {"backend": "transformers", "dp": 2},
+        pytest.param({"backend": "transformers", "tp": 2}, marks=pytest.mark.rare),
+        pytest.param({"backend": "deepspeed", "tp": 2}, marks=pytest.mark.rare),
+        pytest.param({"backend": "deepspeed", "pp": 2}, marks=pytest.mark.rare),
+    ],
+    ids=lambda parallel: "-".join(map(str, parallel.values())),
+)
+def test_sharded_arms_have_the_values_of_one_process(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    one = scored(make_config(tmp_path, "one"))
+    every = run_ranks(2, _sharded, str(tmp_path), "sharded", parallel)
+    # Of the same ranks, which Megatron has as multiples of tp.
+    (one.run_path / "scores.json").write_bytes((tmp_path / "sharded" / "scores.json").read_bytes())
+    samples = tmp_path / "sharded" / "samples.safetensors"
+    (one.run_path / samples.name).write_bytes(samples.read_bytes())
+    expected = compare(one, quietly)
+    for found in every:
+        same(Comparison.model_validate(found), expected)
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_and_a_sentence_and_keeps_what_is_done(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run")
+    (tmp_path / "config.yaml").write_text(config.stored_yaml())
+    command = [sys.executable, "-m", "plop_dist.cli", "compare", str(tmp_path / "config.yaml")]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert first.returncode == 0, first.stderr
+    assert "3 arms, 6 trainings of 4 steps" in first.stderr
+    lines = first.stdout.splitlines()
+    assert max(map(len, lines[:6])) <= 80
+    assert [line.split()[0] for line in lines[2:5]] == ARMS
+    assert any(line.startswith("lowest_k ") and "rows, base" in line for line in lines)
+    page = (config.run_path / "report.html").read_text()
+    assert "Does the placement pay?" in page
+    before = (config.run_path / "compare.json").read_bytes()
+    second = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout == first.stdout
+    assert "compare: done before, kept" in second.stderr
+    assert (config.run_path / "compare.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("none", "train.method is none, which trains nothing; set train.method=sft"), ("grpo", "train.method is grpo")],
+)
+def test_methods_that_cannot_be_compared_are_refused(tmp_path: Path, method: str, message: str) -> None:
+    config = make_config(tmp_path, "run")
+    train = config.train.model_copy(update={"method": method})
+    with pytest.raises(ConfigError, match=message):
+        check(config.model_copy(update={"train": train}))
+
+
+@pytest.mark.slow
+def test_too_few_held_out_rows_are_refused_by_the_key_that_asks_for_them(tmp_path: Path) -> None:
+    config = scored(make_config(tmp_path, "run", {"held_out": 40}))
+    with pytest.raises(DataError, match=r"has 40 rows, but compare.held_out holds out 40"):
+        compare(config, quietly)
