@@ -121,7 +121,7 @@ def test_who_trains(directory: Path) -> None:
     assert name("auto", backend="deepspeed", dp=2, zero_stage=3) == "trl"
     assert name("auto", backend="megatron", tp=2) == "megatron"
     assert name("auto", backend="transformers", tp=2) == "tp_plan"
-    assert name("plop") == "whole"
+    assert name("plop") == "replicas"
     assert name("verl", backend="megatron") == "verl"
 
 
