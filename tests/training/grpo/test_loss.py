@@ -16,6 +16,7 @@ from plop_dist.training.grpo.loss import LOSSES, GRPOObjective, token_weights
 from plop_dist.training.logits import IGNORED
 from tests.models import random_tokens, tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.slow  # TRL's import
 NUM_PROMPT, NUM_COMPLETION, NUM_ROWS = 5, 7, 4
 LENGTHS = torch.tensor([7, 3, 5, 6])  # of the completions
 PROMPTS = torch.tensor([5, 2, 4, 3])  # lengths of the prompts

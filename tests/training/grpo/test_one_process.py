@@ -27,7 +27,14 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", [{"num_iterations": 2, "beta": 0.05}, {"loss_type": "bnpo", "temperature": 0.7}])
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"num_iterations": 2, "beta": 0.05},
+        pytest.param({"loss_type": "bnpo", "temperature": 0.7}, marks=pytest.mark.rare),
+    ],
+    ids=["several-updates", "on-policy"],
+)
 def test_a_run_that_was_cut_off_ends_like_a_whole_one(directory: Path, train: dict[str, Any]) -> None:
     options = {"train": train, "sampler": "model"}
     whole = run_grpo(directory, "whole", **options)
@@ -114,7 +121,7 @@ def test_who_trains(directory: Path) -> None:
     assert name("auto", backend="deepspeed", dp=2, zero_stage=3) == "trl"
     assert name("auto", backend="megatron", tp=2) == "megatron"
     assert name("auto", backend="transformers", tp=2) == "tp_plan"
-    assert name("plop") == "whole"
+    assert name("plop") == "replicas"
     assert name("verl", backend="megatron") == "verl"
 
 
