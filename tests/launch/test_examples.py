@@ -68,7 +68,7 @@ def test_an_example_takes_a_users_own_model_and_data(tmp_path: Path, name: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["trl_sft", "accelerate_loop", "fsdp2_loop", "deepspeed_engine", "lightning_fit"])
+@pytest.mark.parametrize("name", ["trl_sft", "accelerate_loop", "fsdp2_loop", "lightning_fit"])
 def test_an_example_runs_on_two_ranks(tmp_path: Path, name: str) -> None:
     if name == "lightning_fit" and not LIGHTNING.exists():
         pytest.skip("Lightning is not installed in .cache/hosts/lightning; make test does it")
