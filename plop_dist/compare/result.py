@@ -86,7 +86,7 @@ class Comparison(Value):
     """What compare.json holds. margin: up to this size a difference counts as none."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
-    schema_: Literal["plop-dist/compare/1"] = Field(COMPARE_SCHEMA, alias="schema")
+    schema_: Literal["plop-dist/compare/1"] = Field(default=COMPARE_SCHEMA, alias="schema")
     method: Text
     measure: Text
     budget: int

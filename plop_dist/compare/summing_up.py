@@ -117,8 +117,10 @@ def _comparisons(
     paired = []
     for _, other in others:
         other_SR = _reported(other)
-        has_both = first_SR is not None and other_SR is not None
-        paired.append(compare_losses(first_SR, other_SR, targets_R, seed) if has_both else None)
+        if first_SR is None or other_SR is None:
+            paired.append(None)
+        else:
+            paired.append(compare_losses(first_SR, other_SR, targets_R, seed))
     adjusted = iter(holm([one.p_value for one in paired if one is not None]))
     found = []
     for (other, _), one in zip(others, paired, strict=True):

@@ -21,7 +21,7 @@ def offer_known_names(bridge: Any, whole: nn.Module) -> None:
     whole: the Hugging Face model, on the meta device.
     """
     source = bridge.hf_pretrained.state.source
-    stored = source.get_all_keys()
+    stored: list[str] = source.get_all_keys()
     alias = _aliases(stored, _patterns(bridge), whole)
     if not alias:
         return
@@ -30,7 +30,7 @@ def offer_known_names(bridge: Any, whole: nn.Module) -> None:
     load = source.load_tensors
 
     def load_tensors(names: list[str]) -> dict[str, Any]:
-        loaded = load([alias.get(name, name) for name in names])
+        loaded: dict[str, Any] = load([alias.get(name, name) for name in names])
         return {asked.get(name, name): tensor for name, tensor in loaded.items()}
 
     source.get_all_keys, source.load_tensors = lambda: keys, load_tensors

@@ -61,7 +61,8 @@ def chunk_shards(chunks: Sequence[nn.Module], names: HFNames) -> list[AdapterSha
             if held is None:
                 continue
             # CanonicalLoRA's parts are named adapter_q, ...; as q_proj begins with q, gate_proj with gate.
-            for part, adapter in held.items() if isinstance(held, nn.ModuleDict) else [("", held)]:
+            adapters: dict[str, Any] = dict(held.items()) if isinstance(held, nn.ModuleDict) else {"": held}
+            for part, adapter in adapters.items():
                 fqn = _fqn(linear.fqns, part.removeprefix("adapter_"))
                 # Of a column-parallel linear Megatron shards A along the rank.
                 A_dim = 1 if adapter.input_is_parallel else 0

@@ -146,7 +146,7 @@ def load(config: Config) -> nn.Module:
 
 def _partitioned(config: Config) -> nn.Module:
     import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from plop_dist.training.engines.deepspeed import deepspeed_config
 
