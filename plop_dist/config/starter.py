@@ -57,9 +57,13 @@ def write_new(path: Path, text: str) -> None:
 
 
 def _section_text(section: Section, given: Mapping[str, Any]) -> str:
-    indent = "  " if section.name else ""
     lines = [*_comment(section.doc), f"{section.name}:"] if section.name else []
+    above = section.name.split(".")
     for key in section.keys:
+        *path, _ = key.name.split(".")
+        if len(path) > 1 and path != above:  # a section within this one
+            lines.append(f"{'  ' * (len(path) - 1)}#{path[-1]}:")
+        above, indent = path, "  " * len(path)
         value = yaml_value(given[key.name]) if key.name in given else key.default
         assert value is not None, f"{key.name} has no default and is not given"
         lines += [f"{indent}{line}" for line in _comment(_with_choices(key.doc, key.choices))]

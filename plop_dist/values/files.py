@@ -19,7 +19,7 @@ import numpy as np
 from plop_dist.errors import RunDirError, ScoresError
 from plop_dist.values.visible import check_names, may_hide_something
 
-_LARGEST_WHOLE_NUMBER = 2**64  # seeds are the largest
+_MOST_DIGITS = 300  # of a whole number that a float can hold
 LINKED = ("wandb",)  # folders of loggers, which hold links of their own to the newest run
 
 
@@ -156,10 +156,9 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
 
 
 def _whole_number(text: str) -> int:
-    number = int(text)
-    if abs(number) > _LARGEST_WHOLE_NUMBER:
-        raise ValueError(f"{text[:20]}... is no number that is in such a file")
-    return number
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:20]}... has {len(text)} digits, which no number in such a file has")
+    return int(text)
 
 
 def is_pipe(path: Path) -> bool:

@@ -14,7 +14,7 @@ import yaml
 
 from plop_dist.config.command_help import COMMANDS
 from plop_dist.config.loading import load_config, parse_config
-from plop_dist.config.schema import Config
+from plop_dist.config.schema import Config, VLLMConfig
 from plop_dist.config.starter import samples
 from plop_dist.registry import BACKENDS, EXPORTERS, names
 from tests.cli.cases import assert_one_message, plop_dist
@@ -70,6 +70,7 @@ def test_every_key_is_there_and_removing_the_marks_changes_nothing(here: Path) -
     for name, field in Config.model_fields.items():
         if name != "run_dir":
             assert set(tree[name]) == set(getattr(field.annotation, "model_fields", {}))
+    assert set(tree["train"]["vllm"]) == set(VLLMConfig.model_fields)
     assert parse_config(tree) == load_config("config.yaml")
     assert max(map(len, text.splitlines())) <= 120
     assert all(name in text for name in names(EXPORTERS))

@@ -60,10 +60,10 @@ def test_the_example_of_every_key_is_accepted() -> None:
         for key in section.keys:
             tree: dict[str, Any] = {"model": {"name_or_path": "m"}, "data": {"path": "d"}}
             value = yaml.safe_load(example(key).replace("{question}", "question"))
-            if section.name:
-                tree.setdefault(section.name, {})[key.field] = value
-            else:
-                tree[key.field] = value
+            node = tree
+            for name in key.name.split(".")[:-1]:
+                node = node.setdefault(name, {})
+            node[key.field] = value
             try:
                 parse_config(tree)
             except PlopError as error:  # a size that this layout does not have, an option without its policy

@@ -72,7 +72,8 @@ def test_flags_are_those_of_the_documentation(target):
 def test_every_exporter_is_pure_and_deterministic_and_refuses_foreign_engines(target, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export = find_exporter(target).export
-    placement = place(LLAMA, ["q_proj", "k_proj", "v_proj"])
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if target == "tinker" else ["q_proj", "k_proj", "v_proj"]
+    placement = place(LLAMA, attention, alpha=32)  # tinker knows the whole of attention alone, and this alpha
     first = export(placement, engine=None, widen=False)
     assert first == export(placement, engine=None, widen=False)
     assert first.files

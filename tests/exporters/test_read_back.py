@@ -120,7 +120,7 @@ def test_another_package_s_target_that_cannot_read_is_refused_by_name(
 
 @pytest.mark.parametrize("name", EXPORTERS.own)
 def test_a_number_that_no_float_holds_is_one_message_or_is_not_read(name: str, tmp_path: Path) -> None:
-    placement = place(scores_of(llama_projections(2)), ["q_proj", "k_proj", "v_proj"])
+    placement = place(scores_of(llama_projections(2)), ["q_proj", "k_proj", "v_proj", "o_proj"], alpha=32)
     messages = []
     for path in written(tmp_path, placement, name, find_exporter(name).engines[0]):
         text = path.read_text()

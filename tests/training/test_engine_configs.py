@@ -172,7 +172,9 @@ def test_nemo_rl_finds_every_key_in_its_example_configuration(
 
 OTHER = {
     "method": "sft", "lr_scheduler": "cosine", "rewards": ["builtin:format"], "loggers": ["tensorboard"],
-    "prompt_template": "{question}\n", "packing": True, "use_vllm": True, "temperature": 0.5, "num_generations": 2,
+    "prompt_template": "{question}\n", "packing": True, "temperature": 0.5, "num_generations": 2,
+    "sampler": "model", "loss_type": "grpo", "importance_sampling_level": "sequence", "scale_rewards": "none",
+    "reward_weights": [0.5], "vllm": {"url": "http://localhost:8000"},
 }  # fmt: skip
 
 
