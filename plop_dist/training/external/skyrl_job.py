@@ -1,6 +1,6 @@
 """SkyRL's main_base with what this run adds to it: our rewards, our log, and CanonicalLoRA for a part of a linear.
 
-`python -m plop_dist.training.external.skyrl_job KEY=VALUE ...`, in SkyRL's own Python, as launch.sh does.
+launch.sh runs it as a module, with KEY=VALUE ..., in SkyRL's own Python.
 """
 
 from __future__ import annotations
