@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 
@@ -53,7 +54,10 @@ def diff(
     target: given.ReadAs = None,
     as_json: given.AsJson = False,
 ) -> None:
-    """Compare the placement with adapters that you have already."""
+    """Compare the placement with adapters that you have already, or with what another run chooses."""
+    if (adapter_config / "scores.json").is_file():
+        _diff_runs(run_dir, adapter_config, as_json)
+        return
     from plop_dist.exporters.diff import difference
     from plop_dist.exporters.read_back import read_export
     from plop_dist.rundir.events import working
@@ -69,6 +73,28 @@ def diff(
     else:
         say(*found.lines())
         way_on("export", run_dir, "--to", "peft")
+
+
+def _diff_runs(first: Path, second: Path, as_json: bool) -> None:
+    from plop_dist.choose.decision import resolve_policy
+    from plop_dist.choose.two_runs import compare_runs
+    from plop_dist.rundir.events import working
+    from plop_dist.rundir.layout import RunDir
+    from plop_dist.values.placement import Placement
+    from plop_dist.values.scores import Scores
+
+    placement = RunDir(first).placement
+    policy = Placement.from_file(placement).policy if placement.is_file() else {}
+    with working("drawing the samples of both runs again"):
+        scores = [Scores.from_file(RunDir(run_dir).scores) for run_dir in (first, second)]
+        found = compare_runs(*scores, resolve_policy(**policy))
+    if as_json:
+        from plop_dist.report import machine
+
+        machine.tell("diff-runs", **machine.runs_differing(found))
+    else:
+        say(*found.lines())
+        way_on("place", first, "--explain")
 
 
 @command(LOOK_UP)

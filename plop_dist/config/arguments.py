@@ -46,6 +46,13 @@ def with_owner_said(context: typer.Context, run_dir: Path | None) -> Path | None
     return run_dir
 
 
+def with_owner_of_run_said(context: typer.Context, path: Path) -> Path:
+    """Return a path; of a run directory what with_owner_said says."""
+    if path.is_dir():
+        with_owner_said(context, path)
+    return path
+
+
 def complete_target(incomplete: str) -> list[str]:
     """Return the export targets that begin so."""
     return [name for name in names(EXPORTERS) if name.startswith(incomplete)]
@@ -125,7 +132,12 @@ BackendName = Annotated[
     str | None, typer.Argument(metavar="NAME", help="Only this one.", autocompletion=complete_backend)
 ]
 AdapterConfig = Annotated[
-    Path, typer.Argument(metavar="FILE", help="An adapter_config.json of PEFT's, or a file in any target's format.")
+    Path,
+    typer.Argument(
+        metavar="OTHER",
+        help="An adapter_config.json of PEFT's, a file in any target's format, or another run directory.",
+        callback=with_owner_of_run_said,
+    ),
 ]
 ReadAs = Annotated[
     str | None,

@@ -170,13 +170,17 @@ Examples:
     plop-dist backends megatron
 """,
     "diff": """\
-Says which modules both adapt, and which only one of them. FILE may be an adapter_config.json of PEFT's, or a file in
+Says which modules both adapt, and which only one of them. OTHER may be an adapter_config.json of PEFT's, or a file in
 the format of any target that `export` writes, by whomever.
+
+Of another run directory it says what the first one's policy chooses there: do other data, or a model trained from the
+first, choose differently, and how sure is that? A run on `data.path=builtin:random` needs no data at all.
 
 Examples:
 
     plop-dist diff runs/gsm8k my-adapter/adapter_config.json
     plop-dist diff runs/gsm8k my-job.yaml --as verl
+    plop-dist diff runs/random runs/gsm8k
 """,
     "bench": """\
 Ratios of time and memory to a plain forward pass, and to the algorithm of the paper's own script. With --scale:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plop_dist.choose.diagnostics import Diagnostic
+from plop_dist.choose.two_runs import RunsDifference
 from plop_dist.exporters.diff import Difference
 from plop_dist.exporters.fits import Fit
 from plop_dist.rundir.layout import RunDir
@@ -116,6 +117,11 @@ def differing(difference: Difference, run_dir: Path) -> dict[str, Any]:
     ]
     return {"is_same": difference.is_same, **tree, "types": rows, "warnings": warnings,
             "next": None if difference.is_same else _command("place", run_dir, "--explain")}  # fmt: skip
+
+
+def runs_differing(difference: RunsDifference) -> dict[str, Any]:
+    """Return what `diff --json` says of two runs."""
+    return {"is_same": difference.is_same, **asdict(difference), "warnings": [], "next": None}
 
 
 def failed(error: Exception, status: int) -> Mapping[str, Any]:
