@@ -240,6 +240,9 @@ class VLLMConfig(_Section):
     tensor_parallel_size: AxisSize = Field(default=1, description="Of a colocated vLLM.")
     gpu_memory_utilization: Share = Field(default=0.3, description="Of a colocated vLLM.")
     max_model_len: Count | None = Field(default=None, description="Of a colocated vLLM; null: the model's.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: the server's own, and of a colocated vLLM the model's; others are refused."
+    )
     timeout_s: Seconds = Field(default=240, description="Longest wait for the server's completions of one step.")
 
 

@@ -24,6 +24,11 @@ def check_batch(config: Config) -> None:
             f"train.reward_weights has {len(train.reward_weights)} weights for {len(train.rewards)} rewards "
             f"({', '.join(train.rewards)}); give one for each."
         )
+    if train.vllm.dtype != "auto":
+        raise ConfigError(
+            f"train.vllm.dtype is {train.vllm.dtype}, which neither TRL nor a server that runs already can be told; "
+            "leave it at auto, and start the server with --dtype."
+        )
     longest = train.reward_timeout_s * len(train.rewards)
     if parallel.world_size > 1 and longest >= config.cluster.timeout_s:
         raise ConfigError(

@@ -100,6 +100,7 @@ def test_a_reward_that_fails_names_the_row_and_loses_no_step(directory: Path, mo
         ({"engine": "trl"}, {"backend": "deepspeed", "tp": 2}, "which TRL cannot train; use train.engine=plop"),
         ({}, {"backend": "megatron", "cp": 2}, "parallel.cp 2: a completion's tokens lie on several ranks"),
         ({"num_generations": 3}, {}, "completions per step, which train.num_generations = 3 does not divide"),
+        ({"vllm": {"dtype": "bfloat16"}}, {}, "train.vllm.dtype is bfloat16, which neither TRL nor a server"),
         ({"reward_weights": [1.0]}, {}, "train.reward_weights has 1 weights for 2 rewards"),
         ({"reward_timeout_s": 400}, {"backend": "deepspeed", "tp": 2}, "wait no longer than cluster.timeout_s (600 s)"),
         ({"packing": True}, {}, "train.packing is true with train.method grpo"),
