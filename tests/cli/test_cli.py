@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from plop_dist.commands import program
+from plop_dist.cli import program
 from tests.cli.cases import assert_one_message, modules_of, plop_dist, results, write_case
 from tests.models import save_tiny
 

@@ -14,7 +14,7 @@ from plop_dist import cli
 from tests.cli.cases import Outcome, write_case
 from tests.models import save_tiny
 
-CHECKOUT = Path(cli.__file__).parents[1]
+CHECKOUT = Path(cli.__file__).parents[2]
 
 PACKAGE = '''
 """What somebody else adds."""

@@ -19,7 +19,7 @@ from plop_dist.registry import EXPORTERS, names
 from tests.cli.cases import plop_dist
 
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(cli.__file__).parents[2]
 
 
 def examples(name: str) -> list[list[str]]:
@@ -86,15 +86,16 @@ assert not heavy, heavy
 
 
 @pytest.mark.slow
-def test_the_command_line_runs_as_a_module_and_as_a_file() -> None:
-    """As a file its folder comes first on the path, where no module may hide one of the standard library."""
-    for way in (["-m", "plop_dist.cli"], [str(ROOT / "plop_dist" / "cli.py")]):
+def test_the_command_line_runs_as_a_module_and_as_a_folder() -> None:
+    """As a folder it comes first on the path, where no module may hide one of the standard library."""
+    for way in (["-m", "plop_dist.cli"], [str(ROOT / "plop_dist" / "cli")]):
         command = [sys.executable, *way, "place", "nowhere"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
         assert "run plop-dist score first" in done.stderr
-    here = {path.stem for path in (ROOT / "plop_dist").iterdir() if not path.name.startswith("_")}
+    folders = (ROOT / "plop_dist", ROOT / "plop_dist" / "cli")
+    here = {path.stem for folder in folders for path in folder.iterdir() if not path.name.startswith("_")}
     assert not here & set(sys.stdlib_module_names)
 
 

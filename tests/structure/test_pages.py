@@ -82,7 +82,7 @@ def test_links_and_paths_of_a_page_lead_somewhere(page: Path) -> None:
 def test_a_broken_page_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(
-        "# A: b\n[x](nowhere.md) [y](#a-b) [z](#c) `plop_dist/nowhere.py` `plop_dist/cli.py`\n```\n[q](q)\n```\n"
+        "# A: b\n[x](nowhere.md) [y](#a-b) [z](#c) `plop_dist/nowhere.py` `plop_dist/ranks.py`\n```\n[q](q)\n```\n"
     )
     assert broken_links(page) == ["nowhere.md", "#c"]
     assert lost_paths(page) == ["plop_dist/nowhere.py"]

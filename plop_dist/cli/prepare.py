@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from plop_dist.commands.program import checked_config, command, way_on
+from plop_dist.cli.program import checked_config, command, way_on
 from plop_dist.config import arguments as given
 from plop_dist.config.command_help import PREPARE
 from plop_dist.errors import ConfigError

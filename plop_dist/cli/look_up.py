@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from plop_dist.commands.program import checked_config, command, way_on
+from plop_dist.cli.program import checked_config, command, way_on
 from plop_dist.config import arguments as given
 from plop_dist.config.command_help import LOOK_UP
 from plop_dist.rundir import talk

@@ -1,4 +1,4 @@
-"""The command line: what begins and ends every command; the commands themselves are in plop_dist/commands."""
+"""The command line: what begins and ends every command. The commands are the functions of the modules beside this."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import os
 import sys
 from contextlib import suppress
 
-from plop_dist.commands import look_up, prepare, steps, whole
-from plop_dist.commands.program import assembled
+from plop_dist.cli import look_up, prepare, steps, whole
+from plop_dist.cli.program import assembled
 from plop_dist.errors import ConfigError, PlopError
 from plop_dist.launch.launcher import adopt_launcher
 from plop_dist.rundir import talk
@@ -89,7 +89,3 @@ def _leave(status: int) -> None:
             atexit._run_exitfuncs()
         os._exit(status)
     sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()
