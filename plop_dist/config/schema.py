@@ -297,7 +297,10 @@ class TrainConfig(_Section):
         default="group", description="GRPO: whose standard deviation divides the advantages."
     )
     reward_weights: list[Real] | None = Field(default=None, description="GRPO: a weight for each reward; null: all 1.")
-    reward_timeout_s: Seconds = Field(default=60, description="GRPO: longest time for one reward in one step.")
+    reward_timeout_s: Seconds | None = Field(
+        default=None,
+        description="GRPO: longest time for one reward in one step; null: 60, or what cluster.timeout_s leaves.",
+    )
     engine_python: Location | None = Field(
         default=None,
         min_length=1,
@@ -402,6 +405,12 @@ class Config(_Section):
     def run_path(self) -> Path:
         """run_dir as a path."""
         return Path(self.run_dir)
+
+    @property
+    def reward_seconds(self) -> float:
+        """The longest time for one reward in one step, within which all of them end before other ranks give up."""
+        given = self.train.reward_timeout_s
+        return min(60.0, self.cluster.timeout_s / (2 * len(self.train.rewards))) if given is None else given
 
     @property
     def references(self) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_a_worker_killed_in_training_changes_nothing(case: Case, head: Head, eng
     assert process.returncode == 0, out + err
     seen = events(run_dir)
     assert [e["attempt"] for e in seen if e["event"] == "worker" and e["rank"] == 1] == [1, 2]
-    assert "rank 1: its process died (killed, out of memory, or a lost node); the workers are restarted, 1 of 1" in err
+    assert re.search(r"rank 1 on .*: its process died .*; the workers are restarted, 1 of 1 times", err), err
     steps = [e["done"] for e in seen if e["event"] == "training"]
     assert steps.count(1) == 1, f"training began again from the first step: {steps}"
     assert steps != sorted(set(steps)), "no step was run again"

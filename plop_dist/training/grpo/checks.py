@@ -29,10 +29,10 @@ def check_batch(config: Config) -> None:
             f"train.vllm.dtype is {train.vllm.dtype}, which neither TRL nor a server that runs already can be told; "
             "leave it at auto, and start the server with --dtype."
         )
-    longest = train.reward_timeout_s * len(train.rewards)
+    longest = config.reward_seconds * len(train.rewards)
     if parallel.world_size > 1 and longest >= config.cluster.timeout_s:
         raise ConfigError(
-            f"train.reward_timeout_s ({train.reward_timeout_s:g}) times {len(train.rewards)} rewards is {longest:g} s, "
+            f"train.reward_timeout_s ({config.reward_seconds:g}) times {len(train.rewards)} rewards is {longest:g} s, "
             f"but the other ranks wait no longer than cluster.timeout_s ({config.cluster.timeout_s:g} s); lower the "
             "first, or raise the second."
         )

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from plop_dist import ranks
-from plop_dist.config.schema import TrainConfig
 from plop_dist.errors import UserError
 from plop_dist.training.data import RowSet
 from plop_dist.training.loop import StepRefusedError
@@ -23,14 +22,14 @@ from plop_dist.training.rewards import Reward, columns_of
 class Rater:
     """Rates completions: the first rank of each replica calls the rewards, the others are told.
 
-    prompts: of each row, as text. Collective over all ranks.
+    prompts: of each row, as text; timeout_s: for each reward in each step. Collective over all ranks.
     """
 
     def __init__(
-        self, rewards: Mapping[str, Reward], row_set: RowSet, prompts: Sequence[str], train: TrainConfig, dp_rank: int
+        self, rewards: Mapping[str, Reward], row_set: RowSet, prompts: Sequence[str], timeout_s: float, dp_rank: int
     ) -> None:
         self.names = list(rewards)
-        self._calls = [checked(name, reward, train.reward_timeout_s) for name, reward in rewards.items()]
+        self._calls = [checked(name, reward, timeout_s) for name, reward in rewards.items()]
         self._row_set, self._prompts, self._columns = row_set, prompts, columns_of(row_set.rows)
         self._is_first = ranks.gathered(dp_rank).index(dp_rank) == ranks.rank()
         self._dp_rank = dp_rank

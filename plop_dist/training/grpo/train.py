@@ -38,7 +38,7 @@ def train(
     engine = open_engine(config, placement)
     try:
         sampler = load(SAMPLERS, sampler_name(config))(engine, config, tokenizer)
-        rater = Rater(rewards, row_set, prompts, settings, engine.dp_rank)
+        rater = Rater(rewards, row_set, prompts, config.reward_seconds, engine.dp_rank)
         run = GRPORun(engine, Rollouts(engine, sampler, rater, config, row_set, prompts, tokenizer), config)
         history = RewardHistory(log)
         progress = run_steps(engine, run, lambda: {}, run.step, config, placement, history)
