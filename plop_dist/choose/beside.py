@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from plop_dist.choose.decision import Decision
-from plop_dist.choose.place import place
+from plop_dist.choose.decision import Decision, decide_for
+from plop_dist.choose.place import placement_with
 from plop_dist.errors import PlacementError
 from plop_dist.values.names import expert_index
 from plop_dist.values.placement import Placement
@@ -42,7 +42,8 @@ def beside(decision: Decision, placement: Placement) -> tuple[Beside, ...]:
         if config.match is None:
             update |= {"rank": placement.rank, "alpha": placement.alpha}
         try:
-            found.append(_of(name, place(scores, config.model_copy(update=update)), scores))
+            other = decide_for(scores, config.model_copy(update=update), decision.eligible)
+            found.append(_of(name, placement_with(other, other.chosen_U), scores))
         except PlacementError:  # no such modules, or none that may be chosen
             continue
     return tuple(found)

@@ -14,6 +14,7 @@ from plop_dist.choose.policy import policy_of
 from plop_dist.choose.units import Candidates
 from plop_dist.config.schema import PlacementConfig
 from plop_dist.errors import PlacementError, suggest
+from plop_dist.values.adapter_size import AdapterSizes
 from plop_dist.values.names import NameList, natural_key
 from plop_dist.values.scores import LeftOut, ModuleScore, Projection
 
@@ -78,7 +79,12 @@ class Eligible:
         position = {name: index for index, name in enumerate(units)}
         unit_M = np.full(len(self.modules), -1, dtype=np.int64)
         unit_M[members] = [position[name] for name in names]
-        return Candidates(self.modules, self.nfn, self.left_out, units, unit_M, reasons, config)
+        return Candidates(self.modules, self.nfn, self.left_out, units, unit_M, reasons, config, lambda: self._sizes)
+
+    @cached_property
+    def _sizes(self) -> AdapterSizes:
+        # Which projections share a weight is found once, for every policy and rank.
+        return AdapterSizes(self.modules, lambda _: 1, self.left_out)
 
     @cached_property
     def _inside(self) -> list[int]:

@@ -28,7 +28,7 @@ class Candidates:
 
     modules: every scored module, whether or not it may be chosen; nfn_M: (M,) float64; left_out: the projections
     without a score; unit_M: (M,) int64, the unit of each scored module, -1 for one that may not be chosen; reasons: why
-    not, by path.
+    not, by path; sizes_at_any_rank: AdapterSizes of modules and left_out, at whatever ranks.
     """
 
     modules: tuple[ModuleScore, ...]
@@ -38,6 +38,7 @@ class Candidates:
     unit_M: np.ndarray
     reasons: dict[str, str]
     config: PlacementConfig
+    sizes_at_any_rank: Callable[[], AdapterSizes]
 
     @cached_property
     def unit_nfn(self) -> np.ndarray:
@@ -84,7 +85,7 @@ class Candidates:
     @cached_property
     def sizes(self) -> AdapterSizes:
         """The parameters of adapters on the scored modules, at the ranks of the configuration."""
-        return AdapterSizes(self.modules, rank_function(self.config), self.left_out)
+        return self.sizes_at_any_rank().with_ranks(rank_function(self.config))
 
     @cached_property
     def costs(self) -> np.ndarray:
