@@ -132,9 +132,9 @@ def test_the_script_that_install_completion_installs_works_in_bash(tmp_path: Pat
     if not program.exists():
         pytest.skip(f"plop-dist is not installed beside {sys.executable}")
     home = {"HOME": str(tmp_path), "PATH": f"{program.parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    installed = subprocess.run(
-        ["plop-dist", "--install-completion", "bash"], env=home, capture_output=True, text=True, timeout=60
-    )
+    # Typer asks which shell has started it: one that waits for it.
+    command = ["bash", "-c", "plop-dist --install-completion bash; exit $?"]
+    installed = subprocess.run(command, env=home, capture_output=True, text=True, timeout=60)
     assert installed.returncode == 0, installed.stderr
     script = """
         source ~/.bashrc
