@@ -124,9 +124,8 @@ def _named(units: Sequence[str], chosen_U: np.ndarray) -> tuple[str, ...]:
 def _spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     if len(first) < 3:
         return None
-    ranks = [_ranks(np.round(values, 12)) for values in (first, second)]
-    spread = [float(values.std()) for values in ranks]
-    return float(np.corrcoef(*ranks)[0, 1]) if min(spread) > 0 else None
+    ranks, others = (_ranks(np.round(values, 12)) for values in (first, second))
+    return float(np.corrcoef(ranks, others)[0, 1]) if ranks.std() > 0 and others.std() > 0 else None
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

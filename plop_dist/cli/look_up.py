@@ -86,8 +86,8 @@ def _diff_runs(first: Path, second: Path, as_json: bool) -> None:
     placement = RunDir(first).placement
     policy = Placement.from_file(placement).policy if placement.is_file() else {}
     with working("drawing the samples of both runs again"):
-        scores = [Scores.from_file(RunDir(run_dir).scores) for run_dir in (first, second)]
-        found = compare_runs(*scores, resolve_policy(**policy))
+        scores, others = (Scores.from_file(RunDir(run_dir).scores) for run_dir in (first, second))
+        found = compare_runs(scores, others, resolve_policy(**policy))
     if as_json:
         from plop_dist.report import machine
 
