@@ -82,12 +82,6 @@ class Placement(Value):
         wanted = set(self.modules)
         return tuple(module for module in self.source.modules if module.fqn in wanted)
 
-    @property
-    def is_whole_types(self) -> bool:
-        """Whether the modules are exactly all scored modules of module_types, so that naming the types is enough."""
-        types = set(self.module_types)
-        return {m.fqn for m in self.source.modules if m.type in types} == set(self.modules)
-
     def rank_of(self, module: Projection) -> int:
         """Return the LoRA rank of one module: its own path's entry in rank_pattern, its type's, or the common rank."""
         return self.rank_pattern.get(module.fqn, self.rank_pattern.get(module.type, self.rank))
