@@ -10,8 +10,9 @@ from torch import Tensor
 class NoteStorage:
     """Storage for what hooks note during a forward, reused by the next one.
 
-    Left where they were made, these small tensors lie between the activations that come and go, and the allocator can
-    neither join nor return the room around them: on the CPU that costs several times their own size in memory.
+    Left where they were made, these small tensors lie between the activations that come and go, and the CPU's allocator
+    can neither join nor return the room around them: that costs several times their own size in memory. CUDA's keeps
+    small tensors apart by itself, and a kernel that copies one costs as much there as the norm did.
     """
 
     _SLAB = 1 << 18  # elements
@@ -25,7 +26,9 @@ class NoteStorage:
         self._slab, self._used = 0, 0
 
     def keep(self, row_T: Tensor) -> Tensor:
-        """Return a copy of a (T,) float32 tensor that lives until rewind()."""
+        """Return a (T,) float32 tensor that lives until rewind(): a copy, or on a GPU the tensor itself."""
+        if row_T.device.type == "cuda":
+            return row_T
         size = row_T.numel()
         while self._slab < len(self._slabs) and self._used + size > self._slabs[self._slab].numel():
             self._slab, self._used = self._slab + 1, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
@@ -42,7 +43,7 @@ from plop_dist.backends.megatron.transformer_engine import has_transformer_engin
 from plop_dist.backends.megatron.wide_norms import share_wide_norms
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.config.schema import Config
-from plop_dist.errors import LayoutError, ModelError, PlopError
+from plop_dist.errors import LayoutError, MissingExtraError, ModelError, PlopError, first_line
 from plop_dist.measure.protocols import ScorableModel
 from plop_dist.ranks import local_device
 
@@ -103,9 +104,12 @@ def load_chunks(config: Config, *, experts_apart: bool = False) -> tuple[list[nn
             f"parallel.cp is {config.parallel.cp}: Megatron's context parallelism needs Transformer Engine, which is "
             "not installed; set parallel.cp=1 or install transformer-engine (CUDA only)."
         )
+    dtype = weights_dtype(config.model, hf_config)
+    if dtype is torch.float32:
+        # Transformer Engine multiplies float32 in TF32, 10 bits of it. cuBLAS reads this when it is first used.
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     initialize(config)
     whole = meta_model(config.model, hf_config)
-    dtype = weights_dtype(config.model, hf_config)
     with _explained(hf_config, config), redirect_stdout(io.StringIO()):  # Bridge prints sizes and a bar of its own
         bridge = auto_bridge.from_hf_pretrained(
             resolve(config.model.name_or_path), trust_remote_code=config.model.trust_remote_code
@@ -177,6 +181,8 @@ def initialize(config: Config) -> None:
 
 def configure(provider: Any, config: Config, dtype: torch.dtype) -> None:
     """Set layout, dtype and, without Transformer Engine, the local layers on a Bridge provider; finalize it."""
+    from megatron.core.transformer.enums import AttnBackend
+
     parallel = config.parallel
     provider.tensor_model_parallel_size = parallel.tp
     provider.pipeline_model_parallel_size = parallel.pp
@@ -192,6 +198,8 @@ def configure(provider: Any, config: Config, dtype: torch.dtype) -> None:
     provider.moe_router_load_balancing_type, provider.moe_aux_loss_coeff = "none", 0.0
     provider.moe_z_loss_coeff = None
     provider.gradient_accumulation_fusion = False
+    # Bridge asks for one kernel in some families, which has no float32 or is not installed.
+    provider.attention_backend = AttnBackend.auto
     provider.mtp_num_layers = None
     provider.moe_input_jitter_eps = None  # noise that only training wants
     provider.should_pad_vocab = True
@@ -212,6 +220,11 @@ def _explained(hf_config: Any, config: Config) -> Iterator[None]:
         yield
     except PlopError:
         raise
+    except ImportError as error:
+        raise MissingExtraError(
+            f"model.name_or_path '{name}': Megatron cannot build its layers without a package ({first_line(error)}); "
+            "install it, or use parallel.backend=deepspeed or transformers for it."
+        ) from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         if "not yet supported" in str(error):  # Bridge 0.6: supports() answers by the class name's ending alone
             raise ModelError(

@@ -32,8 +32,9 @@ _WRONG = {
 }
 # Every how many layers Bridge builds one of full attention, whatever layer_types says; Gemma 3 turns those otherwise.
 _FULL_LAYERS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6, "Gemma3ForConditionalGeneration": 6}
-# Kind of layer -> the package of its kernels, for which Megatron has no other code, and what pip calls it.
-_KERNELS = {"linear_attention": ("fla", "flash-linear-attention"), "mamba": ("mamba_ssm", "mamba-ssm")}
+# Field of a configuration with such layers -> the package of their kernels, for which Megatron has no other code, and
+# what pip calls it. Releases of transformers call the kinds of layers otherwise, the fields alike.
+_KERNELS = {"linear_num_key_heads": ("fla", "flash-linear-attention"), "mamba_num_heads": ("mamba_ssm", "mamba-ssm")}
 _ELSEWHERE = "use parallel.backend=deepspeed or transformers for it"
 
 
@@ -116,10 +117,9 @@ def _check_period(layer_types: Sequence[str], period: int, name: str) -> None:
 def _check_kernels(hf_config: Any, name: str) -> None:
     """Raise MissingExtraError for a package that the model's kinds of layers need and that is not installed."""
     text = hf_config.get_text_config()
-    kinds = {kind for key in ("layer_types", "layers_block_type") for kind in getattr(text, key, None) or ()}
-    for kind, (package, distribution) in _KERNELS.items():
-        if kind in kinds and find_spec(package) is None:
+    for field, (package, distribution) in _KERNELS.items():
+        if getattr(text, field, None) and find_spec(package) is None:
             raise MissingExtraError(
-                f"model.name_or_path '{name}' has layers of kind '{kind}', for which Megatron needs {package}, which "
-                f"is not installed: pip install {distribution}, or {_ELSEWHERE}."
+                f"model.name_or_path '{name}' has layers with '{field}' {getattr(text, field)}, for which Megatron "
+                f"needs {package}, which is not installed: pip install {distribution}, or {_ELSEWHERE}."
             )

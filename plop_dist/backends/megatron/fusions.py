@@ -18,9 +18,6 @@ _FUSIONS = (
 
 def switch_off(provider: Any, reason: str) -> None:
     """Switch every fusion of a Bridge provider off; the log names those that were on. reason: why, for the log."""
-    from megatron.core.transformer.enums import AttnBackend
-
-    provider.attention_backend = AttnBackend.auto  # families that ask for flash attention ask for a kernel
     were_on = [name for name in _FUSIONS if getattr(provider, name, False)]
     for name in were_on:
         setattr(provider, name, False)

@@ -75,7 +75,7 @@ def _megatron_cosines(rotary: Any, length: int, *, is_cut: bool) -> Tensor:
 
 
 def _transformers_cosines(rotary: Any, length: int) -> Tensor:
-    is_multimodal = "mrope_section" in (rotary.config.rope_parameters or {})
+    is_multimodal = hasattr(rotary, "mrope_section") or "mrope_section" in (rotary.config.rope_parameters or {})
     found = rotary(torch.zeros(1), _places(length) if is_multimodal else torch.arange(length)[None])
     cosines = found.real if torch.is_tensor(found) else found[0]
     return (cosines[0] if cosines.dim() == 3 else cosines[0, 0]).float()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from plop_dist.backends.megatron import families
+from plop_dist.backends.megatron import backend, families
 from plop_dist.backends.megatron.record import RECORD
 from plop_dist.config.loading import parse_config
 from plop_dist.errors import MissingExtraError, ModelError
@@ -55,9 +55,9 @@ def test_training_is_refused_and_scoring_is_not(
         (
             "qwen3_next",
             "Qwen3NextForCausalLM",
-            "layers of kind 'linear_attention', for which .* needs fla, which is",
+            "layers with 'linear_num_key_heads' 4, for which .* needs fla, which is",
         ),
-        ("nemotron_h", "NemotronHForCausalLM", "layers of kind 'mamba', for which .* pip install mamba-ssm, or use"),
+        ("nemotron_h", "NemotronHForCausalLM", "'mamba_num_heads' 128, for which .* pip install mamba-ssm, or use"),
     ],
 )
 def test_check_names_a_package_of_kernels_that_is_not_installed(
@@ -79,3 +79,12 @@ def test_check_refuses_a_family_that_the_layers_here_do_not_build(tmp_path: Path
             "parallel": {"backend": "megatron"}}  # fmt: skip
     with pytest.raises(ModelError, match="is a MixtralForCausalLM"):
         RECORD.check_model(hf_config, parse_config(tree))
+
+
+def test_a_package_that_bridge_imports_while_it_builds_is_named(tmp_path: Path) -> None:
+    tree = {"model": {"name_or_path": str(tmp_path)}, "data": {"path": "builtin:arithmetic"}}
+    with (
+        pytest.raises(MissingExtraError, match=r"without a package \(causal_conv1d is required\); install it, or use"),
+        backend._explained(tiny_config("llama"), parse_config(tree)),
+    ):
+        raise ImportError("causal_conv1d is required.\nwhen instantiating a layer")
