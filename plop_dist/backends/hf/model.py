@@ -192,7 +192,7 @@ class HFModel:
 
     def watching(self) -> AbstractContextManager[list[Projection]]:
         """Give a list that holds, after the block, the weights of no site that forward() multiplied by in it."""
-        return watching(self.module)
+        return watching(self.module, [getattr(site, "holding_module", None) for site in self.sites])
 
     def describe(self) -> dict[str, Any]:
         """Return architecture, model_type, number of parameters of the whole model, dtype, and what quantised it."""

@@ -6,7 +6,7 @@ of foreign classes are found as well; position tables and learned queries, which
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -28,13 +28,14 @@ _COPIES = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[list[Projection]]:
+def watching(model: nn.Module, scored: Iterable[nn.Module | None]) -> Iterator[list[Projection]]:
     """Give a list that holds, after the block, the weights that the model's forward passes in it have multiplied by.
 
-    Those of linears and experts of known kinds, and of embeddings tied to them, are not in it.
+    Those of linears and experts of known kinds, of embeddings tied to them, and of the scored modules are not in it,
+    which may be of classes that a framework has put in the place of the known ones (AutoTP).
     """
     found: list[Projection] = []
-    unknown = _unknown_weights(model)
+    unknown = _unknown_weights(model, [module for module in scored if module is not None])
     if not unknown:
         yield found
         return
@@ -99,13 +100,14 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _unknown_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def _unknown_weights(model: nn.Module, scored: Sequence[nn.Module]) -> dict[str, tuple[nn.Module, str]]:
     """Return the parameters of two dimensions or more that belong to no linear and no experts of a known kind.
 
     By path; module and name.
     """
     modules = named_modules(model)
-    held = {id(one) for module in modules.values() if is_linear(module) for one in module.parameters(recurse=False)}
+    linears = [*scored, *(module for module in modules.values() if is_linear(module))]
+    held = {id(one) for module in linears for one in module.parameters(recurse=False)}
     return {
         f"{path}.{name}".removeprefix("."): (module, name)
         for path, module in modules.items()

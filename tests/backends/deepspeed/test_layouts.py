@@ -76,7 +76,7 @@ def _score(rank: int, root: Path, layouts: list[Any]) -> list[Any]:
         config = _config(root, f"run-{len(layouts)}-{number}", *layout)
         scores = score(Stages(config), lambda kind, **fields: None)
         modules = {m.fqn: (m.gain, m.baseline, m.num_tokens, m.in_features, m.out_features) for m in scores.modules}
-        found.append((modules, scores.model.num_parameters))
+        found.append((modules, scores.model.num_parameters, scores.left_out))
     return found
 
 
@@ -97,17 +97,18 @@ def _score_alone(root: Path, family: str, exclude: str) -> Any:
     config = _config(root, f"truth-{family}-{exclude}", family, {}, "right", exclude)
     scores = score(Stages(config), lambda kind, **fields: None)
     modules = {m.fqn: (m.gain, m.baseline, m.num_tokens, m.in_features, m.out_features) for m in scores.modules}
-    return modules, scores.model.num_parameters
+    return modules, scores.model.num_parameters, scores.left_out
 
 
 def _check(reports: list[Any], root: Path, layouts: list[Any]) -> None:
     for number, (family, parallel, side, exclude) in enumerate(layouts):
-        expected, num_parameters = _truth(root, family, exclude)
+        expected, num_parameters, left_out = _truth(root, family, exclude)
         for report in reports:
-            found, found_parameters = report[number]
+            found, found_parameters, found_left_out = report[number]
             name = f"{family} {parallel} {side}"
             assert found.keys() == expected.keys(), name
             assert found_parameters == num_parameters, name
+            assert found_left_out == left_out, name
             for fqn, (gain, baseline, *sizes) in expected.items():
                 assert found[fqn][0] == pytest.approx(gain, rel=TOLERANCE), f"{name}: gain of {fqn}"
                 assert found[fqn][1] == pytest.approx(baseline, rel=TOLERANCE), f"{name}: baseline of {fqn}"
