@@ -82,7 +82,7 @@ def placed(paths: RunDir, placement: Placement, findings: Iterable[Diagnostic], 
 
 
 def exported(run_dir: Path, directory: Path, export: Export, placement: Placement) -> dict[str, Any]:
-    """Return what `export --json` says: files, what to paste, what is adapted beyond the placement or lost in serving."""
+    """Return what `export --json` says: files, what to paste, what is adapted beyond the placement, or lost."""
     return {
         "target": export.target,
         "files": [str(directory / name) for name in export.files],
