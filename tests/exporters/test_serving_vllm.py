@@ -1,4 +1,4 @@
-"""Adapters of exports, and of every layout that trains, served by vLLM on a CPU: PEFT's tokens and log-probabilities."""
+"""Adapters of exports, and of every layout that trains, served by vLLM on a CPU as PEFT computes them."""
 
 from __future__ import annotations
 
