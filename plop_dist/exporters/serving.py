@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-from plop_dist.exporters.holders import Holder, Targets
+from plop_dist.exporters.holders import Holder, Targets, modules_above
 from plop_dist.values.names import expert_index, natural_key
 
 _TOWERS = "whether towers and projectors get adapters depends on its class of the model; where not, they are dropped"
@@ -40,18 +41,29 @@ class Adapter:
 
     def has_all_of(self, path: str) -> bool:
         """Tell whether every known weight below this path is adapted."""
-        adapted = {holder.path for holder in self.holders}
-        return adapted.issuperset(known for known in self.known_paths if known.startswith(f"{path}."))
+        return path not in self._above_unadapted
 
     def names_beside(self, holder: Holder) -> set[str]:
         """Return the last components of what is adapted in the same module, the holder's own among them."""
-        parent = holder.path.rpartition(".")[0]
-        return {_name(other) for other in self.holders if other.path.rpartition(".")[0] == parent}
+        return self._names_in[holder.path.rpartition(".")[0]]
 
-    @property
+    @cached_property
     def has_experts(self) -> bool:
         """Whether the model has routed experts, adapted or not."""
         return any(".experts." in path for path in self.known_paths)
+
+    # Each is looked up for every holder, and a model may have thousands.
+    @cached_property
+    def _above_unadapted(self) -> set[str]:
+        rest = set(self.known_paths).difference(holder.path for holder in self.holders)
+        return {above for path in rest for above in modules_above(path)}
+
+    @cached_property
+    def _names_in(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for holder in self.holders:
+            found.setdefault(holder.path.rpartition(".")[0], set()).add(_name(holder))
+        return found
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tests.training.cases import make_placement, run_engine
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".cache" / "vllm" / "bin" / "python"
 # vLLM's attention on a CPU has no head of fewer features.
-SIZES = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 PROMPT: list[int] = random_tokens(1, 12)[0].tolist()
 
 pytestmark = [
