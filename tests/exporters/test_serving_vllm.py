@@ -102,6 +102,17 @@ def test_exports_are_served_as_peft_computes_them(tmp_path: Path) -> None:
     assert "LoRA rank 32 is greater than max_lora_rank 16" in found["too_high"]["refused"]
 
 
+def test_3d_experts_are_refused_by_a_class_that_keeps_experts_apart(tmp_path: Path) -> None:
+    base = tiny("qwen3_moe", **SIZES)
+    cases = {"down": ("experts.down_proj",), "all": ("experts.gate_proj", "experts.up_proj", "experts.down_proj")}
+    adapters = [exported(base, tmp_path / name, types, {}) for name, types in cases.items()]
+    # Nothing is generated: vLLM's MoE layers with LoRA need a GPU.
+    found = served(save_tiny("qwen3_moe", tmp_path / "model", **SIZES), adapters)
+    for name in cases:
+        assert "contains fused 3D MoE weights" in found[name]["refused"]
+        assert "--enable-mixed-moe-lora-format" in found[name]["refused"]
+
+
 LAYOUTS = {
     "tp_plan": {"backend": "transformers", "tp": 2},
     "autotp": {"backend": "deepspeed", "tp": 2},
