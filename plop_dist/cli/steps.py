@@ -125,6 +125,8 @@ def export(
     print_of_older_scores(placement, paths)
     for note in (*written.notes, *(f"widened: {item}" for item in written.widened)):
         say(f"note: {note}", to_stderr=True)
+    for warning in written.warnings:
+        say(f"warning: {warning}", to_stderr=True)
     for name in written.files:
         say(f"# {one_line(path_from_here(paths.exports / to / name))}")
     for flag in written.flags:

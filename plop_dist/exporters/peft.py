@@ -16,6 +16,7 @@ from plop_dist.exporters.exporter import Adapted, Language
 from plop_dist.exporters.holders import Targets, hugging_face_targets
 from plop_dist.exporters.peft_read import adapted_by_peft
 from plop_dist.exporters.refusals import PART, UNFIT, check_engine
+from plop_dist.exporters.serving import serving_warnings
 from plop_dist.exporters.suffixes import shortest_names_of
 from plop_dist.exporters.task_type import task_type
 from plop_dist.exporters.text import number, python_arguments
@@ -39,7 +40,10 @@ class Peft:
     flags_in: Language = "python"
 
     def export(self, placement: Placement, *, engine: str | None = None, widen: bool = False) -> Export:
-        """Return adapter_config.json and the LoraConfig call. Raises ExportError for a part of a fused linear."""
+        """Return adapter_config.json and the LoraConfig call, with what servers would not apply as warnings.
+
+        Raises ExportError for a part of a fused linear.
+        """
         check_engine(engine, self.engines, self.name)
         targets = hugging_face_targets(placement, self.name, widen)
         fields = lora_config_fields(placement, targets)
@@ -59,6 +63,7 @@ class Peft:
             flags=(f"LoraConfig({python_arguments(arguments)})",),
             notes=(*targets.notes, *count_note(placement, targets)),
             widened=targets.widened,
+            warnings=serving_warnings(targets, placement.rank),
         )
 
     def read(self, fields: Mapping[str, Any], placement: Placement, where: str) -> Adapted:

@@ -22,6 +22,6 @@ def write_export(
     make_folder(directory / target, directory.parent)
     for name, content in export.files.items():
         write_text(directory / target / name, content)
-    record = {"flags": list(export.flags), "notes": list(export.notes), "widened": list(export.widened)}
+    record = {key: list(getattr(export, key)) for key in ("flags", "notes", "widened", "warnings")}
     write_json(directory / target / "export.json", record | ({} if mark is None else {"placement": mark}))
     return export

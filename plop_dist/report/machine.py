@@ -82,13 +82,14 @@ def placed(paths: RunDir, placement: Placement, findings: Iterable[Diagnostic], 
 
 
 def exported(run_dir: Path, directory: Path, export: Export, placement: Placement) -> dict[str, Any]:
-    """Return what `export --json` says: files, what to paste, and what is adapted beyond the placement."""
+    """Return what `export --json` says: files, what to paste, what is adapted beyond the placement, or lost."""
     return {
         "target": export.target,
         "files": [str(directory / name) for name in export.files],
         "flags": list(export.flags),
         "warnings": [
             *export.widened,
+            *export.warnings,
             *(["placement.json was made from older scores"] if placement.is_of_older_scores else []),
         ],
         "notes": list(export.notes),

@@ -194,7 +194,7 @@ class Export:
     """What an exporter returns: files (relative path -> text) and the lines to paste; pure, nothing is written.
 
     flags: the command-line flags or overrides, one per entry; notes: what the user should know (what was widened,
-    which ranks could not be expressed).
+    which ranks could not be expressed); warnings: what servers would lose of the trained adapter.
     """
 
     target: str
@@ -202,6 +202,7 @@ class Export:
     flags: tuple[str, ...]
     notes: tuple[str, ...] = ()
     widened: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = field(default=())
 
 
 def _config(target: str, placement: Placement, options: Mapping[str, Any]) -> Any:
