@@ -37,7 +37,8 @@ def adapt_for_accelerate(
     place, lora: as plop_dist.attach takes them. Raises what score, place and Placement.apply raise, and ModelError for
     a model that was prepared.
     """
-    if any(model is prepared for prepared in accelerator._models):
+    # What prepare returns is marked; what it was given is noted, and in one process often is the same.
+    if getattr(model, "_is_accelerate_prepared", False) or any(model is prepared for prepared in accelerator._models):
         raise ModelError(
             "adapt_for_accelerate() got a model that accelerator.prepare has wrapped already; call it before prepare "
             "and before the optimizer is made, or give the prepared model to score, place and placement.apply."
@@ -121,9 +122,12 @@ def _adapted(
 
 
 def _dealt(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield this rank's share of batches that are the same on every rank."""
+    """Yield this rank's share of batches that are the same on every rank.
+
+    They are begun with where score() reads them, which puts back the random numbers that a loader draws to begin.
+    """
     has_peers = dist.is_available() and dist.is_initialized()
-    return islice(batches, dist.get_rank() if has_peers else 0, None, dist.get_world_size() if has_peers else 1)
+    yield from islice(batches, dist.get_rank() if has_peers else 0, None, dist.get_world_size() if has_peers else 1)
 
 
 @contextmanager

@@ -21,8 +21,10 @@ def save_adapter(model: Any, folder: str | Path) -> Path:
     model: what placement.apply returned, or what a host has made of PEFT's model itself: in DDP, in a DeepSpeed engine
     of any ZeRO stage, under fully_shard. Parts that lie on several ranks are joined. Collective over the world; all
     ranks return when the files are there.
-    Raises ModelError for a model without adapters, RunDirError where the folder cannot be written.
+    Raises ModelError for a model without adapters, LayoutError for sharding that is not known, RunDirError where the
+    folder cannot be written.
     """
+    layout = find(model).wrapper
     inner = unwrapped(model)
     if not isinstance(getattr(inner, "peft_config", None), Mapping):
         raise ModelError(
@@ -30,7 +32,7 @@ def save_adapter(model: Any, folder: str | Path) -> Path:
             "returned."
         )
     directory = Path(folder)
-    tensors = load(HOST_LAYOUTS, find(model).wrapper).tensors(model, inner)
+    tensors = load(HOST_LAYOUTS, layout).tensors(model, inner)
     if not (dist.is_available() and dist.is_initialized()):
         write_peft(directory, tensors or {}, inner)
         return directory

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.installed import needs_bridge
 from tests.launch.cluster_case import ROOT, free_ports, run
 from tests.models import save_tiny
 
@@ -68,7 +69,11 @@ def test_an_example_takes_a_users_own_model_and_data(tmp_path: Path, name: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["trl_sft", "accelerate_loop", "fsdp2_loop", "lightning_fit"])
+@pytest.mark.parametrize(
+    "name",
+    ["trl_sft", "accelerate_loop", "fsdp2_loop", "lightning_fit", "deepspeed_zero3",
+     pytest.param("bridge_recipe", marks=needs_bridge)],
+)  # fmt: skip
 def test_an_example_runs_on_two_ranks(tmp_path: Path, name: str) -> None:
     if name == "lightning_fit" and not LIGHTNING.exists():
         pytest.skip("Lightning is not installed in .cache/hosts/lightning; make test does it")
@@ -86,6 +91,12 @@ def test_an_example_runs_on_two_ranks(tmp_path: Path, name: str) -> None:
     check_adapter(tmp_path / "adapter", done.stdout)
 
 
-def test_the_examples_are_listed() -> None:
-    listed = re.findall(r"\[(\w+\.py)\]\(\1\)", (EXAMPLES / "README.md").read_text())
-    assert sorted(listed) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+def test_the_examples_are_listed_with_the_lines_that_they_add() -> None:
+    listed = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \|.*\| (\d+) \|$", (EXAMPLES / "README.md").read_text(), flags=re.M)
+    call = re.compile(
+        r"^[^#\n]*\b(plop_dist\.(score|place|attach|adapt_for_accelerate|lightning_callback)|MegatronBridgePeft"
+        r"|placement\.apply)\(",
+        flags=re.M,
+    )
+    assert dict(listed) == {path.name: str(len(call.findall(path.read_text()))) for path in EXAMPLES.glob("*.py")}
+    assert all(1 <= int(count) <= 3 for _, count in listed)

@@ -63,16 +63,21 @@ class Megatron(BackendRecord):
             return load(config)
 
     def find(self, model: Any) -> Found | None:
-        """Return a list of chunks, or one chunk, of which any holds a module of Megatron's."""
+        """Return a list of chunks, or one chunk, of which any holds a module of Megatron's.
+
+        Raises LayoutError for any model, also one of transformers', that Megatron's ways of FSDP have sharded.
+        """
         from torch import nn
 
         chunks = model if isinstance(model, list) else [model]
-        if not all(isinstance(chunk, nn.Module) for chunk in chunks) or not any(map(_is_megatron, chunks)):
+        if not all(isinstance(chunk, nn.Module) for chunk in chunks):
+            return None
+        _refuse_fsdp(chunks)
+        if not any(map(_is_megatron, chunks)):
             return None
         from plop_dist.backends.megatron.backend import wrap
         from plop_dist.backends.megatron.chunks import unwrap
 
-        _refuse_fsdp(chunks)
         return Found(
             self.name, "megatron", tuple(chunks), lambda exclude: wrap(chunks, exclude),
             sequence_parallel=bool(unwrap(chunks[0]).config.sequence_parallel), has_schedule=True,
@@ -92,15 +97,17 @@ def _is_megatron(chunk: Any) -> bool:
 def _refuse_fsdp(chunks: list[Any]) -> None:
     """Raise LayoutError for Megatron-FSDP and Megatron's wrapper of FSDP2: weights are whole in no rank's forward."""
     for module in (module for chunk in chunks for module in chunk.modules()):
-        if any(is_a(module, name) for name in _FSDP):
+        home = next((cls.__module__ for cls in type(module).__mro__ if cls.__module__.startswith(_FSDP)), None)
+        if home is not None:
             raise LayoutError(
-                f"the model's chunks are in {type(module).__name__}, whose shards score() does not know; score them "
-                "before they are wrapped (a pre-wrap hook, or cfg.peft = plop_dist.MegatronBridgePeft(batches)), or "
-                "wrap them in Megatron's DistributedDataParallel."
+                f"the model is sharded by Megatron's FSDP ({type(module).__name__} of {home}), whose shards score() "
+                "and placement.apply() do not know; call them before it is wrapped (in Megatron-Bridge's recipes: "
+                "cfg.peft = plop_dist.MegatronBridgePeft(batches)), or wrap it in Megatron's DistributedDataParallel."
             )
 
 
-# megatron-core's two wrappers, and the package megatron-fsdp below one of them.
-_FSDP = ("FullyShardedDataParallel", "TorchFullyShardedDataParallel", "MegatronFSDP")
+# Where the classes live that wrap a module, or that one is given on the spot: megatron-core's, and the same code as a
+# package of its own, which takes models of transformers.
+_FSDP = ("megatron.core.distributed.fsdp.", "megatron.core.distributed.torch_fully_sharded_", "megatron_fsdp.")
 
 RECORD = Megatron()

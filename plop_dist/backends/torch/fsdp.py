@@ -36,7 +36,11 @@ def find(module: nn.Module) -> Found | None:
     """
     module, _ = bare(module)
     if any(is_a(one, "FullyShardedDataParallel") for one in module.modules()):
-        raise ModelError("the model is wrapped in FullyShardedDataParallel (FSDP1); shard it with fully_shard (FSDP2).")
+        raise ModelError(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), which has made flat parameters of its weights; "
+            "call score() and placement.apply() before it is wrapped (then with use_orig_params=True, as adapters are "
+            "trained beside frozen weights), or shard it with fully_shard (FSDP2)."
+        )
     units = [one for one in module.modules() if isinstance(one, FSDPModule)]
     if not units:
         return None
