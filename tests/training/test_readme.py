@@ -173,8 +173,3 @@ def test_the_reward_of_the_readme_is_found_by_its_name(packages: Path) -> None:
         config_with("shorter")
     with pytest.raises(ConfigError, match="a reward 'short' is in the list already"):
         config_with("short", "their_package.rewards:short")
-
-
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", README.read_text()):
-        assert (README.parent / link).exists(), link
