@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,15 @@ def by_ddp(directory: Path) -> tuple[Any, list[float]]:
     return adapted, train(adapted)
 
 
-def by_fsdp2(directory: Path) -> tuple[Any, list[float]]:
+def by_fsdp2(directory: Path, axes: Mapping[str, int] | None = None) -> tuple[Any, list[float]]:
+    """Train under fully_shard, over a mesh of these axes and their sizes, or over torch's own."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = None if axes is None else init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
     model: Any = load(directory, attention_dropout=0.0)
     for part in (*model.model.layers, model):
-        fully_shard(part)
+        fully_shard(part, mesh=mesh)
     adapted = seeded(model, placed(model))
     assert adapted is model
     losses = train(adapted, num_micro_batches=2)
@@ -111,6 +114,8 @@ def by_zero(directory: Path, stage: int, client: bool) -> tuple[Any, list[float]
 LAYOUTS: dict[str, Callable[[Path], tuple[Any, list[float]]]] = {
     "ddp": by_ddp,
     "fsdp2": by_fsdp2,
+    "fsdp2_named": lambda directory: by_fsdp2(directory, {"dp_shard": 2}),
+    "hsdp": lambda directory: by_fsdp2(directory, {"replicate": 2, "shard": 1}),
     "zero1": lambda directory: by_zero(directory, 1, client=True),
     "zero2": lambda directory: by_zero(directory, 2, client=False),
     "zero3": lambda directory: by_zero(directory, 3, client=True),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from plop_dist.backends.hf.tp_plan import tp_group_of
 from plop_dist.backends.hosts import bare, is_a
@@ -89,11 +92,30 @@ def adapt_fsdp2(model: Any, placement: Placement, peft_config: Any) -> nn.Module
             "placement.apply() before fully_shard."
         )
     module, _ = bare(model)
-    inject_adapter_in_model(peft_config, module)
+    with _whole_sizes(module):
+        inject_adapter_in_model(peft_config, module)
     _freeze_gathered(module)
     for parameter in broadcast_trained(module):
         parameter.register_hook(_averaged)
     return model
+
+
+@contextmanager
+def _whole_sizes(module: nn.Module) -> Iterator[None]:
+    """Show whole sizes to PEFT, which takes this rank's of a sharded weight unless the mesh has no name, or "fsdp"."""
+    sharded: dict[nn.Linear, DTensor] = {}
+    for linear in module.modules():
+        weight = linear._parameters["weight"] if isinstance(linear, nn.Linear) else None
+        if isinstance(linear, nn.Linear) and isinstance(weight, DTensor):
+            sharded[linear] = weight
+            stand_in = weight.to_local().new_empty(1).expand(weight.shape)
+            linear._parameters["weight"] = nn.Parameter(stand_in, weight.requires_grad)
+    try:
+        yield
+    finally:
+        for linear, weight in sharded.items():
+            weight.requires_grad_(linear.weight.requires_grad)  # PEFT freezes what it adapts
+            linear._parameters["weight"] = weight  # pyright: ignore[reportArgumentType]
 
 
 def _averaged(gradient: Tensor) -> Tensor:
