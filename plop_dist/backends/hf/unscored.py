@@ -28,7 +28,7 @@ _COPIES = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_
 
 
 @contextmanager
-def watching(model: nn.Module, scored: Iterable[nn.Module | None]) -> Iterator[list[Projection]]:
+def watching(model: nn.Module, scored: Iterable[nn.Module | None] = ()) -> Iterator[list[Projection]]:
     """Give a list that holds, after the block, the weights that the model's forward passes in it have multiplied by.
 
     Those of linears and experts of known kinds, of embeddings tied to them, and of the scored modules are not in it,
