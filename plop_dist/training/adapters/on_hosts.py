@@ -105,7 +105,7 @@ def _whole_sizes(module: nn.Module) -> Iterator[None]:
     """Show whole sizes to PEFT, which takes this rank's of a sharded weight unless the mesh has no name, or "fsdp"."""
     sharded: dict[nn.Linear, DTensor] = {}
     for linear in module.modules():
-        weight = linear._parameters["weight"] if isinstance(linear, nn.Linear) else None
+        weight = linear._parameters.get("weight") if isinstance(linear, nn.Linear) else None  # none if parametrised
         if isinstance(linear, nn.Linear) and isinstance(weight, DTensor):
             sharded[linear] = weight
             stand_in = weight.to_local().new_empty(1).expand(weight.shape)
