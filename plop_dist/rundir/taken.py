@@ -54,14 +54,14 @@ def taken(path: Path, command: str, *, makes: bool = False) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        if _read(file).get("token") == own["token"]:
+        if (_read(file) or {}).get("token") == own["token"]:
             with suppress(OSError):
                 file.unlink()
 
 
 def mark_of(path: Path) -> str | None:
     """Return the mark of who has a run directory, which nobody else's has; None where nobody has it."""
-    found = _read(path / TAKEN).get("token")
+    found = (_read(path / TAKEN) or {}).get("token")
     return found if isinstance(found, str) else None
 
 
@@ -95,9 +95,11 @@ def _passed_over(file: Path, own: dict[str, Any]) -> bool:
     """Put this process's file in the place of one whose process has ended; False: look again.
 
     Raises RunDirError where that process lives. Of several that find the same file one may replace it: who makes the
-    claim on it, and still finds it then.
+    claim on it, and still finds it then. What is gone is not replaced: somebody else may be making it.
     """
     other = _read(file)
+    if other is None:
+        return False
     if _lives(file, other):
         raise RunDirError(
             f"run_dir '{file.parent}' is in use by {_said(other)}; wait for it, end it, or choose another run_dir."
@@ -154,8 +156,10 @@ def _is_old(file: Path) -> bool:
 
 
 def _changes(file: Path) -> bool:
-    """Tell whether something happens to a file within WATCHED_S."""
+    """Tell whether something happens to a file within WATCHED_S, or has: it is not there."""
     before, until = _beats(file), time.monotonic() + WATCHED_S
+    if before is None:
+        return True
     while time.monotonic() < until:
         time.sleep(BEAT_S / 4)
         if _beats(file) != before:
@@ -188,12 +192,14 @@ def _said(other: dict[str, Any]) -> str:
     return f"plop-dist {command} (host {host}, process {process}, since {since})"
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """Return what the file says, nothing where it is not there, is no such file, or leads elsewhere."""
+def _read(file: Path) -> dict[str, Any] | None:
+    """Return what the file says, nothing where it is no such file or leads elsewhere; None where it is not there."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor) as stream:
             found = json.loads(stream.read(4096))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -97,12 +97,36 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere").read_text() == "{}"
 
 
-def _try(path: Path, start: Any, results: Any) -> None:
+def test_a_claim_that_is_gone_again_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / TAKEN).write_text(json.dumps({"process": 2**22 + 1, "machine": home._machine()}))
+    others = [tmp_path / TAKEN]  # the file is there, and the first time another one's claim is too
+
+    def linked(draft: Path, file: Path) -> bool:
+        if file not in others:
+            others.append(file)
+            return False
+        return link(draft, file)
+
+    link = home._linked
+    monkeypatch.setattr(home, "_linked", linked)
+    began = time.monotonic()
+    with taken(tmp_path, "run"):
+        assert len(others) == 2
+    assert time.monotonic() - began < 1
+
+
+def test_what_is_gone_is_not_replaced(tmp_path: Path) -> None:
+    """Somebody else may make it at the same moment, and would lose it."""
+    assert not home._passed_over(tmp_path / TAKEN, home._own("run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _try(path: Path, start: Any, results: Any, all_have_tried: Any) -> None:
     start.wait()
     try:
         with taken(path, "run"):
             results.put("has it")
-            time.sleep(3)
+            all_have_tried.wait(60)
     except RunDirError as error:
         results.put(str(error))
 
@@ -111,11 +135,12 @@ def _try(path: Path, start: Any, results: Any) -> None:
 def test_of_many_at_once_one_has_it(tmp_path: Path) -> None:
     (tmp_path / TAKEN).write_text(json.dumps({"process": 2**22 + 1, "machine": home._machine()}))
     context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(6), context.Queue()
-    processes = [context.Process(target=_try, args=(tmp_path, start, results)) for _ in range(6)]
+    start, results, all_have_tried = context.Barrier(6), context.Queue(), context.Event()
+    processes = [context.Process(target=_try, args=(tmp_path, start, results, all_have_tried)) for _ in range(6)]
     for process in processes:
         process.start()
     said = [results.get(timeout=60) for _ in processes]
+    all_have_tried.set()
     for process in processes:
         process.join()
     assert said.count("has it") == 1
