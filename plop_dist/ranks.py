@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from plop_dist.errors import ConfigError, LayoutError, PlopError, WorkerError, first_line
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from plop_dist.config.schema import Config  # pydantic, which every command's --help would wait for
 
 _T = TypeVar("_T")
+_GLOO_ENDS_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,23 @@ def barrier() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+def let_gloo_end() -> None:
+    """Have the end of a process that others have written wait for gloo's threads, a tenth of a second.
+
+    One of them that lets go of a collective's tensor while the interpreter ends aborts it ("terminate called without an
+    active exception"): it asks for the interpreter's lock, which torch 2.13 survives before the end alone.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and "gloo" in dist.get_backend_config():
+        _wait_at_end()
+
+
+@cache
+def _wait_at_end() -> None:
+    atexit.register(time.sleep, _GLOO_ENDS_S)
 
 
 def gathered(value: _T) -> list[_T]:

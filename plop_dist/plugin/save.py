@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from plop_dist.errors import ModelError, RunDirError
+from plop_dist import ranks
+from plop_dist.errors import ModelError
 from plop_dist.plugin.apply import unwrapped
 from plop_dist.plugin.detect import find
 from plop_dist.registry import HOST_LAYOUTS, load
@@ -24,6 +23,7 @@ def save_adapter(model: Any, folder: str | Path) -> Path:
     Raises ModelError for a model without adapters, LayoutError for sharding that is not known, RunDirError where the
     folder cannot be written.
     """
+    ranks.let_gloo_end()
     layout = find(model).wrapper
     inner = unwrapped(model)
     if not isinstance(getattr(inner, "peft_config", None), Mapping):
@@ -33,16 +33,5 @@ def save_adapter(model: Any, folder: str | Path) -> Path:
         )
     directory = Path(folder)
     tensors = load(HOST_LAYOUTS, layout).tensors(model, inner)
-    if not (dist.is_available() and dist.is_initialized()):
-        write_peft(directory, tensors or {}, inner)
-        return directory
-    said: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            write_peft(directory, tensors or {}, inner)
-        except RunDirError as error:
-            said = [str(error)]
-    dist.broadcast_object_list(said, src=0)  # the others wait for the files, and hear of an error
-    if said[0] is not None:
-        raise RunDirError(said[0])
+    ranks.agree(lambda: write_peft(directory, tensors or {}, inner))
     return directory

@@ -69,6 +69,7 @@ def score(
     estimator = parse_section(EstimatorConfig, options, source="score()")
     if not local:
         _refuse_without_group()
+    ranks.let_gloo_end()
     found = find(model)
     _check_call(found, forward, mask, local)
     with undisturbed(found.roots), found.keep():

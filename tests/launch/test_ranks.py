@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from plop_dist import ranks
@@ -45,3 +48,23 @@ def test_one_process_decides_by_itself() -> None:
 
 def _fail() -> None:
     raise WorkerError("why")
+
+
+@pytest.mark.parametrize(("backend", "waits"), [("gloo", 1), ("fake", 0)])
+def test_the_end_of_a_script_waits_for_gloo_once(backend: str, waits: int) -> None:
+    code = """
+import atexit, sys
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # has the backend
+from plop_dist import ranks
+
+before = atexit._ncallbacks()
+ranks.let_gloo_end()  # before there is a group: nothing to wait for
+dist.init_process_group(sys.argv[1], store=dist.HashStore(), rank=0, world_size=1)
+assert atexit._ncallbacks() == before
+ranks.let_gloo_end()
+ranks.let_gloo_end()
+print(atexit._ncallbacks() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, backend], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == waits
