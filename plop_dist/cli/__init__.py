@@ -12,6 +12,7 @@ from contextlib import suppress
 from plop_dist.cli import look_up, prepare, steps, whole
 from plop_dist.cli.program import assembled
 from plop_dist.errors import ConfigError, PlopError
+from plop_dist.launch import inside_ray
 from plop_dist.launch.launcher import adopt_launcher
 from plop_dist.rundir import talk
 from plop_dist.values.secret_texts import secret_part, without_secrets
@@ -82,6 +83,8 @@ def _leave(status: int) -> None:
             if stream is not None:  # it is None where the caller has closed it
                 stream.flush()
     atexit.register(talk.silence_the_end)  # registered last, it comes first
+    if inside_ray.is_inside():
+        os._exit(status)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # After a failure peers may still wait in a collective with this rank; the launcher ends them once it sees this
         # exit. After success gloo's threads, which outlive its groups, may abort the interpreter's own end.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ import ray
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, LayoutError, WorkerError
+from plop_dist.launch import inside_ray
 
 _MOST_LOCAL_RANKS_PER_CPU = 16
 
@@ -26,20 +29,39 @@ logger = logging.getLogger(__name__)
 def connected(config: Config, *, takes_jobs: bool = False) -> Iterator[None]:
     """Connect to the configured cluster, or start a local one and end it afterwards. takes_jobs: with its dashboard.
 
-    A Ray that this process has joined already is used and left as it is.
+    A Ray that this process has joined already is used and left as it is. One that a thread is still inside of, after an
+    interrupt or where its head is gone, is killed if it is local, and left otherwise. SIGTERM raises SystemExit(143) in
+    the block.
     """
-    if ray.is_initialized():
-        yield
-        return
-    _start_or_join(config, takes_jobs)
+    previous = signal.getsignal(signal.SIGTERM)
+    starts = not ray.is_initialized()
     try:
+        if starts:
+            try:
+                _start_or_join(config, takes_jobs)
+            except SystemExit as stop:
+                raise (SystemExit(128 + signal.SIGTERM) if stop.code == signal.SIGTERM else stop) from None
+        _answer_sigterm(_terminate)  # after Ray, which answers with another status
         yield
     finally:
-        ray.shutdown()
+        if starts and not inside_ray.is_inside():
+            ray.shutdown()
+        elif starts and _address(config) is None:
+            inside_ray.end_local()
+        _answer_sigterm(previous)
+
+
+def _terminate(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def _answer_sigterm(answer: Any) -> None:
+    if threading.current_thread() is threading.main_thread():  # no other may
+        signal.signal(signal.SIGTERM, answer)
 
 
 def _start_or_join(config: Config, takes_jobs: bool) -> None:
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     close_token(make=address is None)
     if address is None:
         options = _local_options(config)
@@ -58,6 +80,10 @@ def _start_or_join(config: Config, takes_jobs: bool) -> None:
             f"cluster.address '{address}' cannot be joined: {last_line(error)}; give host:port of `ray start --head` "
             "(the dashboard's URL is for `plop-dist submit`), or leave it out for a local Ray."
         ) from error
+
+
+def _address(config: Config) -> str | None:
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 def close_token(*, make: bool = False) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.train.torch import TorchTrainer
 
 from plop_dist.errors import WorkerError
+from plop_dist.launch import inside_ray
 
 HEAD_SILENT_S = 30.0  # Ray ends this process without a word after 60 (RAY_gcs_rpc_server_reconnect_timeout_s)
 _LOOK_S = 2.0
@@ -20,39 +19,28 @@ _STOP_SECONDS = 60.0
 
 
 def fit(trainer: TorchTrainer, stop_request: Path) -> None:
-    """Run the workers to their end, so that an interrupt (SIGINT, SIGTERM) raises here and ends them.
+    """Run the workers to their end, so that an interrupt (SIGINT, connected()'s SIGTERM) raises here and ends them.
 
     Ray Train would answer SIGINT with its own exit, without a word to the user; it leaves signals alone in a thread.
     Workers that train are asked to stop with a checkpoint first; a second signal, or a long step, does not wait.
     Raises WorkerError where the head does not answer for HEAD_SILENT_S, and whatever Ray Train raises.
     """
     raised: list[Exception] = []
-    # Not join(): in CPython 3.12 a thread counts as ended once an interrupt has come through that.
-    has_ended = threading.Event()
 
     def run() -> None:
         try:
             trainer.fit()
         except Exception as error:
             raised.append(error)
-        finally:
-            has_ended.set()
 
-    def terminate(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, terminate)
+    has_ended = inside_ray.start(run)
     try:
-        threading.Thread(target=run, daemon=True).start()
-        try:
-            _wait(has_ended)
-        except (KeyboardInterrupt, SystemExit):
-            if stop_request.is_file():
-                stop_request.write_text("stop")
-                has_ended.wait(_STOP_SECONDS)
-            raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        _wait(has_ended)
+    except (KeyboardInterrupt, SystemExit):
+        if stop_request.is_file():
+            stop_request.write_text("stop")
+            has_ended.wait(_STOP_SECONDS)
+        raise
     if raised:
         raise raised.pop()  # nothing here may keep it: its frames hold Ray's controller, which holds the resources
 

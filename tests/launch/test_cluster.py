@@ -6,6 +6,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -192,6 +195,68 @@ def test_an_address_where_no_ray_listens_fails_at_once(address: str, reason: str
     ):
         pass
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("is_starting", [True, False])
+def test_sigterm_is_answered_with_its_status_whatever_ray_answers(
+    monkeypatch: pytest.MonkeyPatch, is_starting: bool
+) -> None:
+    def start(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as ray.init does
+        if is_starting:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    shut: list[bool] = []
+    monkeypatch.setattr(cluster.ray, "init", start)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: shut.append(True))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    config = parse_config({"model": {"name_or_path": "m"}, "data": {"path": "d"}})
+
+    def work() -> None:
+        with cluster.connected(config):
+            assert not is_starting
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit) as stop:
+        work()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert shut == [True]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_ray_that_a_thread_is_inside_of_is_ended_without_asking_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: None)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: ended.append("asked"))
+    monkeypatch.setattr(cluster.inside_ray, "end_local", lambda: ended.append("killed"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = parse_config({"model": {"name_or_path": "m"}, "data": {"path": "d"}})
+    answer = threading.Event()
+    has_ended = cluster.inside_ray.start(answer.wait)
+    with cluster.connected(config):
+        pass
+    answer.set()
+    assert has_ended.wait(60)
+    with cluster.connected(config):
+        pass
+    assert ended == ["killed", "asked"]
+
+
+def test_what_a_local_ray_has_started_is_ended_to_the_last() -> None:
+    code = """
+import subprocess, sys, psutil
+from plop_dist.launch import inside_ray
+
+script = "import subprocess, sys; subprocess.Popen(['sleep', '60']); print('there', flush=True); input()"
+child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+assert len(found := psutil.Process().children(recursive=True)) == 2
+inside_ray.end_local()
+assert not any(process.is_running() and process.status() != "zombie" for process in found)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
 @pytest.mark.slow
