@@ -60,7 +60,7 @@ def _near_one(scores: Scores) -> list[Diagnostic]:
     # Not the data: a trained model's are far from 1 on random tokens too. Nor the width: 64 is wide enough for 1.
     text = (
         f"Every type's NFN is within {farthest:.3f} of 1, as measured for weights that were never trained, at any "
-        "width; see whether model.name_or_path, or model.checkpoint, holds the trained ones. Other data would not change it."
+        "width; see whether model.name_or_path, or model.checkpoint, holds the trained ones. It is not the data."
     )
     return [Diagnostic("warning", text)]
 
