@@ -22,6 +22,7 @@ from plop_dist.report.terminal import print_diagnostics, print_explanation, prin
 from plop_dist.rundir.stages import Stages
 from plop_dist.values.scores import LeftOut, Scores
 from tests.choose.cases import LLAMA, make_scores
+from tests.fuzz.commands import run_here
 
 
 def texts(scores: Scores, **options: object) -> str:
@@ -161,6 +162,19 @@ def test_experimental_granularity_says_how_much_lies_between_types() -> None:
     ]
     by_layer = by_type.model_copy(update={"modules": tuple(modules)}).with_samples(None)
     assert "0% lies between types and 100% between layers" in texts(by_layer, granularity="layer", k=1)
+
+
+@pytest.mark.slow
+def test_help_and_report_call_it_experimental(tmp_path: Path) -> None:
+    shown = run_here(("place", "--help"))
+    assert "is experimental: most of what differs among modules" in " ".join(shown.out.split())
+    scores = make_scores()
+    scores.to_file(tmp_path / "scores.json")
+    for granularity in ("module", "type"):
+        plop_dist.place(scores, granularity=granularity, k=3).to_file(tmp_path / "placement.json")
+        assert run_here(("report", str(tmp_path))).status == 0
+        page = (tmp_path / "report.html").read_text()
+        assert ("Granularity module is experimental" in page) is (granularity == "module")
 
 
 @pytest.mark.parametrize("width", [64, 256])
