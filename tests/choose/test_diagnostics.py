@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,7 +181,12 @@ def test_help_and_report_call_it_experimental(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [64, 256])
 def test_weights_that_were_never_trained_are_said_to_be_at_any_width(width: int) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=300)).eval()
     found = diagnose(plop_dist.score(model, [{"input_ids": torch.randint(0, 300, (8, 32))}]))
     assert any("weights that were never trained" in finding.text for finding in found)
