@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from statistics import fmean, pvariance
+from typing import Any, Literal
 
 from plop_dist.choose.candidates import find_candidates
 from plop_dist.choose.decision import Decision, resolve_policy
@@ -39,6 +41,7 @@ def diagnose(scores: Scores, placement: Placement | None = None, decision: Decis
     findings = [
         *_near_one(scores),
         *_cut(scores, placement, decision),
+        *_granularity(scores, placement),
         *_narrow(scores, placement),
         *_oversized(placement),
         *_recurrent(scores, placement),
@@ -54,9 +57,10 @@ def _near_one(scores: Scores) -> list[Diagnostic]:
     farthest = max(abs(entry.nfn - 1) for entry in scores.types)
     if farthest >= NEAR_ONE:
         return []
+    # Not the data: a trained model's are far from 1 on random tokens too. Nor the width: 64 is wide enough for 1.
     text = (
-        f"Every type's NFN is within {farthest:.3f} of 1, as for random weights: the width is too small, the data is "
-        "foreign to the model, or the weights are not the trained ones."
+        f"Every type's NFN is within {farthest:.3f} of 1, as measured for weights that were never trained, at any "
+        "width; see whether model.name_or_path, or model.checkpoint, holds the trained ones. It is not the data."
     )
     return [Diagnostic("warning", text)]
 
@@ -67,7 +71,9 @@ def _cut(scores: Scores, placement: Placement | None, decision: Decision | None)
     findings = []
     confidence = placement.selection_confidence
     if confidence is not None and confidence < MIN_CONFIDENCE:
-        text = f"Only {confidence:.0%} of bootstrap resamples make the same choice; score more samples or change k."
+        parameters = policy_of(resolve_policy(**placement.policy)).parameters
+        other = f" or change placement.{' or placement.'.join(parameters)}" if parameters else ""
+        text = f"Only {confidence:.0%} of bootstrap resamples make the same choice; score more samples{other}."
         findings.append(Diagnostic("warning", text))
     return [*findings, *_doubt(scores, placement, decision)]
 
@@ -84,6 +90,36 @@ def _doubt(scores: Scores, placement: Placement, decision: Decision | None) -> l
     return [] if text is None else [Diagnostic("warning", text)]
 
 
+def _granularity(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
+    """Say why a choice of single layers or modules is experimental, with these scores' own figures."""
+    config = None if placement is None else resolve_policy(**placement.policy)
+    if config is None or config.granularity == "type":
+        return []
+    policy = policy_of(config)
+    if not policy.parameters and not policy.options:  # whole blocks, whatever is chosen between
+        return []
+    modules = [module for module in scores.modules if module.layer is not None and module.nfn > 0]
+    of_types, of_layers = (_share_between(modules, key) for key in ("type", "layer"))
+    text = (
+        f"Granularity {config.granularity} is experimental: of the variance of the modules' log NFN {of_types:.0%} "
+        f"lies between types and {of_layers:.0%} between layers, and a gain over choosing types has not been shown."
+    )
+    return [Diagnostic("note", text)]
+
+
+def _share_between(modules: Sequence[ModuleScore], key: Literal["type", "layer"]) -> float:
+    """Return which share of the variance of log NFN is that of the groups' means, 0 where there is none."""
+    groups: dict[Any, list[float]] = defaultdict(list)
+    for module in modules:
+        groups[getattr(module, key)].append(math.log(module.nfn))
+    values = [value for group in groups.values() for value in group]
+    total = pvariance(values) if values else 0.0
+    if total == 0:
+        return 0.0
+    mean = fmean(values)
+    return sum(len(group) * (fmean(group) - mean) ** 2 for group in groups.values()) / (len(values) * total)
+
+
 def _narrow(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
     chosen = set(placement.modules) if placement is not None else {module.fqn for module in scores.modules}
     narrow: dict[str, int] = {}
@@ -93,7 +129,7 @@ def _narrow(scores: Scores, placement: Placement | None) -> list[Diagnostic]:
     if not narrow:
         return []
     listed = ", ".join(f"{name} ({width})" for name, width in sorted(narrow.items()))
-    text = f"in_features below {MIN_IN_FEATURES:,}, outside the regime of the theory (wide layers): {listed}."
+    text = f"in_features below {MIN_IN_FEATURES:,}: {listed}. The theory is one of wide layers; how wide is not known."
     return [Diagnostic("note", text)]
 
 

@@ -106,4 +106,5 @@ class Comparison(Value):
     @classmethod
     def from_file(cls, path: Path) -> Comparison:
         """Return what a file holds. Raises ScoresError if it is missing or malformed."""
-        return read_value(cls, COMPARE_SCHEMA, path, what="comparison", remedy="run plop-dist compare first")
+        remedy = "remove it where it is damaged, and run plop-dist compare, which keeps the trainings that are done"
+        return read_value(cls, COMPARE_SCHEMA, path, what="comparison", remedy=remedy)

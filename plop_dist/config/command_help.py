@@ -84,6 +84,9 @@ Examples:
 Takes seconds and needs no model, so that you can try policies. Keys that are not given are those of the configuration
 that the scores were made with.
 
+Choosing single layers or modules (`granularity=layer`, `granularity=module`) is experimental: most of what differs
+among modules differs between types, and a gain over choosing types has not been shown.
+
 Examples:
 
     plop-dist place runs/gsm8k --explain

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import plop_dist
 from plop_dist.choose.bootstrap import type_intervals
 from plop_dist.choose.diagnostics import diagnose
 from plop_dist.choose.explain import explain
 from plop_dist.choose.sweep import sweep
+from plop_dist.config.loading import parse_config
+from plop_dist.launch.rank import run_rank
 from plop_dist.report.terminal import print_diagnostics, print_explanation, print_sweep, print_types
+from plop_dist.rundir.stages import Stages
 from plop_dist.values.scores import LeftOut, Scores
 from tests.choose.cases import LLAMA, make_scores
+from tests.fuzz.commands import run_here
 
 
 def texts(scores: Scores, **options: object) -> str:
@@ -63,13 +72,135 @@ def test_narrow_few_skipped_and_left_out() -> None:
     )
     scores = scores.model_copy(update={"modules": tuple(modules), "left_out": (left_out,)}).with_samples(scores.samples)
     found = texts(scores)
-    assert "note: in_features below 1,000, outside the regime of the theory (wide layers): o_proj (576)." in found
+    assert "note: in_features below 1,000: o_proj (576). The theory is one of wide layers" in found
     tokens = modules[0].num_tokens
     assert "warning: Scored from fewer than 1,000 tokens: " in found
     assert f"o_proj (3 of 3 modules, fewest {tokens:,})" in found
     assert "40 of " in found
     assert "1 modules have no score (1 no tokens), among them model.layers.9.mlp.up_proj." in found
     assert "Scored from 8 samples" in found
+
+
+def _with(scores: Scores, index: int = 0, **module: object) -> Scores:
+    modules = list(scores.modules)
+    modules[index] = modules[index].model_copy(update=module)
+    return scores.model_copy(update={"modules": tuple(modules)}).with_samples(scores.samples)
+
+
+def _near(distance: float) -> Scores:
+    """Scores whose types lie within a distance of 1."""
+    return make_scores({"a_proj": 1 - distance, "b_proj": 1.0, "c_proj": 1 + distance / 2}, noise=0.001)
+
+
+LEFT = LeftOut(fqn="model.layers.9.mlp.pool", type="pool", in_features=4, out_features=4, reason="unknown_kind")
+CLOSE = make_scores({"a_proj": 0.8, "b_proj": 0.8002, "c_proj": 1.5}, noise=0.3)
+MADE = make_scores()
+HYBRID = make_scores({**LLAMA, "in_proj": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("speaks", "is_silent", "phrase"),
+    [
+        ((_near(0.09), {"k": 1}), (_near(0.11), {"k": 1}), "weights that were never trained"),
+        ((CLOSE, {"k": 1}), (CLOSE, {"k": 2}), "score more samples or change placement.k."),
+        (
+            (CLOSE, {"policy": "threshold", "threshold": 0.8001}),
+            (CLOSE, {"policy": "threshold", "threshold": 1.2}),
+            "score more samples or change placement.threshold.",
+        ),
+        ((CLOSE, {"granularity": "module", "k": 4}), (CLOSE, {"k": 2}), "Granularity module is experimental"),
+        (
+            (CLOSE, {"granularity": "layer", "k": 2}),
+            (CLOSE, {"granularity": "layer", "policy": "all"}),
+            "Granularity layer is experimental",
+        ),
+        (
+            (make_scores(widths={"o_proj": (999, 64)}), {}),
+            (make_scores(widths={"o_proj": (1000, 64), "q_proj": (64, 64)}), {}),
+            "in_features below 1,000: o_proj (999)",
+        ),
+        (
+            (make_scores(widths={"o_proj": (1024, 8)}), {"rank": 9}),
+            (make_scores(widths={"o_proj": (1024, 8)}), {"rank": 8}),
+            "a higher rank than any update",
+        ),
+        (
+            (_with(HYBRID, 7, role="recurrent"), {}),
+            (_with(HYBRID, 7, role="recurrent"), {"exclude": ["in_proj"]}),
+            "lie in the recurrent layers",
+        ),
+        ((_with(MADE, num_tokens=999), {}), (_with(MADE, num_tokens=1000), {}), "Scored from fewer than 1,000 tokens"),
+        ((_with(MADE, num_skipped_tokens=1), {}), (MADE, {}), "note: 1 modules skipped tokens"),
+        (
+            (_with(MADE, num_skipped_tokens=20), {}),
+            (_with(MADE, num_skipped_tokens=1), {}),
+            "warning: 1 modules skipped tokens",
+        ),
+        ((MADE.model_copy(update={"left_out": (LEFT,)}), {}), (MADE, {}), "neither scored nor ever chosen"),
+        (
+            (MADE.model_copy(update={"left_out": (LEFT.model_copy(update={"reason": "no_tokens"}),)}), {}),
+            (MADE.model_copy(update={"left_out": (LEFT,)}), {}),
+            "1 modules have no score (1 no tokens)",
+        ),
+        ((make_scores(num_samples=15), {}), (make_scores(num_samples=16), {}), "the bootstrap understates"),
+        ((make_scores(with_samples=False), {}), (MADE, {}), "confidence is unknown"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_finding_speaks_where_it_must_and_nowhere_else(
+    speaks: tuple[Scores, dict[str, object]], is_silent: tuple[Scores, dict[str, object]], phrase: str
+) -> None:
+    for (scores, options), is_expected in ((speaks, True), (is_silent, False)):
+        assert (phrase in texts(scores, **options)) is is_expected
+
+
+def test_experimental_granularity_says_how_much_lies_between_types() -> None:
+    """Where only types differ all of the variance is theirs, where only layers do none is."""
+    by_type = make_scores(noise=0.0)
+    assert "100% lies between types and 0% between layers" in texts(by_type, granularity="module", k=3)
+    modules = [
+        m.model_copy(update={"nfn": 1.0 + (m.layer or 0), "gain": 2.0 + 2 * (m.layer or 0)}) for m in by_type.modules
+    ]
+    by_layer = by_type.model_copy(update={"modules": tuple(modules)}).with_samples(None)
+    assert "0% lies between types and 100% between layers" in texts(by_layer, granularity="layer", k=1)
+
+
+@pytest.mark.slow
+def test_help_and_report_call_it_experimental(tmp_path: Path) -> None:
+    shown = run_here(("place", "--help"))
+    assert "is experimental: most of what differs among modules" in " ".join(shown.out.split())
+    scores = make_scores()
+    scores.to_file(tmp_path / "scores.json")
+    for granularity in ("module", "type"):
+        plop_dist.place(scores, granularity=granularity, k=3).to_file(tmp_path / "placement.json")
+        assert run_here(("report", str(tmp_path))).status == 0
+        page = (tmp_path / "report.html").read_text()
+        assert ("Granularity module is experimental" in page) is (granularity == "module")
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_weights_that_were_never_trained_are_said_to_be_at_any_width(width: int) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=300)).eval()
+    found = diagnose(plop_dist.score(model, [{"input_ids": torch.randint(0, 300, (8, 32))}]))
+    assert any("weights that were never trained" in finding.text for finding in found)
+
+
+@pytest.mark.slow
+def test_random_tokens_are_no_reason_to_doubt_trained_weights(tmp_path: Path) -> None:
+    """What an earlier text said of them: data foreign to the model does not bring the NFN near 1."""
+    data = {"path": "builtin:random", "num_samples": 2, "max_length": 32}
+    config = parse_config({"run_dir": str(tmp_path), "model": {"name_or_path": "builtin:smollm2"}, "data": data})
+    run_rank(Stages(config), ["score"], lambda kind, **fields: None)
+    scores = Scores.from_file(tmp_path / "scores.json")
+    assert not any("never trained" in finding.text for finding in diagnose(scores))
+    assert scores.types[0].nfn < 0.7
 
 
 def test_explanation_names_reason_next_best_and_alternatives() -> None:

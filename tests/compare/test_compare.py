@@ -203,6 +203,21 @@ def test_the_command_prints_a_table_and_a_sentence_and_keeps_what_is_done(tmp_pa
     assert second.stdout == first.stdout
     assert "compare: done before, kept" in second.stderr
     assert (config.run_path / "compare.json").read_bytes() == before
+    # Damaged, it is refused with what mends it, and that does; so does a damaged training, which alone is done again.
+    (config.run_path / "compare.json").write_bytes(before[:-9])
+    damaged = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert damaged.returncode == 2
+    assert "remove it where it is damaged, and run plop-dist compare" in damaged.stderr
+    assert "Traceback" not in damaged.stderr
+    (config.run_path / "compare.json").unlink()
+    next((config.run_path / "compare").glob("[!b]*.json")).write_text("{")
+    mended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert mended.returncode == 0, mended.stderr
+    again = json.loads((config.run_path / "compare.json").read_bytes())
+    assert values(Comparison.model_validate(again)) == values(Comparison.model_validate_json(before))
+    assert [one["verdict"] for one in again["comparisons"]] == [
+        one["verdict"] for one in json.loads(before)["comparisons"]
+    ]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def placement_case(run: Path, rng: Random) -> Case:
     return Case(tuple(commands))
 
 
+def comparison_case(run: Path, rng: Random) -> Case:
+    """Damage compare.json, and look at it."""
+    _damage_json(run / "compare.json", rng, None)
+    return Case((("report", str(run)),))
+
+
 def adapter_case(run: Path, rng: Random) -> Case:
     """Damage an adapter configuration."""
     path = run / "adapter_config.json"

@@ -23,9 +23,19 @@ import torch
 import yaml
 
 from plop_dist.cli import main
+from plop_dist.values.scores import Scores
+from tests.compare.test_result import made
 from tests.fuzz.commands import Outcome, digests, fault, limited_memory, run_apart, run_here
 from tests.fuzz.folders import folder_case
-from tests.fuzz.inputs import Case, adapter_case, config_case, override_case, placement_case, scores_case
+from tests.fuzz.inputs import (
+    Case,
+    adapter_case,
+    comparison_case,
+    config_case,
+    override_case,
+    placement_case,
+    scores_case,
+)
 from tests.models import save_tiny
 
 NUM_CASES = int(os.environ.get("PLOP_DIST_FUZZ_CASES", 200))
@@ -40,7 +50,8 @@ RUN_KINDS: dict[str, tuple[Callable[[Path, Random], Case], float]] = {
     "placement": (placement_case, 0.2),
     "adapter": (adapter_case, 0.15),
     "config": (config_case, 0.2),
-    "override": (override_case, 0.15),
+    "override": (override_case, 0.1),
+    "comparison": (comparison_case, 0.05),
 }
 FOLDER_SHARE = 0.1
 FAMILIES = ("llama", "qwen3_moe", "phi3", "gpt2")
@@ -73,7 +84,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert outcome.status == 0, outcome
         adapter = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "c_attn"]}
         (folder / family / "run" / "adapter_config.json").write_text(json.dumps(adapter))
+        write_comparison(folder / family / "run")
     return folder
+
+
+def write_comparison(run: Path) -> None:
+    """Write a compare.json that belongs to the scores of a run, as `plop-dist compare` leaves it."""
+    (run / "compare.json").write_text(json.dumps(made(scores_digest=Scores.from_file(run / "scores.json").digest)))
 
 
 def write_config(folder: Path, model: Path) -> Path:

@@ -26,7 +26,7 @@ from tests import payloads
 from tests.fuzz.commands import Outcome, digests, fault, limited_memory, run_here
 from tests.fuzz.hostile import ENV_SECRET, TOKEN, Trap, commands_for, make_hostile, texts
 from tests.fuzz.pages import Page
-from tests.fuzz.test_fuzz import report, write_config
+from tests.fuzz.test_fuzz import report, write_comparison, write_config
 from tests.models import save_tiny
 
 NUM_CASES = int(os.environ.get("PLOP_DIST_HOSTILE_CASES", 12))
@@ -70,12 +70,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tree |= {"placement": {"k": 2, "rank": 2}, "export": {"targets": ["peft", "verl", "trl"]}}
         config.write_text(yaml.safe_dump(tree))
         for command in (("run", str(config)), ("report", str(folder / name / "run"))):
+            if command[0] == "report":
+                write_comparison(folder / name / "run")
             outcome = run_here(command)
             assert outcome.status == 0, outcome
         record = folder / name / "run" / "ray" / "0" / "error-rank-0.json"
         record.parent.mkdir(parents=True)
         record.write_text('{"rank": 0, "kind": "DataError", "message": "no rows", "user": true}')
     return folder
+
+
+def test_the_runs_have_a_comparison_on_their_page(base: Path) -> None:
+    for name in ("trained", "handed"):
+        assert "Does the placement pay?" in (base / name / "run" / "report.html").read_text()
 
 
 def test_a_hostile_run_directory_does_no_harm(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
