@@ -24,6 +24,7 @@ LARGEST = 1024 * 2816
 SLACK = 24 << 20  # activations, directions, threads
 LAYOUTS = {
     "tp_plan": {"tp": 2},
+    "autotp": {"backend": "deepspeed", "tp": 2},
     "pipeline": {"backend": "deepspeed", "pp": 2},
     "zero3": {"backend": "deepspeed", "dp": 2, "zero_stage": 3},
     "megatron-tp": {"backend": "megatron", "tp": 2},
