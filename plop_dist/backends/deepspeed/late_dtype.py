@@ -30,9 +30,9 @@ def loaded_to_be_cut(model: ModelConfig) -> Iterator[Any]:
 
     module, plain = _load(model), TensorParallel_Layer.move
 
-    def move(self: Any, shard: Tensor) -> Tensor:
-        wanted = getattr(self.weight, _WANTED, shard.dtype)
-        return plain(self, shard.to(wanted) if shard.dim() == 2 else shard)
+    def move(self: Any, tensor: Tensor) -> Tensor:
+        wanted = getattr(self.weight, _WANTED, tensor.dtype)
+        return plain(self, tensor.to(wanted) if tensor.dim() == 2 else tensor)
 
     TensorParallel_Layer.move = move
     try:
