@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from plop_dist.backends.deepspeed.late_dtype import loaded_to_be_cut
 from plop_dist.backends.deepspeed.layout import check_tp
 from plop_dist.backends.hf.experts import find_expert_sites
-from plop_dist.backends.hf.load import load_hf_config, load_model, meta_model, needs_head
+from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head
 from plop_dist.backends.hf.model import HFModel, headless, pick_device
 from plop_dist.backends.hf.shards import Shard, meta_twin, replica_groups, shard_sites
 from plop_dist.config.schema import Config
@@ -31,20 +32,12 @@ def load(config: Config) -> HFModel:
     hf_config = load_hf_config(config.model)
     check_tp(hf_config, tp)
     twin = meta_model(config.model, hf_config)
-    module = load_model(config.model)
-    dtype = next(module.parameters()).dtype
-    settings = {
-        "train_micro_batch_size_per_gpu": config.data.batch_size,
-        "zero_optimization": {"stage": 0},
-        "tensor_parallel": {"autotp_size": tp},
-        # DeepSpeed refuses weights of another dtype than it is told.
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-    }
     refusal = f"parallel.tp is {tp}, but DeepSpeed's AutoTP cannot shard {type(twin).__name__}"
     remedy = "use parallel.zero_stage=3 with parallel.tp=1, or parallel.backend=megatron."
     try:
-        engine: Any = deepspeed.initialize(model=module, config=settings)[0]
+        with loaded_to_be_cut(config.model) as module:
+            settings = _settings(config, next(module.parameters()).dtype)  # an embedding, which is converted at once
+            engine: Any = deepspeed.initialize(model=module, config=settings)[0]
     except (AssertionError, ValueError) as error:  # what AutoTP raises for a family that it cannot cut
         raise LayoutError(f"{refusal} ({' '.join(str(error).split())}); {remedy}") from error
     body = headless(engine.module)  # the head is cut in any family
@@ -54,6 +47,17 @@ def load(config: Config) -> HFModel:
     model = scorable(engine.module, twin, needs_head(config.placement.exclude))
     model.release = engine.destroy
     return model
+
+
+def _settings(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": config.data.batch_size,
+        "zero_optimization": {"stage": 0},
+        "tensor_parallel": {"autotp_size": config.parallel.tp},
+        # DeepSpeed refuses weights of another dtype than it is told.
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
 
 
 def wrap(engine: Any, exclude: Sequence[str]) -> HFModel:

@@ -233,7 +233,28 @@ def _mask(micro_batch: MicroBatch) -> Tensor | None:
 
 
 def _as_passed(micro_batch: MicroBatch) -> MicroBatch:
-    return micro_batch if micro_batch.extra else _right_padded(micro_batch)
+    return micro_batch if micro_batch.extra else _not_square(_right_padded(micro_batch))
+
+
+def _not_square(micro_batch: MicroBatch) -> MicroBatch:
+    """Return the micro-batch, with its last row once more where it has as many rows as places; that one never counts.
+
+    Modules that see (s, b) instead of (b, s), as XLNet's, are known by the shape alone.
+    """
+    num_rows, num_places = micro_batch.input_ids.shape
+    if num_rows != num_places or num_rows == 1:
+        return micro_batch
+
+    def longer(ids: Tensor) -> Tensor:
+        return torch.cat([ids, ids[-1:]])
+
+    return replace(
+        micro_batch,
+        input_ids=longer(micro_batch.input_ids),
+        attention_mask=longer(micro_batch.attention_mask),
+        sample_ids=torch.cat([micro_batch.sample_ids, torch.full_like(micro_batch.sample_ids[-1:], -1)]),
+        position_ids=None if micro_batch.position_ids is None else longer(micro_batch.position_ids),
+    )
 
 
 def _right_padded(micro_batch: MicroBatch) -> MicroBatch:

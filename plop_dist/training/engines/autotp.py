@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plop_dist.backends.deepspeed.autotp import scorable
-from plop_dist.backends.hf.load import load_model, meta_model
+from plop_dist.backends.deepspeed.late_dtype import loaded_to_be_cut
+from plop_dist.backends.hf.load import meta_model
 from plop_dist.config.schema import Config
 from plop_dist.training.adapters.placed import lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
@@ -101,10 +102,10 @@ class AutoTPEngine:
 
 def load(config: Config) -> nn.Module:
     """Return this rank's shard of the model, as AutoTP has cut it. Collective over the world."""
-    model: Any = load_model(config.model)
-    model.config.use_cache = False
     sharding = {**deepspeed_config(config), "zero_optimization": {"stage": 0}}
-    sharded = initialize(model, {**sharding, "tensor_parallel": {"autotp_size": config.parallel.tp}})
+    with loaded_to_be_cut(config.model) as model:
+        model.config.use_cache = False
+        sharded = initialize(model, {**sharding, "tensor_parallel": {"autotp_size": config.parallel.tp}})
     module = sharded.module
     sharded.destroy()
     return module

@@ -30,6 +30,7 @@ TWO_RANKS = [
     ("qwen2", {**DS, "tp": 2}, "left", "lm_head"),
     ("row_bias", {**DS, "tp": 2}, "right", "none"),
     ("uneven", {**DS, "tp": 2}, "left", "lm_head"),
+    ("stored_bfloat16", {**DS, "tp": 2}, "left", "none"),  # its linears are converted once they are cut
     ("qwen2", {**DS, "tp": 2, "zero_stage": 1}, "right", "lm_head"),
     ("qwen2", {**DS, "pp": 2}, "left", "lm_head"),
     ("llama", {**DS, "pp": 2}, "right", "none"),
@@ -48,6 +49,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny("llama", directory / "llama", tie_word_embeddings=True)
     save_tiny("llama", directory / "row_bias", attention_bias=True, mlp_bias=True)
     save_tiny("llama", directory / "uneven", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    narrow = AutoModelForCausalLM.from_pretrained(save_tiny("qwen2", directory / "stored_bfloat16")).bfloat16()
+    narrow.save_pretrained(directory / "stored_bfloat16")
     lengths = [3, 40, 7, 22, 1, 13, 30]  # seven samples in micro-batches of two: unequal shares for two replicas
     rows = [{"text": "".join(chr(33 + (7 * k + i * i) % 90) for i in range(n))} for k, n in enumerate(lengths)]
     (directory / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))

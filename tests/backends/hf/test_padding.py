@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import plop_dist
 from plop_dist.backends.hf import padding
-from plop_dist.errors import DataError
+from plop_dist.errors import DataError, ModelError
 from tests.models import random_tokens, tiny
 from tests.sweep.family import build
 from tests.sweep.table import architectures
@@ -136,3 +136,22 @@ def test_a_class_that_is_not_transformers_is_refused_beside_padding() -> None:
     with pytest.raises(DataError, match=r"cannot be found out \(TypeError: Host is no model .*; pass one sample"):
         plop_dist.score(Host(), [padded(16, 9)])
     assert plop_dist.score(Host(), [padded(9, 9)]).modules
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_modules_that_see_the_axes_of_a_batch_swapped_are_refused_in_a_square_one_too(length: int) -> None:
+    """XLNet's read (tokens, rows), which has the shape of the batch where there are as many rows as tokens."""
+    ids = random_tokens(3, length)
+    with pytest.raises(ModelError, match="XLNetLMHeadModel shows its modules other activations than one per token"):
+        plop_dist.score(build("xlnet", "XLNetLMHeadModel"), [{"input_ids": ids}], num_directions=4)
+
+
+def test_a_square_batch_is_scored_as_its_rows_alone() -> None:
+    model: Any = tiny("llama")
+    ids = random_tokens(4, 4)
+    square = plop_dist.score(model, [{"input_ids": ids}], num_directions=4)
+    alone = plop_dist.score(model, [{"input_ids": row[None]} for row in ids], num_directions=4)
+    assert square.data.num_tokens == 16
+    assert [(one.fqn, one.num_tokens, pytest.approx(one.gain, rel=1e-5)) for one in alone.modules] == [
+        (one.fqn, one.num_tokens, one.gain) for one in square.modules
+    ]
