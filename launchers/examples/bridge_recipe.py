@@ -105,6 +105,7 @@ for step, batch in enumerate(batches, start=1):
     for parameter in trained:
         parameter.grad = parameter.main_grad
     optimizer.step()
+    optimizer.zero_grad()  # lets go of the buffer, which the next backward pass would count twice
     if dist.get_rank() == 0:
         print(f"step {step}: loss {stored['loss']:.3f}")
 

@@ -92,11 +92,20 @@ def test_an_example_runs_on_two_ranks(tmp_path: Path, name: str) -> None:
 
 
 def test_the_examples_are_listed_with_the_lines_that_they_add() -> None:
-    listed = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \|.*\| (\d+) \|$", (EXAMPLES / "README.md").read_text(), flags=re.M)
     call = re.compile(
         r"^[^#\n]*\b(plop_dist\.(score|place|attach|adapt_for_accelerate|lightning_callback)|MegatronBridgePeft"
         r"|placement\.apply)\(",
         flags=re.M,
     )
-    assert dict(listed) == {path.name: str(len(call.findall(path.read_text()))) for path in EXAMPLES.glob("*.py")}
-    assert all(1 <= int(count) <= 3 for _, count in listed)
+    added = {path.name: str(len(call.findall(path.read_text()))) for path in EXAMPLES.glob("*.py")}
+    assert all(1 <= int(count) <= 3 for count in added.values())
+    listed = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \|.*\| (\d+) \|$", (EXAMPLES / "README.md").read_text(), flags=re.M)
+    assert dict(listed) == added
+    page = (ROOT / "README.md").read_text()
+    table = re.search(r"^\| `placement.apply` on .* lines added .*\n\|[ |-]+\n((?:\|.*\n)+)", page, flags=re.M)
+    assert table is not None
+    linked = re.findall(r"\| \[(\d+)\]\(launchers/examples/(\w+\.py)\) \|$", table[1], flags=re.M)
+    assert {script: count for count, script in linked} == added
+    counts = re.findall(r"\| \[?(\d+)(?:\]\(.*\))? \|$", table[1], flags=re.M)
+    assert len(counts) == len(table[1].splitlines())
+    assert all(int(count) <= 3 for count in counts)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import plop_dist
 from plop_dist.errors import LayoutError, ModelError, PlacementError, RunDirError
@@ -23,6 +24,7 @@ from tests.spawn import run_ranks
 NUM_STEPS = 4
 LEARNING_RATE = 0.1
 OPTIONS = {"r": 4, "lora_alpha": 16}
+PARAMETRISED = "model.layers.0.self_attn.q_proj"  # of a type that is chosen
 
 
 def rows(step: int) -> Tensor:
@@ -68,13 +70,24 @@ def by_ddp(directory: Path) -> tuple[Any, list[float]]:
     return adapted, train(adapted)
 
 
-def by_fsdp2(directory: Path, axes: Mapping[str, int] | None = None) -> tuple[Any, list[float]]:
+class Same(nn.Module):
+    """A parametrisation that changes nothing, so that the reference can do without."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+def by_fsdp2(
+    directory: Path, axes: Mapping[str, int] | None = None, parametrised: str | None = None
+) -> tuple[Any, list[float]]:
     """Train under fully_shard, over a mesh of these axes and their sizes, or over torch's own."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = None if axes is None else init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
     model: Any = load(directory, attention_dropout=0.0)
+    if parametrised is not None:
+        register_parametrization(model.get_submodule(parametrised), "weight", Same())
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh)
     adapted = seeded(model, placed(model))
@@ -115,6 +128,7 @@ LAYOUTS: dict[str, Callable[[Path], tuple[Any, list[float]]]] = {
     "ddp": by_ddp,
     "fsdp2": by_fsdp2,
     "fsdp2_named": lambda directory: by_fsdp2(directory, {"dp_shard": 2}),
+    "fsdp2_parametrised": lambda directory: by_fsdp2(directory, {"dp_shard": 2}, PARAMETRISED),
     "hsdp": lambda directory: by_fsdp2(directory, {"replicate": 2, "shard": 1}),
     "zero1": lambda directory: by_zero(directory, 1, client=True),
     "zero2": lambda directory: by_zero(directory, 2, client=False),

@@ -102,20 +102,23 @@ def adapt_fsdp2(model: Any, placement: Placement, peft_config: Any) -> nn.Module
 
 @contextmanager
 def _whole_sizes(module: nn.Module) -> Iterator[None]:
-    """Show whole sizes to PEFT, which takes this rank's of a sharded weight unless the mesh has no name, or "fsdp"."""
-    sharded: dict[nn.Linear, DTensor] = {}
-    for linear in module.modules():
-        weight = linear._parameters.get("weight") if isinstance(linear, nn.Linear) else None  # none if parametrised
-        if isinstance(linear, nn.Linear) and isinstance(weight, DTensor):
-            sharded[linear] = weight
-            stand_in = weight.to_local().new_empty(1).expand(weight.shape)
-            linear._parameters["weight"] = nn.Parameter(stand_in, weight.requires_grad)
+    """Show whole sizes to PEFT, which takes this rank's of a sharded weight unless the mesh has no name, or "fsdp".
+
+    Of a parametrised linear, whose weight is computed from parameters below it, those are stood in for.
+    """
+    sharded: dict[tuple[nn.Module, str], DTensor] = {}
+    for holder in {part for linear in module.modules() if isinstance(linear, nn.Linear) for part in linear.modules()}:
+        for name, parameter in holder._parameters.items():
+            if isinstance(parameter, DTensor):
+                sharded[holder, name] = parameter
+                stand_in = parameter.to_local().new_empty(1).expand(parameter.shape)
+                holder._parameters[name] = nn.Parameter(stand_in, parameter.requires_grad)
     try:
         yield
     finally:
-        for linear, weight in sharded.items():
-            weight.requires_grad_(linear.weight.requires_grad)  # PEFT freezes what it adapts
-            linear._parameters["weight"] = weight  # pyright: ignore[reportArgumentType]
+        for (holder, name), parameter in sharded.items():
+            parameter.requires_grad_(holder.get_parameter(name).requires_grad)  # PEFT freezes what it adapts
+            holder._parameters[name] = parameter  # pyright: ignore[reportArgumentType]
 
 
 def _averaged(gradient: Tensor) -> Tensor:
