@@ -14,6 +14,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import plop_dist
 from plop_dist.backends.hf.load import load_hf_config
 from plop_dist.backends.hf.own_class import reads_pairs
 from plop_dist.choose.place import place
@@ -110,6 +111,14 @@ def adapted_by(model: nn.Module, config: Any) -> set[str]:
     adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
     names = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
     return {name.removeprefix("base_model.model.") for name in names}
+
+
+@pytest.mark.parametrize("name", ["BertForMultipleChoice", "BertForPreTraining", "BertForNextSentencePrediction"])
+def test_what_does_not_generate_has_no_task_that_asks_for_it(name: str) -> None:
+    own: Any = getattr(transformers, name)
+    model = own(own.config_class(**BERT)).eval()
+    placement = place(plop_dist.score(model, [{"input_ids": torch.randint(4, 99, (2, 9))}]), rank=2)
+    assert adapted_by(model, placement.to_peft()) == set(placement.modules)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
