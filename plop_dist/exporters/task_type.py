@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from plop_dist.values.scores import ModelInfo
 
 _HEADS = (
@@ -9,10 +11,13 @@ _HEADS = (
     ("ForTokenClassification", "TOKEN_CLS"),
     ("ForQuestionAnswering", "QUESTION_ANS"),
 )
+# Of the other classes for something (multiple choice, masked tokens, pretraining, images) these alone generate, which
+# PEFT's wrappers of both LM types ask for when they are made.
+_OTHER = re.compile(r"For(?!CausalLM|ConditionalGeneration|\w*(?:To|2)Text)[A-Z]\w*$")
 
 
 def task_type(model: ModelInfo) -> str | None:
-    """Return the name of a peft.TaskType, None where PEFT has none for the class (masked language models).
+    """Return the name of a peft.TaskType, None where PEFT has none for the class (masked tokens, multiple choice).
 
     With SEQ_CLS and TOKEN_CLS PEFT trains the class's own head as well, whole.
     """
@@ -20,6 +25,6 @@ def task_type(model: ModelInfo) -> str | None:
     for ending, kind in _HEADS:
         if name.endswith(ending):
             return kind
-    if (model.model_extra or {}).get("is_encoder_decoder"):
-        return "SEQ_2_SEQ_LM"
-    return None if name.endswith("ForMaskedLM") else "CAUSAL_LM"
+    if _OTHER.search(name):
+        return None
+    return "SEQ_2_SEQ_LM" if (model.model_extra or {}).get("is_encoder_decoder") else "CAUSAL_LM"

@@ -29,7 +29,8 @@ def further_inputs(batch: Mapping[str, Any], where: str, takes: Takes) -> dict[s
     """Return what the forward takes beside the keys that the plugin reads; tensors on the CPU, as they are.
 
     takes(key): whether the forward takes it, None where that cannot be told. A key that the forward does not take has
-    no effect. Raises DataError for a tensor of which it cannot be told.
+    no effect. Raises DataError for a tensor of which it cannot be told, and for an object with a state, such as a cache
+    of earlier tokens: the forward would change the host's own, and tokens have other places behind it.
     """
     found = {}
     for key, value in batch.items():
@@ -40,6 +41,12 @@ def further_inputs(batch: Mapping[str, Any], where: str, takes: Takes) -> dict[s
             raise DataError(
                 f"{where} has '{key}', of which it cannot be told whether it changes what the model computes; leave it "
                 "out of the batches if it does not, or give score() a forward= of your own, which passes it on."
+            )
+        if taken and not _is_data(value):
+            raise DataError(
+                f"{where} has '{key}', a {type(value).__name__}: an object that the forward may change, or in which "
+                "earlier tokens are kept; leave it out and pass whole samples, or give score() a forward= of your own, "
+                "which makes one for each batch."
             )
         if taken:
             found[key] = torch.as_tensor(value).detach().cpu() if _is_array(value) else value
@@ -92,6 +99,15 @@ def refuse_unmarked_padding(batch: Mapping[str, Any], input_ids: Tensor, pad_id:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray)
+
+
+def _is_data(value: Any) -> bool:
+    """Tell whether a value is made of arrays, numbers and texts alone."""
+    if isinstance(value, Mapping):
+        return all(map(_is_data, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_data, value))
+    return value is None or _is_array(value) or isinstance(value, str | int | float | complex)
 
 
 def _is_numeric(value: Any) -> bool:

@@ -160,6 +160,15 @@ def _without_more(forward: Any) -> Any:
     return bare
 
 
+def test_a_cache_of_earlier_tokens_is_refused_and_left_as_it_was() -> None:
+    model, tokens = tiny("llama"), random_tokens(2, 9)
+    with torch.no_grad():
+        cache = model(tokens[:, :4], use_cache=True).past_key_values
+    with pytest.raises(DataError, match=r"batches\[0\] has 'past_key_values', a DynamicCache: .*leave it out"):
+        plop_dist.score(model, [{"input_ids": tokens[:, 4:], "past_key_values": cache}])
+    assert cache.get_seq_length() == 4
+
+
 @pytest.mark.parametrize("side", ["begin", "end"])
 def test_padding_that_only_labels_show_is_refused(side: str) -> None:
     model, tokens = tiny("llama"), random_tokens(2, 8)

@@ -38,13 +38,24 @@ def own_class(model: ModelConfig, hf_config: Any) -> Any:
 
 
 def reads_pairs(model: ModelConfig, hf_config: Any) -> bool:
-    """Tell whether what is loaded has an encoder beside its decoder: the checkpoint, and not its decoder alone."""
+    """Tell whether what is loaded has an encoder beside its decoder: the checkpoint, and not its decoder alone.
+
+    Raises ModelError for one whose decoder does not read the labels: a classifier's reads the encoder's text again.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not hf_config.is_encoder_decoder:
         return False
-    name = getattr(_concrete(own_class(model, hf_config), hf_config), "__name__", "")
-    return name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    concrete = _concrete(own_class(model, hf_config), hf_config)
+    name = getattr(concrete, "__name__", "")
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return False
+    if not hasattr(concrete, "prepare_decoder_input_ids_from_labels"):
+        raise ModelError(
+            f"model.name_or_path '{model.name_or_path}' is a {name}, an encoder-decoder model that does not say what "
+            "its decoder reads of a text; score it in your own job, by plop_dist.score(model, batches, forward=...)."
+        )
+    return True
 
 
 def build(model: ModelConfig, hf_config: Any) -> Any:

@@ -27,20 +27,30 @@ def parameter_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def without_adapters(model: Any) -> nn.Module:
-    """Return the transformers model inside a PeftModel, whose linears its adapters still wrap, or the model itself.
+    """Return the transformers model inside PEFT's, whose linears its adapters still wrap, or the model itself.
 
-    Raises ModelError for methods that put tokens of their own before the text's.
+    Raises ModelError for methods that do more than wrap single modules.
     """
-    peft = sys.modules.get("peft")
-    if peft is None or not isinstance(model, peft.PeftModel):
+    peft: Any = sys.modules.get("peft")
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None or tuners is None:
         return model
-    if model.active_peft_config.is_prompt_learning:
+    tuner = model.base_model if isinstance(model, peft.PeftModel | peft.PeftMixedModel) else model
+    if isinstance(model, peft.PeftModel) and model.active_peft_config.is_prompt_learning:
         kind = model.active_peft_config.peft_type.value
         raise ModelError(
             f"the model carries PEFT's {kind}, which puts tokens of its own before each sample's; score the base "
             "model: model.get_base_model()."
         )
-    return model.get_base_model()
+    if tuner is model and not isinstance(tuner, tuners.BaseTuner):
+        return model
+    # What has a forward of its own runs the model twice (X-LoRA), or others beside it.
+    if getattr(type(tuner), "forward", None) is not tuners.BaseTuner.forward:
+        raise ModelError(
+            f"the model carries PEFT's {type(tuner).__name__}, which changes more of the forward pass than what single "
+            "linears return; score the model before it is wrapped."
+        )
+    return tuner.model
 
 
 def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

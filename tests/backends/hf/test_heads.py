@@ -14,6 +14,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import plop_dist
 from plop_dist.backends.hf.load import load_hf_config
 from plop_dist.backends.hf.own_class import reads_pairs
 from plop_dist.choose.place import place
@@ -110,6 +111,31 @@ def adapted_by(model: nn.Module, config: Any) -> set[str]:
     adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
     names = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
     return {name.removeprefix("base_model.model.") for name in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("T5ForSequenceClassification", T5), ("BartForSequenceClassification", BART)]
+)
+def test_a_decoder_that_does_not_read_labels_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, name: str, fields: dict[str, Any]
+) -> None:
+    model: Any = saved(tmp_path, name, fields)
+    config = config_in(tmp_path, train={"prompt_template": "{question}\n"})
+    for step in (lambda: build_plan(config), lambda: scored(config)):
+        with pytest.raises(ModelError, match=rf"is a {name}, .*score it in your own job, by plop_dist\.score"):
+            step()
+    # What the message names as the way on:
+    batch = {"input_ids": torch.tensor([[7, 8, 9, 2], [5, 6, 7, 2]])}
+    scores = plop_dist.score(model, [batch], forward=lambda host, batch: host(**batch))
+    assert_truth(scores, truth_of(model, lambda model: model(**batch)))
+
+
+@pytest.mark.parametrize("name", ["BertForMultipleChoice", "BertForPreTraining", "BertForNextSentencePrediction"])
+def test_what_does_not_generate_has_no_task_that_asks_for_it(name: str) -> None:
+    own: Any = getattr(transformers, name)
+    model = own(own.config_class(**BERT)).eval()
+    placement = place(plop_dist.score(model, [{"input_ids": torch.randint(4, 99, (2, 9))}]), rank=2)
+    assert adapted_by(model, placement.to_peft()) == set(placement.modules)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    AdaptionPromptConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    LoraModel,
     OFTConfig,
     PromptTuningConfig,
     VeraConfig,
@@ -168,6 +170,25 @@ def test_adapters_that_add_tokens_are_refused() -> None:
     model = get_peft_model(tiny("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ModelError, match=r"PROMPT_TUNING, which puts tokens of its own .*get_base_model"):
         plop_dist.score(model, BATCHES)
+
+
+@pytest.mark.parametrize("wrap", ["mixed", "tuner"])
+def test_paths_are_the_models_in_every_wrapper_of_peft(wrap: str) -> None:
+    config = LoraConfig(target_modules=["v_proj"])
+    if wrap == "mixed":
+        adapted: Any = get_peft_model(tiny("llama"), config, mixed=True)
+    else:
+        adapted = LoraModel(tiny("llama"), config, "default")
+    scores = plop_dist.score(adapted.eval(), BATCHES)
+    assert {module.fqn: module.gain for module in scores.modules} == pytest.approx(
+        {module.fqn: module.gain for module in plain().modules}, rel=1e-5
+    )
+
+
+def test_a_method_that_wraps_more_than_linears_is_refused() -> None:
+    config = AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
+    with pytest.raises(ModelError, match=r"AdaptionPromptModel, which changes more .*before it is wrapped"):
+        plop_dist.score(get_peft_model(tiny("llama"), config), BATCHES)
 
 
 def test_an_unknown_wrapper_is_refused() -> None:
