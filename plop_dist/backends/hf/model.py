@@ -71,7 +71,8 @@ class HFModel:
         if self._reads_pairs and (len(micro_batch.input_ids) > 1 or not micro_batch.extra.keys() >= {"labels"}):
             raise ModelError(
                 f"{type(self.module).__name__} is an encoder-decoder model, whose two token streams one batch of texts "
-                "does not give; score it from the command line, or by score(model, batches, forward=...)."
+                "does not give; score it by score(model, batches, forward=...), or from the command line where "
+                "`plop-dist check` takes it."
             )
         justified = _right_padded(micro_batch)
         mask, positions = justified.attention_mask, justified.position_ids
