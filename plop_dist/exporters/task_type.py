@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from plop_dist.values.scores import ModelInfo
 
 _HEADS = (
@@ -9,12 +11,24 @@ _HEADS = (
     ("ForTokenClassification", "TOKEN_CLS"),
     ("ForQuestionAnswering", "QUESTION_ANS"),
 )
+# What PEFT 0.21.2's wrapper of a task adds to modules_to_save, by the ends of paths.
+_TRAINED_WHOLE = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_WRITES_NO_TEXT = re.compile(r"For(?!CausalLM|\w*Generation|TextToSpeech)[A-Z]\w*")
+
+
+def heads_trained_whole(task: str | None) -> tuple[str, ...]:
+    """Return what the paths of those modules end with that PEFT trains whole beside the adapters in a task."""
+    return _TRAINED_WHOLE.get(task or "", ())
 
 
 def task_type(model: ModelInfo) -> str | None:
-    """Return the name of a peft.TaskType, None where PEFT has none for the class (masked language models).
+    """Return the name of a peft.TaskType, None where PEFT has none for the class (masked language models, ...).
 
-    With SEQ_CLS and TOKEN_CLS PEFT trains the class's own head as well, whole.
+    With SEQ_CLS, TOKEN_CLS and QUESTION_ANS PEFT trains the class's own head as well, whole.
     """
     name = model.architecture or ""
     for ending, kind in _HEADS:
@@ -22,4 +36,4 @@ def task_type(model: ModelInfo) -> str | None:
             return kind
     if (model.model_extra or {}).get("is_encoder_decoder"):
         return "SEQ_2_SEQ_LM"
-    return None if name.endswith("ForMaskedLM") else "CAUSAL_LM"
+    return None if _WRITES_NO_TEXT.fullmatch(name[name.rfind("For") :]) else "CAUSAL_LM"
