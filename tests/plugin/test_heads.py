@@ -100,13 +100,21 @@ def by_fsdp2() -> tuple[Any, list[float]]:
 
 
 def by_zero(stage: int) -> tuple[Any, list[float]]:
+    """Train in an engine; at stage 3 the adapters are put on before it."""
     import deepspeed
 
-    options = {
+    options: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True, "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
     }  # fmt: skip
-    engine = applied(deepspeed.initialize(model=classifier(), config=options)[0])
+    if stage == 3:
+        bare = deepspeed.initialize(model=classifier(), config=options)[0]
+        with pytest.raises(LayoutError, match=r"\(classifier or score: .* ZeRO-3; call placement.apply\(\) before"):
+            applied(bare)
+        bare.destroy()
+        engine = deepspeed.initialize(model=applied(classifier()), config=options)[0]
+    else:
+        engine = applied(deepspeed.initialize(model=classifier(), config=options)[0])
     losses = []
     for step in range(NUM_STEPS):
         tokens, labels = (part[dist.get_rank()][None] for part in rows(step))
