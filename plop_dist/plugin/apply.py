@@ -11,6 +11,7 @@ from torch import nn
 from plop_dist.backends.hosts import bare, is_a
 from plop_dist.errors import LayoutError, ModelError, PlacementError
 from plop_dist.plugin.detect import find
+from plop_dist.plugin.heads import task_of, warn_of_frozen_heads
 from plop_dist.registry import HOST_LAYOUTS, load, names
 from plop_dist.training.adapters.placed import check_complete
 from plop_dist.training.adapters.shards import lora_layers
@@ -38,10 +39,13 @@ def apply(placement: Placement, model: Any, **options: Any) -> Any:
             f"placement.apply() cannot put adapters on a model of {found.backend} under '{found.wrapper}'; apply it "
             "before the model is wrapped."
         )
-    layout = load(HOST_LAYOUTS, found.wrapper)
+    layout, peft_config = load(HOST_LAYOUTS, found.wrapper), placement.to_peft(**options)
     if layout.is_whole:
         _check_model(inner, placement)
-    adapted = layout.adapt(_in_fabric(model), placement, placement.to_peft(**options))
+        peft_config.task_type = task_of(inner, peft_config.task_type)
+    adapted = layout.adapt(_in_fabric(model), placement, peft_config)
+    if layout.is_whole and peft_config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        warn_of_frozen_heads(inner, unwrapped(adapted))
     if layout.is_whole and all(module.storage in ("linear", "conv1d") for module in placement.chosen):
         check_complete([path for path, _ in lora_layers(unwrapped(adapted))], placement)
     if is_a(model, "_FabricModule"):

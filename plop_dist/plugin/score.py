@@ -19,6 +19,7 @@ from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.protocols import Groups, ScorableModel, Site
 from plop_dist.measure.run import Pass, score_model
 from plop_dist.plugin.detect import find
+from plop_dist.plugin.heads import without_heads
 from plop_dist.plugin.host_batches import share
 from plop_dist.plugin.host_state import undisturbed
 from plop_dist.plugin.own_forward import Forward, Mask, OwnForward, RawReader
@@ -76,7 +77,7 @@ def score(
         scorable = found.wrap(exclude)
         if local:
             scorable.groups = Groups(alone=True)
-        scorable.sites = _not_excluded(scorable.sites, exclude)
+        scorable.sites = _not_excluded(without_heads(scorable), exclude)
         share_of_rank = None if num_samples is None else -(-num_samples // scorable.groups.num_replicas)
         reader: Reader | RawReader
         if forward is None:

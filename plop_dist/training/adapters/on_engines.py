@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from plop_dist.backends.deepspeed.pipeline import host_layers, stage_model
 from plop_dist.backends.deepspeed.stack import Head
 from plop_dist.errors import LayoutError
+from plop_dist.exporters.task_type import heads_trained_whole
 from plop_dist.training.adapters.host_layout import HostLayout
 from plop_dist.training.adapters.initial import agreed_seed
 from plop_dist.training.adapters.on_hosts import broadcast_trained
@@ -24,15 +25,23 @@ from plop_dist.values.placement import Placement
 def adapt_zero(engine: Any, placement: Placement, peft_config: Any) -> Any:
     """Return a new engine, of the same configuration, that trains PEFT's adapters on the old one's module. Collective.
 
-    Raises LayoutError for DoRA at stage 3.
+    Raises LayoutError for DoRA, and for modules that PEFT trains whole, at stage 3.
     """
     from peft import get_peft_model
 
-    if peft_config.use_dora and engine.zero_optimization_stage() == 3:
-        raise LayoutError(
-            "use_dora needs the norm of whole weights, which ZeRO-3 has partitioned; leave it out, or use a stage "
-            "below 3."
-        )
+    if engine.zero_optimization_stage() == 3:
+        if peft_config.use_dora:
+            raise LayoutError(
+                "use_dora needs the norm of whole weights, which ZeRO-3 has partitioned; leave it out, or use a stage "
+                "below 3."
+            )
+        whole = peft_config.modules_to_save or heads_trained_whole(peft_config.task_type)
+        if whole:
+            raise LayoutError(
+                f"PEFT trains copies of modules whole ({' or '.join(whole)}: modules_to_save, or the head in task_type="
+                f"{peft_config.task_type}), which cannot be made of an engine's at ZeRO-3; call placement.apply() "
+                "before deepspeed.initialize, use a stage below 3, or pass task_type=None to train adapters alone."
+            )
 
     def adapt(module: Any) -> Any:
         adapted = get_peft_model(module, peft_config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,15 @@ from torch.distributed.tensor import DTensor
 from plop_dist.backends.hf.tp_plan import tp_group_of
 from plop_dist.backends.hosts import bare, is_a
 from plop_dist.errors import LayoutError
+from plop_dist.exporters.task_type import heads_trained_whole
 from plop_dist.training.adapters.host_layout import HostLayout
 from plop_dist.training.adapters.initial import agreed_seed, set_initial
 from plop_dist.training.adapters.placed import check_draws, check_options
 from plop_dist.training.adapters.saved import gather_tensors, whole_tensors
 from plop_dist.training.adapters.tp_plan import add_planned, planned_shards
 from plop_dist.values.placement import Placement
+
+_ADAPTER = "default"
 
 
 def adapt_plain(model: Any, placement: Placement, peft_config: Any) -> nn.Module:
@@ -82,9 +85,11 @@ def adapt_fsdp2(model: Any, placement: Placement, peft_config: Any) -> nn.Module
     """Put adapters into a module that was given to fully_shard, in place, and return it. Collective over the world.
 
     PEFT's own wrapper would call the root's forward past its hooks, which gather its parameters. The adapters, small
-    beside the base, stay whole on every rank; their gradients are averaged as FSDP averages its own.
+    beside the base, stay whole on every rank; their gradients are averaged as FSDP averages its own. So do the heads
+    that PEFT trains with them, of which it makes copies.
     """
     from peft import inject_adapter_in_model
+    from peft.utils import ModulesToSaveWrapper
 
     if peft_config.use_dora:
         raise LayoutError(
@@ -92,26 +97,58 @@ def adapt_fsdp2(model: Any, placement: Placement, peft_config: Any) -> nn.Module
             "placement.apply() before fully_shard."
         )
     module, _ = bare(model)
-    with _whole_sizes(module):
+    # Else added by PEFT's wrapper.
+    more = heads_trained_whole(peft_config.task_type)
+    peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), *more] or None
+    with _whole_sizes(module, _trained_whole(module, peft_config)):
         inject_adapter_in_model(peft_config, module)
     _freeze_gathered(module)
     for parameter in broadcast_trained(module):
         parameter.register_hook(_averaged)
+    for part in module.modules():
+        if isinstance(part, ModulesToSaveWrapper):
+            part.modules_to_save[_ADAPTER].register_forward_pre_hook(_in_own_dtype)
     return model
 
 
+def _in_own_dtype(copied: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give a copy its inputs as LoRA's layers take theirs: FSDP's mixed precision casts only what it shards."""
+    dtype = next(copied.parameters()).dtype
+    return tuple(one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() else one for one in args)
+
+
+def _trained_whole(module: nn.Module, peft_config: Any) -> list[nn.Module]:
+    """Return the modules that PEFT will train whole. Raises LayoutError for one that is a unit of FSDP by itself."""
+    from torch.distributed.fsdp import FSDPModule
+
+    ends = tuple(peft_config.modules_to_save or ())
+    heads = {path: part for path, part in module.named_modules() if ends and path.endswith(ends)}
+    for path, head in heads.items():
+        if any(isinstance(part, FSDPModule) for part in head.modules()):
+            raise LayoutError(
+                f"PEFT trains a copy of '{path}' (modules_to_save, or a head in task_type={peft_config.task_type}), "
+                "which cannot be made where fully_shard was given that module by itself; leave it to the root, call "
+                "placement.apply() before fully_shard, or pass task_type=None to train adapters alone."
+            )
+    return list(heads.values())
+
+
 @contextmanager
-def _whole_sizes(module: nn.Module) -> Iterator[None]:
+def _whole_sizes(module: nn.Module, copied: Sequence[nn.Module]) -> Iterator[None]:
     """Show whole sizes to PEFT, which takes this rank's of a sharded weight unless the mesh has no name, or "fsdp".
 
-    Of a parametrised linear, whose weight is computed from parameters below it, those are stood in for.
+    copied: what PEFT makes copies of; these are shown with their values. Of a parametrised linear, whose weight is
+    computed from parameters below it, those are stood in for. Collective over the world.
     """
     sharded: dict[tuple[nn.Module, str], DTensor] = {}
-    for holder in {part for linear in module.modules() if isinstance(linear, nn.Linear) for part in linear.modules()}:
+    valued = dict.fromkeys(part for head in copied for part in head.modules())
+    linears = [part for linear in module.modules() if isinstance(linear, nn.Linear) for part in linear.modules()]
+    for holder in dict.fromkeys([*valued, *linears]):
         for name, parameter in holder._parameters.items():
             if isinstance(parameter, DTensor):
                 sharded[holder, name] = parameter
-                stand_in = parameter.to_local().new_empty(1).expand(parameter.shape)
+                empty = parameter.to_local().new_empty(1)
+                stand_in = parameter.full_tensor().detach() if holder in valued else empty.expand(parameter.shape)
                 holder._parameters[name] = nn.Parameter(stand_in, parameter.requires_grad)
     try:
         yield

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, PlacementError
+from plop_dist.exporters.task_type import heads_trained_whole
 from plop_dist.values.names import natural_key
 from plop_dist.values.placement import Placement
 
@@ -49,7 +50,16 @@ _WITHOUT_EFFECT = {
 
 
 def check_options(peft_config: Any, layout: str) -> None:
-    """Raise LayoutError for an option of LoraConfig that adapters whose parts lie on several ranks do not have."""
+    """Raise LayoutError for an option of LoraConfig that adapters whose parts lie on several ranks do not have.
+
+    So for a task in which a head is trained, too.
+    """
+    if heads := heads_trained_whole(peft_config.task_type):
+        raise LayoutError(
+            f"task_type is {peft_config.task_type}, in which PEFT trains the model's head ({' or '.join(heads)}) "
+            f"beside the adapters; under {layout} adapters are trained alone: pass task_type=None to leave the head "
+            "frozen, or train in one process, replicas, ZeRO or fully_shard."
+        )
     plain = type(peft_config)()
     for name in sorted({field.name for field in dataclasses.fields(peft_config)} - _SIZES - _WITHOUT_EFFECT):
         value = getattr(peft_config, name)
