@@ -235,6 +235,7 @@ def test_names_reach_no_wrapper_around_a_linear() -> None:
 def test_bitnet_is_scored_by_what_it_multiplies_by(options: dict[str, bool]) -> None:
     from transformers.integrations.bitnet import AutoBitLinear
 
+    torch.manual_seed(0)  # a number between two roundings falls here and there: the masks of both passes differ
     model: Any = tiny("llama")
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     linear = torch.nn.functional.linear
