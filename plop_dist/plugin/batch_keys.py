@@ -29,24 +29,25 @@ def further_inputs(batch: Mapping[str, Any], where: str, takes: Takes) -> dict[s
     """Return what the forward takes beside the keys that the plugin reads; tensors on the CPU, as they are.
 
     takes(key): whether the forward takes it, None where that cannot be told. A key that the forward does not take has
-    no effect. Raises DataError for a tensor of which it cannot be told, and for an object with a state, such as a cache
-    of earlier tokens: the forward would change the host's own, and tokens have other places behind it.
+    no effect. Raises DataError for a tensor of which it cannot be told, and for an object that may have a state, such as
+    a cache of earlier tokens: the forward would change the host's own, and tokens have other places behind it.
     """
     found = {}
     for key, value in batch.items():
         if key in READ or key in _PACKING or key in _WITHOUT_EFFECT or value is None:
             continue
         taken = takes(key)
-        if taken is None and _is_numeric(value):
-            raise DataError(
-                f"{where} has '{key}', of which it cannot be told whether it changes what the model computes; leave it "
-                "out of the batches if it does not, or give score() a forward= of your own, which passes it on."
-            )
-        if taken and not _is_data(value):
+        # Also where that cannot be told: transformers 5.24 takes past_key_values behind **kwargs, as `cache`.
+        if taken is not False and not _is_data(value):
             raise DataError(
                 f"{where} has '{key}', a {type(value).__name__}: an object that the forward may change, or in which "
                 "earlier tokens are kept; leave it out and pass whole samples, or give score() a forward= of your own, "
                 "which makes one for each batch."
+            )
+        if taken is None and _is_numeric(value):
+            raise DataError(
+                f"{where} has '{key}', of which it cannot be told whether it changes what the model computes; leave it "
+                "out of the batches if it does not, or give score() a forward= of your own, which passes it on."
             )
         if taken:
             found[key] = torch.as_tensor(value).detach().cpu() if _is_array(value) else value
@@ -107,7 +108,7 @@ def _is_data(value: Any) -> bool:
         return all(map(_is_data, value.values()))
     if isinstance(value, list | tuple):
         return all(map(_is_data, value))
-    return value is None or _is_array(value) or isinstance(value, str | int | float | complex)
+    return value is None or _is_array(value) or isinstance(value, str | bytes | int | float | complex | np.generic)
 
 
 def _is_numeric(value: Any) -> bool:
