@@ -29,8 +29,8 @@ def further_inputs(batch: Mapping[str, Any], where: str, takes: Takes) -> dict[s
     """Return what the forward takes beside the keys that the plugin reads; tensors on the CPU, as they are.
 
     takes(key): whether the forward takes it, None where that cannot be told. A key that the forward does not take has
-    no effect. Raises DataError for a tensor of which it cannot be told, and for an object that may have a state, such as
-    a cache of earlier tokens: the forward would change the host's own, and tokens have other places behind it.
+    no effect. Raises DataError for a tensor of which it cannot be told, and for an object that may have a state, as a
+    cache of earlier tokens has: the forward would change the host's own, and tokens have other places behind it.
     """
     found = {}
     for key, value in batch.items():
