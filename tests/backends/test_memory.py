@@ -22,7 +22,7 @@ SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
          "num_key_value_heads": 8}  # fmt: skip
 LARGEST = 1024 * 2816
 SLACK = 24 << 20  # activations, directions, threads
-OWN = {"autotp": 40 << 20}  # what DeepSpeed's engine for bfloat16 takes (37 MB) beside shares of 95 and of 190 MB
+OWN = {("autotp", "bfloat16"): 40 << 20}  # 37 MB come with deepspeed.initialize there, at shares of 95 and of 190 MB
 LAYOUTS = {
     "tp_plan": {"tp": 2},
     "autotp": {"backend": "deepspeed", "tp": 2},
@@ -83,4 +83,6 @@ def test_a_rank_holds_little_more_than_its_share(layout: str, dtype: str, tmp_pa
         "parallel": LAYOUTS[layout],
     }
     peaks = run_ranks(2, peak_on_rank, tree, timeout_s=200)
-    assert max(peaks) <= 1.3 * share + LARGEST * size + SLACK + OWN.get(layout, 0), [peak / share for peak in peaks]
+    assert max(peaks) <= 1.3 * share + LARGEST * size + SLACK + OWN.get((layout, dtype), 0), [
+        peak / share for peak in peaks
+    ]

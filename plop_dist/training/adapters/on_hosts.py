@@ -18,10 +18,9 @@ from plop_dist.training.adapters.host_layout import HostLayout
 from plop_dist.training.adapters.initial import agreed_seed, set_initial
 from plop_dist.training.adapters.placed import check_draws, check_options
 from plop_dist.training.adapters.saved import gather_tensors, whole_tensors
+from plop_dist.training.adapters.shards import FIRST_ADAPTER
 from plop_dist.training.adapters.tp_plan import add_planned, planned_shards
 from plop_dist.values.placement import Placement
-
-_ADAPTER = "default"
 
 
 def adapt_plain(model: Any, placement: Placement, peft_config: Any) -> nn.Module:
@@ -107,7 +106,7 @@ def adapt_fsdp2(model: Any, placement: Placement, peft_config: Any) -> nn.Module
         parameter.register_hook(_averaged)
     for part in module.modules():
         if isinstance(part, ModulesToSaveWrapper):
-            part.modules_to_save[_ADAPTER].register_forward_pre_hook(_in_own_dtype)
+            part.modules_to_save[FIRST_ADAPTER].register_forward_pre_hook(_in_own_dtype)
     return model
 
 

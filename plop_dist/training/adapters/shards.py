@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-_DEFAULT = "default"  # PEFT's name of a model's first adapter
+FIRST_ADAPTER = "default"  # PEFT's name of a model's first adapter
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class AdapterShard:
         return [*(self.sizes or (local.shape[dim],) * dist.get_world_size(self.group))]
 
 
-def lora_layers(model: nn.Module, adapter_name: str = _DEFAULT) -> Iterator[tuple[str, Any]]:
+def lora_layers(model: nn.Module, adapter_name: str = FIRST_ADAPTER) -> Iterator[tuple[str, Any]]:
     """Return the layers that PEFT has put into a model, each with the path of the module that it wraps."""
     for path, module in model.named_modules():
         if adapter_name in getattr(module, "lora_A", {}):
@@ -104,13 +104,13 @@ def remove_peft(model: nn.Module) -> None:
 
 
 def _peft_base(module: Any) -> nn.Module | None:
-    return module.get_base_layer() if _DEFAULT in getattr(module, "lora_A", {}) else None
+    return module.get_base_layer() if FIRST_ADAPTER in getattr(module, "lora_A", {}) else None
 
 
 def peft_shards(model: nn.Module) -> list[AdapterShard]:
     """Return the adapters that PEFT has put into a model, whole, by the paths of the modules that they wrap."""
     return [
-        AdapterShard(path, layer.lora_A[_DEFAULT].weight, layer.lora_B[_DEFAULT].weight)
+        AdapterShard(path, layer.lora_A[FIRST_ADAPTER].weight, layer.lora_B[FIRST_ADAPTER].weight)
         for path, layer in lora_layers(model)
     ]
 

@@ -8,9 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from plop_dist.errors import PlacementError
-from plop_dist.training.adapters.shards import AdapterShard, gather_lengths, lora_layers
-
-_ADAPTER = "default"
+from plop_dist.training.adapters.shards import FIRST_ADAPTER, AdapterShard, gather_lengths, lora_layers
 
 
 def add_planned(model: nn.Module, peft_config: Any) -> Any:
@@ -24,7 +22,7 @@ def add_planned(model: nn.Module, peft_config: Any) -> Any:
     wrapped: Any = model  # PEFT asks for transformers' class, of which load_model knows nothing
     adapted = get_peft_model(wrapped, peft_config)
     for _, layer in lora_layers(adapted):
-        for part in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]):
+        for part in (layer.lora_A[FIRST_ADAPTER], layer.lora_B[FIRST_ADAPTER]):
             # PEFT 0.21.2 leaves the global in_features on a row-parallel A and then refuses its own input.
             part.out_features, part.in_features = part.weight.shape
     return adapted
@@ -37,7 +35,7 @@ def planned_shards(model: nn.Module, tp_group: dist.ProcessGroup) -> list[Adapte
     """
     layers = list(lora_layers(model))
     plans = [_plan(fqn, layer) for fqn, layer in layers]
-    parts = [(layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight) for _, layer in layers]
+    parts = [(layer.lora_A[FIRST_ADAPTER].weight, layer.lora_B[FIRST_ADAPTER].weight) for _, layer in layers]
     local = [A.shape[1] if plan == "rowwise" else B.shape[0] for (A, B), plan in zip(parts, plans, strict=True)]
     return [
         AdapterShard(fqn, A, B, 1 if plan == "rowwise" else None, 0 if plan == "colwise" else None, sizes, tp_group)
