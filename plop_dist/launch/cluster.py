@@ -48,7 +48,8 @@ def connected(config: Config, *, takes_jobs: bool = False) -> Iterator[None]:
             ray.shutdown()
         elif starts and _address(config) is None:
             inside_ray.end_local()
-        _answer_sigterm(previous)
+        if previous is not None:  # one that was not set from Python cannot be set again
+            _answer_sigterm(previous)
 
 
 def _terminate(number: int, _: Any) -> None:
