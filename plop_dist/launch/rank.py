@@ -185,6 +185,8 @@ def export(stages: Stages, notify: Notify) -> None:
             except ExportError as error:
                 raise explained(error, placement, target, wanted.engine, stages.config.placement) from error
             written += [f"exports/{target}/{name}" for name in export.files]
+            for kind, text in export.remarks:
+                notify("status", text=f"{kind}: export to {target}: {text}")
         stages.finish("export", written)
         notify("status", text=f"exported to {', '.join(written)}")
 
