@@ -80,7 +80,8 @@ def check_router(module: nn.Module, path: str) -> None:
     if owner.__name__ not in (*_ROUTERS, *_CHANGE_INPUT):
         raise ModelError(
             f"'{path}' is a {owner.__module__}.{owner.__name__}, whose gating is not known to be W z, so that it "
-            f"cannot be scored; known are {', '.join((*_ROUTERS, *_CHANGE_INPUT))}. Use parallel.backend=deepspeed or transformers."
+            f"cannot be scored; known are {', '.join((*_ROUTERS, *_CHANGE_INPUT))}. Use parallel.backend=deepspeed or "
+            "transformers."
         )
 
 

@@ -84,7 +84,10 @@ class MegatronModel:
             if getattr(unwrap(chunk), "position_embedding_type", None) == "mrope":
                 positions = positions.expand(3, *positions.shape)  # time, height and width, the same for text
             output: Any = chunk(
-                input_ids=batch.input_ids, position_ids=positions, attention_mask=batch.mask, **kinds_of_text(chunk, batch.input_ids)
+                input_ids=batch.input_ids,
+                position_ids=positions,
+                attention_mask=batch.mask,
+                **kinds_of_text(chunk, batch.input_ids),
             )
             return output[0] if isinstance(output, tuple) else output  # a loss mask beside it
 

@@ -251,7 +251,8 @@ def _query_group_parts(names: Mapping[str, str], attention: Any, config: Any) ->
     )
     if getattr(attention, "is_kv_shared_layer", False):
         return parts[:1]
-    return parts[:2] if getattr(attention, "attention_k_eq_v", False) else parts
+    is_tied = any(getattr(attention, name, False) for name in ("attention_k_eq_v", "_tied_kv"))
+    return parts[:2] if is_tied else parts
 
 
 def local_out_features(module: nn.Module) -> int:

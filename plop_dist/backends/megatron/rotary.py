@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plop_dist.backends.megatron.language import language_path
 from plop_dist.config.schema import Config
 from plop_dist.errors import ModelError
 
@@ -33,7 +34,9 @@ def complete_rotary(provider: Any, hf_config: Any) -> None:
         return
     length = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     for name, (key, default) in _YARN.items():
-        value = next((one for one in (rope.get(key), default, getattr(provider, name, None)) if one is not None), length)
+        value = next(
+            (one for one in (rope.get(key), default, getattr(provider, name, None)) if one is not None), length
+        )
         if hasattr(provider, name):
             setattr(provider, name, value)
 
@@ -43,7 +46,8 @@ def check_rotary(hf_model: nn.Module, chunk: nn.Module, length: int, config: Con
 
     hf_model: on the meta device. length: how many positions are compared.
     """
-    theirs: Any = next((m for name, m in hf_model.named_modules() if name.endswith("rotary_emb")), None)
+    language = hf_model.get_submodule(language_path(hf_model))  # towers beside it turn patches by angles of their own
+    theirs: Any = next((m for name, m in language.named_modules() if name.endswith("rotary_emb")), None)
     ours: Any = next((m for m in chunk.modules() if "RotaryEmbedding" in type(m).__name__), None)
     if theirs is None or ours is None or not hasattr(theirs, "inv_freq"):
         return  # no rotary embedding, or one per kind of layer, which families' own layers take care of
