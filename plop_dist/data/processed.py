@@ -23,12 +23,21 @@ class ImageRows:
     """Rows with images, read one by one: how many there are at once says memory, not the number of rows.
 
     processor: the checkpoint's; max_length: what a row is cut to. first: the number of the first row, for messages.
+    dtype: the model's, which features of 16 bits are given in: models convert those of 32 alone.
     """
 
     def __init__(
-        self, rows: Sequence[Row], data: DataConfig, processor: Any, max_length: int, *, first: int = 1
+        self,
+        rows: Sequence[Row],
+        data: DataConfig,
+        processor: Any,
+        max_length: int,
+        *,
+        first: int = 1,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.rows, self.data, self.processor, self.max_length, self.first = rows, data, processor, max_length, first
+        self._dtype = dtype
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,10 +122,14 @@ class ImageRows:
             )
         length = ids.shape[1]
         return {
-            name: value[:, : self.max_length] if name in _PER_TOKEN and value.shape[1] == length else value
+            name: value[:, : self.max_length] if name in _PER_TOKEN and value.shape[1] == length else self._given(value)
             for name, value in found.items()
             if isinstance(value, Tensor)
         }
+
+    def _given(self, value: Tensor) -> Tensor:
+        is_short = value.is_floating_point() and value.element_size() < 4
+        return value.to(self._dtype) if is_short and self._dtype is not None else value
 
 
 class ImageSamples(ReadSingly):

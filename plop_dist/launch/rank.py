@@ -100,6 +100,7 @@ def score(stages: Stages, notify: Notify) -> Scores:
 
 
 def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
+    from plop_dist.backends.hf.dtype import weights_dtype
     from plop_dist.backends.hf.load import check_vocabulary, load_hf_config, load_processor, load_tokenizer, meta_model
     from plop_dist.backends.hf.own_class import reads_pairs
     from plop_dist.backends.hf.positions import check_positions
@@ -113,7 +114,8 @@ def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
         samples = PairSamples(rows, data, config.train.prompt_template, tokenizer)
     elif has_images(rows, data):
         check_singly(config, "images")
-        samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length))
+        dtype = weights_dtype(config.model, hf_config)
+        samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length, dtype=dtype))
     else:
         samples = tokenize(rows, data, tokenizer)
     check_vocabulary(config.model, max(map(max, filter(None, samples))))
