@@ -243,7 +243,7 @@ def test_what_a_model_says_of_its_inputs_behind_other_modules_is_the_users_to_me
 
 def test_what_our_own_hooks_raise_is_not() -> None:
     model = tiny("llama")
-    sites = whole_sites(model, with_head=False)
+    sites: list[Any] = whole_sites(model, with_head=False)
     sites[-1]._record = partial(sites[-1]._record, leading=0)
     with pytest.raises(WorkerError, match=r"failed after module .*TypeError"):
         score(HFModel(model, sites, knows_padding=True))
