@@ -237,13 +237,16 @@ class VLLMConfig(_Section):
     mode: Literal["server", "colocate"] = Field(
         default="server", description="colocate: inside the trainer's own process (engine trl)."
     )
-    tensor_parallel_size: AxisSize = Field(default=1, description="Of a colocated vLLM.")
-    gpu_memory_utilization: Share = Field(default=0.3, description="Of a colocated vLLM.")
-    max_model_len: Count | None = Field(default=None, description="Of a colocated vLLM; null: the model's.")
+    tensor_parallel_size: AxisSize = Field(default=1, description="Of a vLLM that the run starts.")
+    gpu_memory_utilization: Share = Field(default=0.3, description="Of a vLLM that the run starts.")
+    max_model_len: Count | None = Field(default=None, description="Of a vLLM that the run starts; null: the model's.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: the server's own, and of a colocated vLLM the model's; others are refused."
+        default="auto",
+        description="Of a vLLM that the run starts; auto: the model's. Refused with a server at url.",
     )
-    timeout_s: Seconds = Field(default=240, description="Longest wait for the server's completions of one step.")
+    timeout_s: Seconds = Field(
+        default=240, description="Longest wait for a server's completions of one step, and for one that is started."
+    )
 
 
 class TrainConfig(_Section):
@@ -279,7 +282,7 @@ class TrainConfig(_Section):
     sampler: Annotated[str, NameOf(SAMPLERS, also=("auto",))] = Field(
         default="auto",
         description="GRPO, engines plop and trl: who writes the completions; model: the one being trained; auto: vllm "
-        "where train.vllm.url is given, else model.",
+        "where train.vllm.url is given, else model. vllm without an url: a server is started with train.engine_python.",
     )
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"] = Field(
         default="dapo", description="GRPO: the loss, by TRL's names."
@@ -304,7 +307,7 @@ class TrainConfig(_Section):
     engine_python: Location | None = Field(
         default=None,
         min_length=1,
-        description="Python of the environment in which that engine is installed; null: this one.",
+        description="Python of the environment with that engine, or with a vLLM to be started; null: this one.",
     )
     rewards: list[Annotated[str, NameOrFunction(REWARDS)]] = Field(
         default=["builtin:number"],

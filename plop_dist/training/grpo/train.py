@@ -18,6 +18,7 @@ from plop_dist.training.grpo.rating import Rater
 from plop_dist.training.grpo.rollout import Rollout, Rollouts
 from plop_dist.training.loop import learning_rate_at, run_steps, save_adapter, seed_dropout
 from plop_dist.training.rewards import RewardHistory, load_rewards
+from plop_dist.training.samplers.sampler import Sampler
 from plop_dist.training.sums import sum_over
 from plop_dist.values.placement import Placement
 
@@ -36,6 +37,7 @@ def train(
     tokenizer = load_tokenizer(config.model)
     prompts = prompts_of(row_set, settings, tokenizer)
     engine = open_engine(config, placement)
+    sampler: Sampler | None = None
     try:
         sampler = load(SAMPLERS, sampler_name(config))(engine, config, tokenizer)
         rater = Rater(rewards, row_set, prompts, config.reward_seconds, engine.dp_rank)
@@ -45,6 +47,8 @@ def train(
         adapter = save_adapter(engine, config)
         return {**history.summary(), **progress, "num_steps": settings.max_steps, "adapter": adapter}
     finally:
+        if sampler is not None:
+            sampler.close()
         engine.close()
 
 

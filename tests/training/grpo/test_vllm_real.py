@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
 from tests.training.cases import load_placement, make_placement
 from tests.training.grpo.cases import run_grpo
-from tests.vllm_server import needs_vllm, vllm_serving
+from tests.vllm_server import ENVIRONMENT, PYTHON, needs_vllm, vllm_serving
 
 pytestmark = [pytest.mark.rare, needs_vllm]
 # vLLM's attention on a CPU has no head of fewer features.
@@ -122,6 +123,22 @@ def _run_tiny(directory: Path, url: str, **options: Any) -> dict[str, Any]:
     train = {"max_steps": 3, "gradient_accumulation_steps": 1, "max_completion_length": 4, "save_steps": 10,
              "vllm": {"url": url, "timeout_s": 10}}  # fmt: skip
     return run_grpo(directory, "run", sampler="vllm", train=train, **options)
+
+
+def test_a_run_starts_a_server_in_its_environment_and_ends_it(directory: Path) -> None:
+    vllm = {"timeout_s": 300, "max_model_len": 64}
+    train = {"max_steps": 2, "gradient_accumulation_steps": 1, "max_completion_length": 4, "temperature": 0.8,
+             "sampler": "vllm", "engine_python": str(PYTHON), "vllm": vllm}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        found = run_grpo(directory, "run", sampler="vllm", train=train)
+    assert [entry["step"] for entry in found["entries"]] == [1, 2]
+    assert all(entry["sampling/sampling_logp_difference/max"] < 1e-3 for entry in found["entries"])
+    address = re.search(r"http://127\.0\.0\.1:\d+", (directory / "run" / "train" / "vllm.log").read_text())
+    assert address is not None
+    with pytest.raises(OSError, match="Connection refused"):
+        urllib.request.urlopen(f"{address[0]}/health", timeout=5)
 
 
 def test_a_server_without_adapters_is_named_before_the_first_step(directory: Path) -> None:
