@@ -16,6 +16,8 @@ from plop_dist.checkpoints.builtin import resolve
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError
+from plop_dist.rundir.training_log import read_log
+from plop_dist.training.log import TrainingLog
 from plop_dist.training.samplers.vllm_server import VLLMServer
 from plop_dist.training.train import train
 from tests.models import save_tiny, tiny
@@ -77,11 +79,13 @@ def _learn(rank: int, directory: str, url: str) -> dict[str, Any]:
         close(engine)
 
     PipelineEngine.close = compare_and_close  # type: ignore[method-assign]
-    log: list[dict[str, Any]] = []
-    summary = train(_config(directory, url, backend="deepspeed", pp=2), load_placement(directory), log.append)
-    return {"log": log, "summary": summary, "changed": changed}
+    config = _config(directory, url, backend="deepspeed", pp=2)
+    with TrainingLog(config, config.run_path / "train", (lambda *_, **__: None) if rank == 0 else None) as log:
+        summary = train(config, load_placement(directory), log)
+    return {"summary": summary, "changed": changed}
 
 
+@pytest.mark.timeout(1700)
 def test_smollm2_learns_in_a_pipeline_from_what_vllm_samples(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -93,7 +97,7 @@ def test_smollm2_learns_in_a_pipeline_from_what_vllm_samples(tmp_path: Path) -> 
     placement.to_file(tmp_path / "placement.json")
     with vllm_serving(model, tmp_path / "vllm.log", *LORA) as server:
         ranks = run_ranks(2, _learn, str(tmp_path), server.url, timeout_s=1500)
-    log, summary = ranks[0]["log"], ranks[0]["summary"]
+    log, _ = read_log(tmp_path / "run" / "train" / "log.jsonl")
     assert [entry["step"] for entry in log] == list(range(1, NUM_UPDATES + 1))
     last = log[-5:]
     first_error = log[0]["reward_std"] / math.sqrt(16)
@@ -104,7 +108,7 @@ def test_smollm2_learns_in_a_pipeline_from_what_vllm_samples(tmp_path: Path) -> 
     assert log[-1]["kl"] > 0
     for found in ranks:
         assert found["changed"] == []
-    adapted = PeftModel.from_pretrained(base, summary["adapter"])
+    adapted = PeftModel.from_pretrained(base, ranks[0]["summary"]["adapter"])
     weights = {name: p for name, p in adapted.named_parameters() if ".lora_" in name}
     assert {name.removeprefix("base_model.model.").split(".lora_")[0] for name in weights} == set(placement.modules)
     assert all(bool(weight.any()) for weight in weights.values())
