@@ -135,8 +135,14 @@ class _Attempts:
             except PlopError:
                 raise
             except Exception as error:  # Ray wraps what workers raise in classes of its own, version by version
-                if _found_no_room(error):
-                    continue  # others were faster: wait_for_room goes on, and ends it in time
+                if _found_no_room(error):  # others were faster, or nodes have gone
+                    if time.monotonic() < until:
+                        continue
+                    return WorkerError(
+                        f"Ray has not placed {len(hosts)} workers on {', '.join(dict.fromkeys(hosts))} within "
+                        f"cluster.start_timeout_s ({self.config.cluster.start_timeout_s:g} s), where they had room: "
+                        "nodes come and go, or others were faster each time (ray status)."
+                    )
                 raised = getattr(error, "worker_failures", {})
                 return _cause(self.records, raised, hosts) or WorkerError(f"the workers failed: {last_line(error)}")
             return None
