@@ -144,7 +144,11 @@ class _Attempts:
                         "nodes come and go, or others were faster each time (ray status)."
                     )
                 raised = getattr(error, "worker_failures", {})
-                return _cause(self.records, raised, hosts) or WorkerError(f"the workers failed: {last_line(error)}")
+                return (
+                    _before_start(error)
+                    or _cause(self.records, raised, hosts)
+                    or WorkerError(f"the workers failed: {last_line(error)}")
+                )
             return None
 
     def _trainer(self, per_worker: dict[str, float], places: Places) -> TorchTrainer:
@@ -175,6 +179,13 @@ class _Attempts:
                 worker_runtime_env={"env_vars": variables},
             ),
         )
+
+
+def _before_start(error: Exception) -> UserError | None:
+    """Return what a worker has found wrong with its node before it began, which Ray has wrapped."""
+    failure = getattr(error, "controller_failure", None)
+    cause = getattr(failure, "cause", failure)
+    return cause if isinstance(cause, UserError) else None
 
 
 def _found_no_room(error: Exception) -> bool:
