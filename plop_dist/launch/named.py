@@ -12,7 +12,7 @@ from datetime import timedelta
 from plop_dist.errors import PlopError, UserError
 
 _OTHERS_WAIT_S = 5.0  # ranks of one collective fail within moments of each other
-_OTHERS_READ_S = 0.5  # what is in this process
+_OTHERS_READ_S = 0.5  # how long rank 0, whose store it is, stays for them
 _RANK = re.compile(r"rank (\d+): ")
 
 
