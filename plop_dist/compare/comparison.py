@@ -12,6 +12,7 @@ import numpy as np
 from plop_dist.compare.arms import Candidate, build_arms, check_arms
 from plop_dist.compare.rates import best_exponent, first_exponents, most_further, next_exponent
 from plop_dist.compare.result import Comparison
+from plop_dist.compare.rewards import check_rewarded
 from plop_dist.compare.runs import Record, Runs
 from plop_dist.compare.store import Store
 from plop_dist.compare.summing_up import Trained, sum_up
@@ -27,12 +28,12 @@ Notify = Callable[..., None]
 
 def check(config: Config) -> None:
     """Raise ConfigError for what cannot be compared, before anything is scored."""
-    if config.train.method != "sft":
-        why = {
-            "none": "which trains nothing; set train.method=sft",
-            "grpo": "whose rewards of sampled texts are not compared; set train.method=sft, the placement is the same",
-        }[config.train.method]
-        raise ConfigError(f"compare trains every arm, but train.method is {config.train.method}, {why}.")
+    if config.train.method == "none":
+        raise ConfigError(
+            "compare trains every arm, but train.method is none, which trains nothing; set train.method=sft or grpo."
+        )
+    if config.train.method == "grpo":
+        check_rewarded(config)
     check_arms(config.compare.arms, config.placement)
 
 
@@ -55,7 +56,7 @@ def compare(config: Config, notify: Notify) -> Comparison:
         if key not in by_placement:
             by_placement[key] = trainer.train_arm(candidate)
     arms = [(candidate, by_placement[_key(candidate.placement)]) for candidate in candidates]
-    return sum_up(config, scores, arms, trainer.runs.targets_R, base)
+    return sum_up(config, scores, arms, trainer.runs.method, base)
 
 
 class _Trainer:
@@ -71,7 +72,7 @@ class _Trainer:
         self._num_done, self._note = 0, ""
 
     def measure_base(self) -> list[float]:
-        """Return every held-out row's loss without adapters, and say what is going to be trained. Collective."""
+        """Return what every held-out row is worth without adapters, and say what will be trained. Collective."""
         config, first = self._config, self._candidates[0].placement
         max_steps, compare = config.train.max_steps, config.compare
         num_arms = len({_key(candidate.placement) for candidate in self._candidates})
@@ -84,15 +85,15 @@ class _Trainer:
             text=f"compare: {len(self._candidates)} arms, {num_runs} trainings of {max_steps} steps{more}; "
             f"{'those that are done already are kept' if any(known) else 'none is done yet'}",
         )
-        losses = self._store.find_base(config, first)
-        if losses is None:
-            self._notify("phase", text="measuring the loss without adapters")
-            losses, seconds = self.runs.measure_base(first)
-            self._store.keep_base(config, first, losses)
+        measure, values = self.runs.method.measure, self._store.find_base(config, first)
+        if values is None:
+            self._notify("phase", text=f"measuring the {measure} without adapters")
+            values, seconds = self.runs.measure_base(first)
+            self._store.keep_base(config, first, values)
             self._notify("status", text=f"compare: about {_minutes(num_runs * seconds)} for {num_runs} trainings")
-        if not all(map(math.isfinite, losses)):
-            raise WorkerError("the model's loss on the held-out rows is not finite even without adapters.")
-        return losses
+        if not all(map(math.isfinite, values)):
+            raise WorkerError(f"the model's {measure} is not finite even without adapters.")
+        return values
 
     def train_arm(self, candidate: Candidate) -> Trained:
         """Return the trainings of one arm: rates until the best is bracketed, then further seeds. Collective."""
@@ -113,10 +114,10 @@ class _Trainer:
         return arm
 
     def choosing(self, record: Record) -> float:
-        """Return a training's mean loss over the rows that choose, inf where it diverged."""
-        if record.losses is None:
+        """Return what a training comes to on the rows that choose, lower is better; inf where it diverged."""
+        if record.values is None:
             return math.inf
-        return sum(record.losses[::2]) / float(self.runs.targets_R[::2].sum())
+        return self.runs.method.sign * sum(record.values[::2]) / float(self.runs.method.targets_R[::2].sum())
 
     def _losses(self, arm: Trained) -> dict[int, float]:
         return {
@@ -142,7 +143,8 @@ class _Trainer:
         if found is None:
             found = self.runs.train(config, candidate.placement, rivals)
             self._store.keep(config, candidate.placement, found)
-            ended = "diverged" if found.losses is None else f"loss {self.choosing(found):.4f}"
+            worth = self.runs.method.sign * self.choosing(found)
+            ended = "diverged" if found.values is None else f"{self.runs.method.measure} {worth:.4f}"
             early = f" after {found.steps} steps, where it is clearly behind" if found.stopped_early else ""
             self._notify("status", text=f"{self._note}: {ended}{early} ({found.seconds:.1f} s)")
             self._num_done += config.train.max_steps - found.steps
@@ -150,9 +152,9 @@ class _Trainer:
             self._num_done += config.train.max_steps
         return found
 
-    def _told(self, loss: float) -> None:
+    def _told(self, entry: dict[str, Any]) -> None:
         self._num_done += 1
-        shown = f"{self._note}, loss {loss:.4f}"
+        shown = next(f"{self._note}, {key} {entry[key]:.4f}" for key in ("reward", "loss") if key in entry)
         self._notify("training", done=min(self._num_done, self._num_steps), total=self._num_steps, note=shown)
 
     def _at(self, exponent: int, seed: int) -> Config:
