@@ -44,6 +44,11 @@ def variety(completions: list[str], **columns: Any) -> list[float]:
     return [float(len(set(completion))) for completion in completions]
 
 
+def lower(completions: list[str], **columns: Any) -> list[float]:
+    """Return how many small letters each completion has for each of its tokens, at most 1: soon learnt, by all."""
+    return [min(sum(character.islower() for character in completion) / LENGTH, 1.0) for completion in completions]
+
+
 def short_prompts_alone(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
     """Rate nothing of the longest prompts."""
     return [None if len(prompt) > 120 else 1.0 for prompt in prompts]
@@ -150,7 +155,8 @@ def test_an_arm_that_earns_more_is_better_in_words_of_reward(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An arm whose alpha is a millionth learns next to nothing beside one that is trained."""
-    config = scored(make_config(tmp_path, "run", train={"max_steps": 12, "learning_rate": 0.1}))
+    train = {"max_steps": 24, "learning_rate": 0.05, "lr_scheduler": "constant", "rewards": [f"{__name__}:lower"]}
+    config = scored(make_config(tmp_path, "run", train=train))
     options = {"seeds": 3, "rates": 1, "held_out": 64}
     config = config.model_copy(update={"compare": config.compare.model_copy(update=options)})
     held_out = config.model_copy(update={"train": config.train.model_copy(update={"eval_samples": 64})})
@@ -171,12 +177,13 @@ def test_an_arm_that_earns_more_is_better_in_words_of_reward(
     (against,) = found.comparisons
     assert against.verdict == "better"
     assert against.difference is not None
-    assert against.difference > 1.0
-    assert found.arms[1].value == pytest.approx(found.base, abs=0.2)
+    assert against.difference > 0.2
+    assert found.arms[1].value == pytest.approx(found.base, abs=0.05)
     turned = sum_up(config, scores, arms[::-1], runs.method, base).comparisons[0]
     assert (turned.verdict, turned.difference) == ("worse", pytest.approx(-against.difference))
     print_comparison(found, VisibleConsole(width=80))
-    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["arm", "rank", "rate", "reward"]
+    shown = capsys.readouterr().out.splitlines()
+    assert ["arm", "rank", "rate", "reward"] in [line.split()[:4] for line in shown]
     assert summary(found).startswith("lowest_k is better than still")
     # At half of the steps the one that earns less is behind, and the one that earns more is not.
     best, worst = (np.array(trained.by_seed[0].values)[::2] for _, trained in arms)
