@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from plop_dist.compare.arms import Candidate, build_arms, check_arms
+from plop_dist.compare.method import CHOOSING, REPORTED
 from plop_dist.compare.rates import best_exponent, first_exponents, most_further, next_exponent
 from plop_dist.compare.result import Comparison
 from plop_dist.compare.rewards import check_rewarded
@@ -88,9 +89,11 @@ class _Trainer:
         measure, values = self.runs.method.measure, self._store.find_base(config, first)
         if values is None:
             self._notify("phase", text=f"measuring the {measure} without adapters")
-            values, seconds = self.runs.measure_base(first)
+            values, measuring, stepping = self.runs.measure_base(first)
             self._store.keep_base(config, first, values)
-            self._notify("status", text=f"compare: about {_minutes(num_runs * seconds)} for {num_runs} trainings")
+            # The trainings that search a rate measure one half after half of the steps, and all at the end.
+            per_arm = compare.rates * (stepping + 1.5 * measuring) + (compare.seeds - 1) * (stepping + 0.5 * measuring)
+            self._notify("status", text=f"compare: about {_minutes(num_arms * per_arm)} for {num_runs} trainings")
         if not all(map(math.isfinite, values)):
             raise WorkerError(f"the model's {measure} is not finite even without adapters.")
         return values
@@ -108,16 +111,16 @@ class _Trainer:
             todo = [] if further is None else [further]
         arm.chosen = best_exponent(self._losses(arm))
         arm.by_seed = [
-            arm.by_rate[arm.chosen] if not seed else self._trained(arm.candidate, arm.chosen, seed, [])
+            arm.by_rate[arm.chosen] if not seed else self._trained(arm.candidate, arm.chosen, seed, None)
             for seed in range(self._config.compare.seeds)
         ]
         return arm
 
     def choosing(self, record: Record) -> float:
-        """Return what a training comes to on the rows that choose, lower is better; inf where it diverged."""
-        if record.values is None:
+        """Return what a training comes to on the rows that choose, lower is better; inf where it is out."""
+        if record.choosing is None:
             return math.inf
-        return self.runs.method.sign * sum(record.values[::2]) / float(self.runs.method.targets_R[::2].sum())
+        return self.runs.method.sign * sum(record.choosing) / float(self.runs.method.targets_R[CHOOSING::2].sum())
 
     def _losses(self, arm: Trained) -> dict[int, float]:
         return {
@@ -132,25 +135,40 @@ class _Trainer:
         if record.stopped_early:
             arm.stopped.add(exponent)
 
-    def _trained(self, candidate: Candidate, exponent: int, seed: int, rivals: Sequence[np.ndarray]) -> Record:
+    def _trained(self, candidate: Candidate, exponent: int, seed: int, rivals: Sequence[np.ndarray] | None) -> Record:
         config = self._at(exponent, seed)
         rate = config.train.learning_rate
         self._note = f"{candidate.name} at {rate:.3g}, seed {config.train.seed}"
         found = self._store.find(config, candidate.placement)
-        # One that was stopped beside other rates than these is trained to its end.
-        if found is not None and found.stopped_early and not self.runs.is_hopeless(found.half, rivals):
+        if found is not None and not self._is_enough(found, rivals):
             found = None
         if found is None:
             found = self.runs.train(config, candidate.placement, rivals)
             self._store.keep(config, candidate.placement, found)
-            worth = self.runs.method.sign * self.choosing(found)
-            ended = "diverged" if found.values is None else f"{self.runs.method.measure} {worth:.4f}"
-            early = f" after {found.steps} steps, where it is clearly behind" if found.stopped_early else ""
-            self._notify("status", text=f"{self._note}: {ended}{early} ({found.seconds:.1f} s)")
+            self._notify("status", text=f"{self._note}: {self._ended(found)} ({found.seconds:.1f} s)")
             self._num_done += config.train.max_steps - found.steps
         else:
             self._num_done += config.train.max_steps
         return found
+
+    def _is_enough(self, found: Record, rivals: Sequence[np.ndarray] | None) -> bool:
+        """Tell whether a kept training has what is needed: it may have been one of another search, or of none."""
+        if found.diverged:
+            return True
+        if rivals is None:
+            return not found.stopped_early
+        if found.stopped_early:  # beside other rates than these it would have been trained to its end
+            return self.runs.is_hopeless(found.half, rivals)
+        return found.choosing is not None
+
+    def _ended(self, found: Record) -> str:
+        if found.diverged:
+            return "diverged"
+        if found.stopped_early:
+            return f"stopped after {found.steps} steps, where it is clearly behind"
+        assert found.reported is not None
+        value = sum(found.reported) / float(self.runs.method.targets_R[REPORTED::2].sum())
+        return f"{self.runs.method.measure} {value:.4f}"
 
     def _told(self, entry: dict[str, Any]) -> None:
         self._num_done += 1

@@ -45,7 +45,7 @@ class HeldOutLoss:
 
     def least_margin(self, values: Sequence[Sequence[float]]) -> float:
         """Return a thousandth of the loss without adapters. See Method."""
-        return _LEAST_MARGIN * abs(sum(values[0][1::2]) / float(self.targets_R[1::2].sum()))
+        return _LEAST_MARGIN * abs(sum(values[0]) / float(self.targets_R[1::2].sum()))
 
     def measurements_in(self, config: Config, dp_size: int) -> float:
         """Return what the steps take beside one measurement. See Method."""

@@ -34,7 +34,7 @@ class Method(Protocol):
         ...
 
     def least_margin(self, values: Sequence[Sequence[float]]) -> float:
-        """Return how large a difference of means counts at least. values: of all rows, the first without adapters."""
+        """Return how large a difference of means counts at least. values: of reported rows, first without adapters."""
         ...
 
     def measurements_in(self, config: Config, dp_size: int) -> float:

@@ -19,8 +19,8 @@ Text = Annotated[str, Field(max_length=4096)]
 class ArmRun(Value):
     """One training. value: on the reported half of the held-out rows; choosing: on the other half.
 
-    Both None where the training diverged; after half of the steps where it stopped early. row_values: of every held-out
-    row, even ones choose; losses are sums over a row's tokens (row_targets), rewards are themselves.
+    None where the training diverged or stopped early; choosing also at further seeds, which choose nothing. row_values:
+    of each reported row; losses are sums over its tokens in the loss, rewards are themselves.
     """
 
     learning_rate: Finite
@@ -87,7 +87,7 @@ class RowCounts(Value):
 class Comparison(Value):
     """What compare.json holds. margin: up to this size a difference counts as none.
 
-    row_targets: by how much each held-out row counts, its tokens in the loss, or 1 where rows have a reward.
+    row_targets: by how much each reported row counts: its tokens in the loss, or 1 where rows have a reward.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)

@@ -25,23 +25,24 @@ from plop_dist.training.train import engine_name, load_engine
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Value
 
-_MEASUREMENTS = 1.5  # of all held-out rows: half of them after half of the steps, all at the end
-
 _Values = tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
 
 
 class Record(Value):
-    """What is kept of a training. Values are losses summed over a row's target tokens, or rewards; None: not finite.
+    """What is kept of a training. Values are losses summed over a row's target tokens, or rewards.
 
-    half: of the rows that choose, after half of the steps; values: of all rows at the end, or where it stopped.
+    half: of the rows that choose, after half of the steps; choosing, reported: of each half of the rows at the end.
+    Each None where it was not needed, or is not finite: then the training has diverged.
     """
 
     learning_rate: float
     seed: int
     steps: int
     stopped_early: bool
+    diverged: bool
     half: _Values | None
-    values: _Values | None
+    choosing: _Values | None
+    reported: _Values | None
     tokens_per_second: float
     peak_memory_bytes: int
     seconds: float
@@ -56,25 +57,31 @@ class Runs:
         self._open: Callable[[Config, Placement], Engine] | None = None
         self.method: Method = method_of(config)
 
-    def measure_base(self, placement: Placement) -> tuple[list[float], float]:
-        """Return what every held-out row is worth without adapters, and the seconds that a training will take."""
+    def measure_base(self, placement: Placement) -> tuple[list[float], float, float]:
+        """Return what every held-out row is worth without adapters, and the seconds that two things will take.
+
+        Measuring all held-out rows, and the steps of a training.
+        """
         engine = self._opened(self._config, placement)
         try:
-            began = time.perf_counter()
-            values = self._all_values(engine)  # B is zero: the adapter adds nothing
+            began, values = time.perf_counter(), [0.0] * len(self.method.targets_R)
+            for half in (CHOOSING, REPORTED):  # B is zero: the adapter adds nothing
+                values[half::2] = self.method.values(engine, half)
             seconds = time.perf_counter() - began
         finally:
             engine.close()
-        return values, seconds * (self.method.measurements_in(self._config, engine.dp_size) + _MEASUREMENTS)
+        return values, seconds, seconds * self.method.measurements_in(self._config, engine.dp_size)
 
-    def train(self, config: Config, placement: Placement, rivals: Sequence[np.ndarray]) -> Record:
+    def train(self, config: Config, placement: Placement, rivals: Sequence[np.ndarray] | None) -> Record:
         """Train from the beginning and return the record. Collective over all ranks.
 
         rivals: values of other rates of the same arm after half of the steps, of the rows that choose; a training that
-        is clearly behind one of them then stops. One whose loss is no number any more has diverged, and stops at once.
+        is clearly behind one of them then stops. None: the rate is chosen, and the reported rows alone are measured.
+        One whose loss is no number any more has diverged, and stops at once.
         """
         engine, train = self._opened(config, placement), config.train
-        half, speeds, is_stopped, has_diverged, at_half = train.max_steps // 2, [], False, False, None
+        half, speeds, is_stopped, has_diverged = train.max_steps // 2, [], False, False
+        found: dict[str, list[float]] = {}
         began = time.perf_counter()
         peak.begin()
         try:
@@ -85,18 +92,23 @@ class Runs:
                 step += 1
                 self._tell(entry)
                 has_diverged = not math.isfinite(entry["loss"])
-                if step == half and not has_diverged:
-                    at_half = self.method.values(engine, CHOOSING)
-                    is_stopped = step < train.max_steps and self.is_hopeless(_finite(at_half), rivals)
-            values = None if has_diverged else self._all_values(engine, at_half if is_stopped else None)
+                if step == half and rivals is not None and not has_diverged:
+                    found["half"] = self.method.values(engine, CHOOSING)
+                    is_stopped = step < train.max_steps and self.is_hopeless(_finite(found["half"]), rivals)
+            if not has_diverged and not is_stopped:
+                if rivals is not None:
+                    found["choosing"] = self.method.values(engine, CHOOSING)
+                found["reported"] = self.method.values(engine, REPORTED)
             held = _largest(peak.read(), engine.device)
         finally:
             engine.close()
         seconds = time.perf_counter() - began
+        measured = {name: _finite(found.get(name)) for name in ("half", "choosing", "reported")}
         return ranks.agree(
             lambda: Record(
                 learning_rate=train.learning_rate, seed=train.seed, steps=step, stopped_early=is_stopped,
-                half=_finite(at_half), values=_finite(values), peak_memory_bytes=held, seconds=seconds,
+                diverged=has_diverged or any(measured[name] is None for name in found),
+                peak_memory_bytes=held, seconds=seconds, **measured,
                 # Without the first step, in which kernels are chosen and memory is asked for.
                 tokens_per_second=float(np.mean(speeds[1:] or speeds)),
             )
@@ -106,15 +118,8 @@ class Runs:
         """Tell whether a training has diverged, or is clearly behind one of its rivals, on the rows that choose."""
         if values is None:
             return True
-        sign, targets_R = self.method.sign, self.method.targets_R[::2]
+        sign, targets_R = self.method.sign, self.method.targets_R[CHOOSING::2]
         return any(is_behind(sign * np.array(values), sign * rival, targets_R) for rival in rivals)
-
-    def _all_values(self, engine: Engine, choosing: Sequence[float] | None = None) -> list[float]:
-        """Return what all rows are worth; choosing: of that half, where it is known."""
-        found = [0.0] * len(self.method.targets_R)
-        found[CHOOSING::2] = self.method.values(engine, CHOOSING) if choosing is None else choosing
-        found[REPORTED::2] = self.method.values(engine, REPORTED)
-        return found
 
     def _opened(self, config: Config, placement: Placement) -> Engine:
         if self._open is None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from plop_dist.compare.arms import Candidate, budget_of
-from plop_dist.compare.method import Method
+from plop_dist.compare.method import CHOOSING, REPORTED, Method
 from plop_dist.compare.rates import is_bracketed
 from plop_dist.compare.resampling import compare_losses, holm
 from plop_dist.compare.result import Arm, ArmCost, ArmRun, CompareCost, Comparison, ComparisonOf, RowCounts
@@ -46,14 +46,13 @@ def sum_up(
     base: what each held-out row is worth without adapters. The even rows have chosen the rates, the odd ones are
     reported.
     """
-    targets_R = method.targets_R
-    reported = targets_R[1::2]
-    base_value = sum(base[1::2]) / float(reported.sum())
+    reported_R = method.targets_R[REPORTED::2]
+    base_value = sum(base[REPORTED::2]) / float(reported_R.sum())
     found = [_arm(candidate, trained, method) for candidate, trained in arms]
     every = {id(trained): trained for _, trained in arms}.values()
     records = [record for trained in every for record in (*trained.by_rate.values(), *trained.by_seed[1:])]
     gains = [method.sign * (base_value - arm.value) for arm in found if arm.value is not None]
-    rows = [base, *(record.values for record in records if record.values is not None)]
+    rows = [base[REPORTED::2], *(record.reported for record in records if record.reported is not None)]
     margin = margin_of(max(gains, default=0.0), method.least_margin(rows))
     return Comparison(
         method=config.train.method,
@@ -61,10 +60,10 @@ def sum_up(
         budget=budget_of(scores, config.placement),
         base=base_value,
         margin=margin,
-        rows=RowCounts(choosing=len(targets_R[::2]), reported=len(reported)),
+        rows=RowCounts(choosing=len(base) - len(reported_R), reported=len(reported_R)),
         arms=tuple(found),
         comparisons=tuple(_comparisons(arms, method, margin, config.compare.seed)),
-        row_targets=tuple(targets_R.tolist()),
+        row_targets=tuple(reported_R.tolist()),
         cost=CompareCost(
             runs=len(records),
             steps=sum(record.steps for record in records),
@@ -77,15 +76,15 @@ def sum_up(
 
 def _arm(candidate: Candidate, trained: Trained, method: Method) -> Arm:
     def mean(values: Sequence[float] | None, half: int) -> float | None:
-        return None if values is None else sum(values[half::2]) / float(method.targets_R[half::2].sum())
+        return None if values is None else sum(values) / float(method.targets_R[half::2].sum())
 
     placement = candidate.placement
     records = [*trained.by_rate.values(), *trained.by_seed[1:]]
-    values = [mean(record.values, 1) for record in trained.by_seed]
+    values = [mean(record.reported, REPORTED) for record in trained.by_seed]
     finite = [value for value in values if value is not None]
     losses = {}
     for exponent, record in trained.by_rate.items():
-        value = None if exponent in trained.stopped else mean(record.values, 0)
+        value = None if exponent in trained.stopped else mean(record.choosing, CHOOSING)
         losses[exponent] = math.inf if value is None else method.sign * value
     return Arm(
         arm=candidate.name,
@@ -99,8 +98,8 @@ def _arm(candidate: Candidate, trained: Trained, method: Method) -> Arm:
         runs=tuple(
             ArmRun(
                 learning_rate=record.learning_rate, seed=record.seed, steps=record.steps,
-                value=mean(record.values, 1), choosing=mean(record.values, 0), stopped_early=record.stopped_early,
-                row_values=record.values,
+                value=mean(record.reported, REPORTED), choosing=mean(record.choosing, CHOOSING),
+                stopped_early=record.stopped_early, row_values=record.reported,
             )
             for record in records
         ),
@@ -116,7 +115,7 @@ def _comparisons(
     arms: Sequence[tuple[Candidate, Trained]], method: Method, margin: float, seed: int
 ) -> list[ComparisonOf]:
     """Return the first arm against every other, on the reported rows."""
-    targets_R = method.targets_R[1::2]
+    targets_R = method.targets_R[REPORTED::2]
     (first, trained), *others = arms
     first_SR = _reported(trained)
     names = {"arm": first.name}
@@ -148,5 +147,5 @@ def _comparisons(
 
 def _reported(trained: Trained) -> np.ndarray | None:
     """Return the reported rows' values at the chosen rate, (S, R), or None where one of the trainings diverged."""
-    values = [record.values for record in trained.by_seed]
-    return None if any(rows is None for rows in values) else np.array(values)[:, 1::2]
+    values = [record.reported for record in trained.by_seed]
+    return None if any(rows is None for rows in values) else np.array(values)

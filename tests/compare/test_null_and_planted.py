@@ -32,7 +32,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Runs, Callab
 
     def trained(placement: Placement, seed: int) -> Record:
         at_seed = config.model_copy(update={"train": train.model_copy(update={"seed": seed})})
-        return runs.train(at_seed, placement, [])
+        return runs.train(at_seed, placement, None)
 
     return config, runs, trained
 
@@ -44,7 +44,7 @@ def test_one_arm_s_trainings_under_two_names_are_seldom_told_apart(
     """Its trainings are dealt to two names, and its held-out rows drawn anew: one time in twenty at the 5% level."""
     config, runs, trained = case
     placement = plop_dist.place(plop_dist.Scores.from_file(config.run_path / "scores.json"), k=2, rank=4, alpha=8)
-    stored_SR = np.array([trained(placement, seed).values for seed in range(NUM_SEEDS)])[:, 1::2]
+    stored_SR = np.array([trained(placement, seed).reported for seed in range(NUM_SEEDS)])
     targets_R = runs.method.targets_R[1::2]
     assert stored_SR.std(axis=0).min() > 0  # a seed does make a difference
     finds = []
@@ -66,7 +66,7 @@ def test_rank_64_everywhere_is_better_than_rank_1_on_one_type(
     scores = plop_dist.Scores.from_file(config.run_path / "scores.json")
     large = plop_dist.place(scores, policy="all", rank=64, alpha=8)
     small = plop_dist.place(scores, k=1, rank=1, alpha=8)
-    base, _ = runs.measure_base(large)
+    base, _, _ = runs.measure_base(large)
     arms = []
     for name, placement in (("large", large), ("small", small)):
         records = [trained(placement, seed) for seed in range(3)]
