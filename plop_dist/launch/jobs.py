@@ -30,7 +30,7 @@ from plop_dist.launch.same_files import with_absolute_paths
 from plop_dist.values.visible import log_text, say
 
 _CONFIG, _START = "plop-dist-config.yaml", "plop-dist-start.sh"
-_ANSWER_S = 10.0
+_DASHBOARD_WAIT_S = 10.0
 
 
 def submit_job(config: Config, address: str, *, working_dir: Path | None = None, waits: bool = True) -> int:
@@ -127,7 +127,7 @@ def _client(address: str) -> JobSubmissionClient:
     url = urlsplit(address)
     if url.scheme in ("http", "https"):
         try:
-            urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_S).close()
+            urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_DASHBOARD_WAIT_S).close()
         except urllib.error.HTTPError:
             pass  # it is there, and may ask for a token
         except http.client.HTTPException as error:

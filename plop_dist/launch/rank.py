@@ -18,6 +18,7 @@ from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, 
 from plop_dist.data.singly import ReadSingly
 from plop_dist.errors import ExportError, PlopError, ScoresError, WorkerError, as_cause
 from plop_dist.launch.builds import bounded_builds
+from plop_dist.launch.named import naming_host
 from plop_dist.launch.same_files import check_same_files
 from plop_dist.measure.aggregate import check_weights
 from plop_dist.measure.protocols import MicroBatch, ScorableModel
@@ -40,15 +41,17 @@ def run_rank(stages: Stages, wanted: Sequence[str], notify: Notify, *, force: bo
     """
     _be_quiet()
     with ranks.joined(stages.config) as rank, bounded_builds(stages.config.cluster.start_timeout_s):
-        check_same_files(stages)
+        hosts = check_same_files(stages)
         tell = notify if rank == 0 else _nothing
         for stage in wanted:
-            try:
-                _run_stage(stage, stages, tell, force)
-            except PlopError:
-                raise
-            except Exception as error:
-                raise WorkerError(f"rank {rank}: {stage} failed: {type(error).__name__}: {error}") from as_cause(error)
+            with naming_host(hosts, rank):
+                try:
+                    _run_stage(stage, stages, tell, force)
+                except PlopError:
+                    raise
+                except Exception as error:
+                    failed = f"rank {rank}: {stage} failed: {type(error).__name__}: {error}"
+                    raise WorkerError(failed) from as_cause(error)
 
 
 def _run_stage(stage: str, stages: Stages, notify: Notify, force: bool) -> None:
@@ -185,6 +188,8 @@ def export(stages: Stages, notify: Notify) -> None:
             except ExportError as error:
                 raise explained(error, placement, target, wanted.engine, stages.config.placement) from error
             written += [f"exports/{target}/{name}" for name in export.files]
+            for kind, text in export.remarks:
+                notify("status", text=f"{kind}: export to {target}: {text}")
         stages.finish("export", written)
         notify("status", text=f"exported to {', '.join(written)}")
 

@@ -225,7 +225,9 @@ def _explained(hf_config: Any, config: Config) -> Iterator[None]:
             f"model.name_or_path '{name}': Megatron cannot build its layers without a package ({first_line(error)}); "
             "install it, or use parallel.backend=deepspeed or transformers for it."
         ) from error
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         if "not yet supported" in str(error):  # Bridge 0.6: supports() answers by the class name's ending alone
             raise ModelError(
                 f"model.name_or_path '{name}' is a {architecture(hf_config)}, which Megatron-Bridge "

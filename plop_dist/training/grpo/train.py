@@ -75,6 +75,7 @@ class GRPORun:
             "learning_rate": rate,
             "grad_norm": grad_norm,
             **rollout.entry,
+            **self._objective.tally.take(engine.dp_rank),
             "tokens_per_second": num_tokens / (time.perf_counter() - began),
         }
 

@@ -138,6 +138,23 @@ def test_what_does_not_generate_has_no_task_that_asks_for_it(name: str) -> None:
     assert adapted_by(model, placement.to_peft()) == set(placement.modules)
 
 
+@pytest.mark.parametrize("name", ["XLMForQuestionAnsweringSimple", "FlaubertForQuestionAnswering"])
+def test_a_task_is_known_by_its_head_wherever_that_stands_in_the_name(name: str) -> None:
+    own: Any = getattr(transformers, name)
+    fields = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 128, "n_words": 128, "pad_index": 0}
+    model = own(own.config_class(**fields)).eval()
+    batch = {"input_ids": torch.randint(4, 99, (2, 9))}
+    scores = plop_dist.score(model, [batch], exclude=())
+    assert not [module.fqn for module in scores.modules if module.fqn.startswith("qa_outputs")]
+    placement = place(scores, rank=2)
+    peft_config: Any = placement.to_peft()
+    assert peft_config.task_type == "QUESTION_ANS"
+    assert adapted_by(model, peft_config) == set(placement.modules)
+    ends = torch.tensor([1, 2])
+    loss = get_peft_model(model, peft_config)(**batch, start_positions=ends, end_positions=ends).loss
+    assert loss.isfinite()
+
+
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers_are_scored_below_their_heads_and_have_their_task(tmp_path: Path, name: str) -> None:
     fields, task = CLASSIFIERS[name]
