@@ -230,7 +230,8 @@ class CompareConfig(Section):
     )
     held_out: HeldOutRows = Field(
         default=256,
-        description="Held-out rows, in place of train.eval_samples: one half chooses the rate, the other is reported.",
+        description="Held-out rows, in place of train.eval_samples: one half chooses the rate, the other is reported; "
+        "of grpo one completion of each is rated.",
     )
     seed: Seed = Field(default=0, description="Seed of the arm random and of the bootstrap.")
 
