@@ -80,7 +80,8 @@ class ImageRows:
             raise
         except ImportError as error:
             raise MissingExtraError(
-                f"the processor needs another package ({first_line(error)}): pip install 'plop-dist[vision]'"
+                f"the processor needs another package ({first_line(error)}); install what it names (most need no "
+                "more than pip install 'plop-dist[vision]')."
             ) from error
         except Exception as error:  # processors raise whatever their authors chose
             names = _placeholders(self.processor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from plop_dist.data.images import has_images, images_of, refuse_images, with_pla
 from plop_dist.data.processed import ImageRows, ImageSamples
 from plop_dist.data.samples import tokenize
 from plop_dist.data.texts import render
-from plop_dist.errors import DataError, ModelError
+from plop_dist.errors import DataError, MissingExtraError, ModelError
 from tests.installed import needs_torchvision
 from tests.models import save_tiny, tiny_tokenizer
 from tests.vlms import save_tiny_processor, save_tiny_vlm
@@ -175,6 +177,21 @@ def test_features_of_16_bits_are_given_in_the_models_dtype(tmp_path: Path) -> No
     assert found[None].dtype == torch.bfloat16
     assert {dtype: one.dtype for dtype, one in found.items() if dtype} == {one: one for one in found if one}
     assert torch.equal(found[torch.float32], found[None].float())
+
+
+@needs_torchvision
+@pytest.mark.skipif(find_spec("num2words") is not None, reason="what SmolVLM's processor needs is installed")
+def test_a_package_that_a_processor_needs_is_named(tmp_path: Path) -> None:
+    save_tiny_vlm("idefics3", tmp_path)
+    save_tiny_processor("idefics3", tmp_path)
+    from transformers import SmolVLMVideoProcessor  # builds on torchvision
+
+    SmolVLMVideoProcessor(size={"longest_edge": 28}).save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({**kept, "processor_class": "SmolVLMProcessor"}))
+    with pytest.raises(MissingExtraError, match=r"`num2words` is required .*; install what it names \(most need"):
+        load_processor(ModelConfig(name_or_path=str(tmp_path)))
 
 
 def test_samples_know_their_images_apart(tmp_path: Path, model: ModelConfig) -> None:

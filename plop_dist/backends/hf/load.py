@@ -87,7 +87,8 @@ def load_processor(model: ModelConfig) -> Any:
         except ImportError as error:
             raise MissingExtraError(
                 f"the processor of model.name_or_path '{model.name_or_path}' needs another package "
-                f"({first_line(error)}): pip install 'plop-dist[vision]'"
+                f"({first_line(error)}); install what it names (most need no more than "
+                "pip install 'plop-dist[vision]')."
             ) from error
     if not hasattr(processor, "tokenizer"):
         raise ModelError(
