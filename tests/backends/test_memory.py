@@ -22,7 +22,7 @@ SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
          "num_key_value_heads": 8}  # fmt: skip
 LARGEST = 1024 * 2816
 SLACK = 24 << 20  # activations, directions, threads
-OWN = {("autotp", "bfloat16"): 40 << 20}  # 37 MB come with deepspeed.initialize there, at shares of 95 and of 190 MB
+OWN = {("autotp", "bfloat16"): 40 << 20}  # 37 MB of code that deepspeed.initialize imports: torch's compiler
 LAYOUTS = {
     "tp_plan": {"tp": 2},
     "autotp": {"backend": "deepspeed", "tp": 2},
