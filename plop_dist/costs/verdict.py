@@ -26,7 +26,7 @@ from plop_dist.errors import (
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.registry import BACKENDS, load
 from plop_dist.rundir.stages import Stages
-from plop_dist.training.data import encode, split_rows
+from plop_dist.training.data import check_lengths, encode, split_rows
 from plop_dist.training.image_data import check_keys
 from plop_dist.training.train import check_task, check_trainable
 from plop_dist.values.adapter_ranks import oversized_ranks
@@ -188,8 +188,8 @@ def _judge_training_rows(
             _judge_images(config)
             return
         if tokenizer is not None and config.train.method == "sft":
-            encode(rows, config.train, tokenizer)
-            encode(held_out, config.train, tokenizer)
+            examples = [example for one in (rows, held_out) for example in encode(one, config.train, tokenizer)]
+            check_lengths(config, max(len(example.input_ids) for example in examples))
     except (DataError, ConfigError, LayoutError) as error:
         problems.append(str(error))
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from plop_dist import ranks
+from plop_dist.backends.hf.load import load_hf_config, meta_model
+from plop_dist.backends.hf.positions import check_positions
 from plop_dist.config.schema import Config, DataConfig, TrainConfig
 from plop_dist.data.images import refuse_images
 from plop_dist.data.rows import load_rows
@@ -95,6 +97,12 @@ def encode(row_set: RowSet, train: TrainConfig, tokenizer: Any) -> list[Example]
             "cuts everything after the prompts: raise it, or change train.prompt_template."
         )
     return examples
+
+
+def check_lengths(config: Config, longest: int) -> None:
+    """Raise DataError where the longest row has more tokens than the model has places. Reads no weights."""
+    hf_config = load_hf_config(config.model)
+    check_positions(config, hf_config, longest, lambda: meta_model(config.model, hf_config), section="train")
 
 
 def prompts_of(row_set: RowSet, train: TrainConfig, tokenizer: Any) -> list[str]:
@@ -196,7 +204,7 @@ class Endless:
 class TrainingData(Endless):
     """The configured rows as micro-batches (see engine.Data), one example in a sequence, or several packed.
 
-    held_out: every held-out row once, in file order.
+    held_out: every held-out row once, in file order. longest: the tokens of the longest row.
     """
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
@@ -212,7 +220,9 @@ class TrainingData(Endless):
             )  # fmt: skip
         sequences = pack(examples, train.max_length) if train.packing else [[example] for example in examples]
         super().__init__(sequences, train.seed, size)
-        held_out = [[example] for example in encode(held_out_rows, train, tokenizer) if example.has_target]
+        others = encode(held_out_rows, train, tokenizer)
+        self.longest = max(len(example.input_ids) for example in (*every, *others))
+        held_out = [[example] for example in others if example.has_target]
         self.held_out = [
             collate(held_out[start : start + size], self._pad_id) for start in range(0, len(held_out), size)
         ]

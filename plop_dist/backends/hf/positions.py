@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -14,10 +14,18 @@ from plop_dist.errors import DataError
 _RESERVED = 2  # rows that a table has before the first place (OPT, BART)
 
 
-def check_positions(config: Config, hf_config: Any, longest: int, build: Callable[[], nn.Module]) -> None:
+def check_positions(
+    config: Config,
+    hf_config: Any,
+    longest: int,
+    build: Callable[[], nn.Module],
+    *,
+    section: Literal["data", "train"] = "data",
+) -> None:
     """Raise DataError if the longest text, in tokens, has more of them than the model has places.
 
     build: gives the model, of which no weight is read; asked only where the configuration's own number is near.
+    section: that of the max_length by which the texts are cut.
     """
     said = _said_positions(hf_config)
     if said is None or longest <= said - _RESERVED:
@@ -26,9 +34,9 @@ def check_positions(config: Config, hf_config: Any, longest: int, build: Callabl
     most = num_positions(model)
     if most is not None and longest > most:
         raise DataError(
-            f"data.max_length is {config.data.max_length} and the longest text has {longest} tokens, but "
-            f"model.name_or_path '{config.model.name_or_path}' ({type(model).__name__}) has places for {most} alone; "
-            f"set data.max_length={most}, or choose a model that takes longer texts."
+            f"{section}.max_length is {getattr(config, section).max_length} and the longest text has {longest} tokens, "
+            f"but model.name_or_path '{config.model.name_or_path}' ({type(model).__name__}) has places for {most} "
+            f"alone; set {section}.max_length={most}, or choose a model that takes longer texts."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from plop_dist.costs.plan import build_plan
 from plop_dist.errors import ConfigError, DataError, ExportError, LayoutError, ModelError
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.launch import pipeline
+from plop_dist.training.image_data import training_data
 from plop_dist.training.train import check_task
 from plop_dist.values.scores import Scores
 from tests.models import VOCAB_SIZE, spoil, tiny_tokenizer
@@ -263,3 +265,18 @@ def test_texts_longer_than_the_table_of_places_are_refused_before_the_model_is_l
     shorter = config.model_copy(update={"data": config.data.model_copy(update={"max_length": most})})
     assert build_plan(shorter).verdict.is_ok
     assert scored(shorter).modules
+
+
+def test_training_rows_longer_than_the_table_of_places_are_refused_by_check_and_by_training(tmp_path: Path) -> None:
+    fields, most = LONG["GPT2LMHeadModel"]
+    saved(tmp_path, "GPT2LMHeadModel", fields)
+    data = {"path": str(tmp_path / "rows.jsonl"), "template": "{question}\n{answer}", "max_length": most}
+    train = {"method": "sft", "max_steps": 1, "eval_samples": 1, "micro_batch_size": 1}
+    config = config_in(tmp_path, data=data, train=train, placement={"exclude": ["lm_head", "q_proj", "k_proj"]})
+    message = rf"train\.max_length is \d+ .* has places for {most} alone; set train\.max_length={most}, or"
+    assert any(re.match(message, problem) for problem in build_plan(config).verdict.problems)
+    with pytest.raises(DataError, match=message):
+        training_data(config, tiny_tokenizer())
+    shorter = config.model_copy(update={"train": config.train.model_copy(update={"max_length": most})})
+    assert not [problem for problem in build_plan(shorter).verdict.problems if "max_length" in problem]
+    assert training_data(shorter, tiny_tokenizer()).held_out
