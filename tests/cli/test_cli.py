@@ -122,6 +122,14 @@ def test_a_broken_model(case: Path, model: Path, spoil: Callable[[Path], None], 
     assert not Path("executed").exists()
 
 
+def test_check_sees_a_tokenizer_of_another_vocabulary(case: Path, model: Path) -> None:
+    broken = case / "broken"
+    shutil.copytree(model, broken)
+    config = write_case(case, broken)
+    give_a_larger_vocabulary(broken)
+    assert_one_message(plop_dist("check", config), str(broken), "its tokenizer gives the token id")
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
