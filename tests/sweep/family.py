@@ -53,20 +53,27 @@ class Family:
     ways: dict[str, Outcome]
 
 
-def sweep_family(model_type: str, class_name: str, folder: Path, backend: str = "transformers") -> Family:
-    """Return how an architecture fares: built from a tiny configuration, saved, scored from there and in a host.
+def sweep_family(model_type: str, class_name: str, folder: Path) -> Family:
+    """Return how an architecture fares in transformers: built tiny, saved, scored from there and in a host.
 
-    backend: which scores the saved checkpoint. What does not run on text alone must be refused.
+    What does not run on text alone must be refused.
     """
+    model = build_and_run(model_type, class_name)
+    if isinstance(model, Outcome):
+        return Family(model_type, class_name, {"": model})
+    save(model, folder)
+    ways = {"command": tried(lambda: by_command(model, folder, "transformers")), "host": tried(lambda: by_host(model))}
+    return Family(model_type, class_name, ways)
+
+
+def build_and_run(model_type: str, class_name: str) -> Any:
+    """Return a tiny model of the architecture that runs on text, or the Outcome "not built"."""
     try:
         model = build(model_type, class_name)
         _run_alone(model)
     except Exception as error:
-        return Family(model_type, class_name, {"": Outcome("not built", _said(error))})
-    ways = {"command": _tried(lambda: by_command(model, folder, backend))}
-    if backend == "transformers":
-        ways["host"] = _tried(lambda: by_host(model))
-    return Family(model_type, class_name, ways)
+        return Outcome("not built", _said(error))
+    return model
 
 
 @torch.no_grad()
@@ -79,9 +86,9 @@ def _run_alone(model: Any) -> None:
             return
 
 
-def by_command(model: Any, folder: Path, backend: str) -> Outcome:
-    """Return what comes of a saved checkpoint."""
-    scores = score_saved(model, folder, backend)
+def by_command(model: Any, folder: Path, backend: str, **layout: Any) -> Outcome:
+    """Return what comes of a saved checkpoint. layout: further keys of `parallel`."""
+    scores = Scores.from_file(score_saved(folder, backend, **layout))
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder / "model")))  # some families have one of their own
     return compare(model, [tokenizer(text)["input_ids"] for text in TEXTS], scores, TOLERANCES[backend])
 
@@ -150,21 +157,31 @@ def tokens() -> list[list[int]]:
     return ids
 
 
-def score_saved(model: Any, folder: Path, backend: str) -> Scores:
-    """Save the model and score it as `plop-dist score` does."""
+def save(model: Any, folder: Path, published_as: str | None = None) -> None:
+    """Write the checkpoint, and the rows to score it with. published_as: the class that it names, if not its own."""
     model.save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    config_file = folder / "model" / "config.json"
+    if published_as is not None:
+        config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "architectures": [published_as]}))
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+
+
+def score_saved(folder: Path, backend: str, **layout: Any) -> Path:
+    """Score the checkpoint in a folder as `plop-dist score` does; as one rank of several where a launcher is seen.
+
+    Returns where rank 0 writes the scores.
+    """
+    parallel = {"backend": backend, **layout}
     config = parse_config({
-        "run_dir": str(folder / "run"),
+        "run_dir": str(folder / "-".join(["run", *map(str, parallel.values())])),
         "model": {"name_or_path": str(folder / "model"), "dtype": "float32"},
-        "data": {"path": str(rows), "text_field": "text", "batch_size": 2},
+        "data": {"path": str(folder / "rows.jsonl"), "text_field": "text", "batch_size": 2},
         "estimator": {"baseline": "closed_form"},
-        "parallel": {"backend": backend},
+        "parallel": parallel,
         "placement": {"exclude": []},
     })  # fmt: skip
-    return Scores.from_file(pipeline.score(config, "plop-dist score").scores)
+    return pipeline.score(config, "plop-dist score").scores
 
 
 def batches(side: str) -> list[dict[str, Tensor]]:
@@ -240,7 +257,8 @@ def _bare(holder: str) -> str:
     return holder.removesuffix(".weight")
 
 
-def _tried(way: Any) -> Outcome:
+def tried(way: Any) -> Outcome:
+    """Return a way's outcome, whatever it raises."""
     try:
         return way()
     except UserError as error:

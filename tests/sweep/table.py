@@ -20,13 +20,14 @@ from typing import Any
 
 import plop_dist
 from tests.sweep.family import TOLERANCES, Family, Outcome, sweep_family
-from tests.sweep.specifications import bridge_classes, sweep_specifications
+from tests.sweep.specifications import PUBLISHED_AS, bridge_classes, sweep_specifications
 
 # The heads of a model type in the order in which one is taken: what reads text and is trained on it comes first.
 _HEADS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM",
           "SPEECH_SEQ_2_SEQ", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION")  # fmt: skip
 _WAYS = {"command": "plop-dist score", "host": "plop_dist.score, PEFT", "local": "Megatron's own layers",
-         "transformer_engine": "Transformer Engine's"}  # fmt: skip
+         "transformer_engine": "Transformer Engine's", "tp2_sp": "those at tp 2 with sequence parallelism",
+         "pp2": "those at pp 2"}  # fmt: skip
 _TIME_LIMIT_S = 120
 _CELL = 160
 
@@ -64,11 +65,12 @@ def sweep(model_types: Sequence[str] = (), backend: str = "transformers") -> lis
     chosen = {name: one for name, one in architectures().items() if not model_types or name in model_types}
     if backend == "megatron":
         types = {class_name: model_type for model_type, class_name in chosen.items()}
+        types |= {name: types[built] for name, built in PUBLISHED_AS.items() if built in types}
         missing = {} if model_types else dict.fromkeys(bridge_classes(), "")
         return sweep_specifications({name: types.get(name, "") for name in missing or types})
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context, _begin) as pool:
-        tasks = [pool.submit(_swept, name, one, backend) for name, one in chosen.items()]
+        tasks = [pool.submit(_swept, name, one) for name, one in chosen.items()]
         rows = []
         for task in tasks:
             rows.append(task.result())
@@ -91,10 +93,10 @@ def _too_long(number: int, frame: Any) -> None:
     raise TimeoutError(f"not done in {_TIME_LIMIT_S} seconds")
 
 
-def _swept(model_type: str, class_name: str, backend: str) -> Family:
+def _swept(model_type: str, class_name: str) -> Family:
     signal.alarm(_TIME_LIMIT_S)
     with tempfile.TemporaryDirectory() as folder:
-        return sweep_family(model_type, class_name, Path(folder), backend)
+        return sweep_family(model_type, class_name, Path(folder))
 
 
 def markdown(rows: Sequence[Family], backend: str = "transformers") -> str:
@@ -131,7 +133,7 @@ def _sum(counts: Counter[tuple[str, str]], way: str) -> str:
 
 
 def _cells(row: Family, ways: Sequence[str]) -> str:
-    return " | ".join(_cell(row.ways[way]) for way in ways)
+    return " | ".join(_cell(row.ways[way]) if way in row.ways else "" for way in ways)
 
 
 def _cell(outcome: Outcome) -> str:

@@ -55,18 +55,27 @@ _TOKEN = re.compile(r".*(_token_id|_token_index|_id|_index|_idx)$")
 _LOW_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "sep_token_id": 3}
 _EVEN_IF_NONE = {"head_dim": 8, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1}
 
-# model type -> fields over those by name, and why.
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 _SHORT_MROPE = {
     "rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
 }
+# as the published models, whose factors are all others than 1; Ministral's original length smaller than the texts
+_MINISTRAL_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8,
+}  # fmt: skip
+_FALCON_FACTORS = {
+    "embedding_multiplier": 5.7, "lm_head_multiplier": 0.04, "key_multiplier": 0.4, "attention_in_multiplier": 1.1,
+    "attention_out_multiplier": 0.9, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.24,
+    "mlp_multipliers": [0.9, 0.6], "ssm_multipliers": [0.35, 0.25, 0.4, 0.5, 0.3],
+}  # fmt: skip
+# model type -> fields over those by name, and why.
 ODD: dict[str, dict[str, Any]] = {
     # rotary sections that add up to half of a head
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text", "glm4v_text", "glm46v_text"), _MROPE),
-    **dict.fromkeys(("glm_ocr_text", "glmga_text", "glm4v_moe_text"), _SHORT_MROPE),
+    **dict.fromkeys(("glm_ocr_text", "glmga_text"), _SHORT_MROPE),
     # heads of state-space layers, which together are twice the hidden size
     "mamba2": {"num_heads": 8},
-    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "zamba": {"n_mamba_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_hidden_layers": 2, "num_key_value_heads": 4},
     # one layer of each kind
@@ -79,6 +88,18 @@ ODD: dict[str, dict[str, Any]] = {
     # as many heads of keys as of queries; no windows, with which some layers see no positions; what the hub has
     "olmoe": {"num_key_value_heads": 4},
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
+    "glm4v_moe_text": {**_SHORT_MROPE, "head_dim": 8, "use_qk_norm": False},
+    "mistral3": {"tie_word_embeddings": False},
+    "glm_moe_dsa": {"indexer_rope_interleave": True},
+    "falcon_h1": {
+        "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_norm_before_gate": False, **_FALCON_FACTORS,
+    },
+    "gemma4_text": {
+        "sliding_window": 4, "final_logit_softcapping": 30.0, "global_head_dim": 16, "num_global_key_value_heads": 2,
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    },
+    "ministral3": {"rope_parameters": _MINISTRAL_YARN},
+    "minimax_m3_vl": {"merged_hidden_size": 128, "projector_hidden_size": 32},
     "hy_v3": {"first_k_dense_replace": 1},
     "qwen3_vl_vision": {"deepstack_visual_indexes": [0]},
     "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0]},
@@ -92,14 +113,26 @@ ODD: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 120}},
     "funnel": {"block_sizes": [2], "block_repeats": [1]},
 }  # fmt: skip
+# Parts that are missing or of another type in the default configuration, or that have other fields in it than by
+# themselves.
+_PARTS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
+    ("gemma4", "vision_config"): ("gemma4_vision", {}),
+    ("mistral3", "text_config"): ("ministral3", {}),
+    ("exaone4_5", "text_config"): (
+        "exaone4", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
+}  # fmt: skip
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Return the configuration. Raises what transformers raises where its fields do not go together."""
-    return _shrunk(CONFIG_MAPPING[model_type])
+def tiny_config(model_type: str, **further: Any) -> PreTrainedConfig:
+    """Return the configuration. Raises what transformers raises where its fields do not go together.
+
+    further: fields over all others.
+    """
+    return _shrunk(CONFIG_MAPPING[model_type], **further)
 
 
-def _shrunk(config_class: Any, given: Any = None) -> PreTrainedConfig:
+def _shrunk(config_class: Any, given: Any = None, **further: Any) -> PreTrainedConfig:
     default = config_class() if given is None else given
     fields: dict[str, Any] = {}
     num_special = iter(range(LAST_TOKEN + 1, VOCAB_SIZE))
@@ -125,7 +158,10 @@ def _shrunk(config_class: Any, given: Any = None) -> PreTrainedConfig:
         chosen, per_layer = layers
         fields[_num_layers_field(default)] = len(chosen)
         fields |= {name: [value[index] for index in chosen] for name, value in per_layer.items()}
-    fields |= ODD.get(config_class.model_type, {})
+    for (model_type, name), (part, others) in _PARTS.items():
+        if model_type == config_class.model_type:
+            fields[name] = tiny_config(part, **others)
+    fields |= {**ODD.get(config_class.model_type, {}), **further}
     return config_class(**fields)
 
 

@@ -97,13 +97,15 @@ def check_attention(hf_config: Any, hf_model: nn.Module, chunks: Sequence[nn.Mod
     """
     length = max(config.data.max_length, config.train.max_length if config.train.method != "none" else 0)
     for chunk in map(unwrap, chunks):
-        _check_tied(hf_config, chunk, config)
+        _check_tied(hf_config, hf_model, chunk, config)
         _check_windows(hf_config, chunk, length, config)
         check_rotary(hf_model, chunk, length, config)
 
 
-def _check_tied(hf_config: Any, chunk: Any, config: Config) -> None:
-    tied = bool(getattr(hf_config.get_text_config(), "tie_word_embeddings", False))
+def _check_tied(hf_config: Any, hf_model: Any, chunk: Any, config: Config) -> None:
+    # Parts of a composite configuration may say otherwise than the whole, which transformers goes by.
+    head, embeddings = hf_model.get_output_embeddings(), hf_model.get_input_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
     if chunk.share_embeddings_and_output_weights != tied:
         raise ModelError(
             f"model.name_or_path '{config.model.name_or_path}': tie_word_embeddings is {tied}, which Megatron-Bridge "

@@ -20,13 +20,15 @@ _KINDS = {
     "TELinear": "duplicated",
 }
 # These call the class above them on what they are given, and change its output alone: a norm (Gemma 2 and 3, EXAONE 4),
-# a soft cap (Gemma 2's head), a gather (Nemotron's replaced blocks).
+# a soft cap (the head of Gemma 2 and 4), a gather (Nemotron's replaced blocks).
 _CHANGE_OUTPUT = (
-    "TERowParallelLinearLayerNorm", "Gemma2OutputLayer", "TELayerNormColumnParallelLinearGathered",
+    "TERowParallelLinearLayerNorm", "Gemma2OutputLayer", "Gemma4OutputLayer", "TELayerNormColumnParallelLinearGathered",
     "ColumnParallelLinearGathered",
 )  # fmt: skip
 # Their gating is W z, with the bias that they carry.
 _ROUTERS = ("Router", "TopKRouter")
+# These call the gating above them on what they make of their input: its norm (Gemma 4), its float32 (MiniMax M3).
+_CHANGE_INPUT = ("Gemma4TopKRouter", "MiniMaxM3TopKRouter")
 # What else may hold a matrix inside a decoder layer.
 _OTHERS = (*_ROUTERS, "SharedExpertMLP", "VocabParallelEmbedding", "Embedding", "LinearAdapter")
 
@@ -37,6 +39,8 @@ def linear_kind(module: nn.Module, path: str = "") -> str | None:
     path: the module's, for the message. Raises ModelError for a subclass whose own forward is not known, and for what
     holds a matrix inside a decoder layer and is of no class that is known.
     """
+    if type(module) is nn.Linear and (not path or "layers." in path):
+        return "duplicated"  # whole on every rank: Gemma 4's gates of per-layer inputs
     base = known_base(module)
     if base is None:
         _check_other(module, path)
@@ -65,13 +69,19 @@ def changes_output(module: nn.Module) -> bool:
     return any(cls.__name__ in _CHANGE_OUTPUT for cls in type(module).__mro__)
 
 
+def known_router(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a router whose gating is W z."""
+    return next(cls for cls in type(module).__mro__ if cls.__name__ in _ROUTERS)
+
+
 def check_router(module: nn.Module, path: str) -> None:
     """Raise ModelError for a router whose logits are computed by a class that is not known."""
     owner = next(cls for cls in type(module).__mro__ if "gating" in vars(cls))
-    if owner.__name__ not in _ROUTERS:
+    if owner.__name__ not in (*_ROUTERS, *_CHANGE_INPUT):
         raise ModelError(
             f"'{path}' is a {owner.__module__}.{owner.__name__}, whose gating is not known to be W z, so that it "
-            f"cannot be scored; known are {', '.join(_ROUTERS)}. Use parallel.backend=deepspeed or transformers."
+            f"cannot be scored; known are {', '.join((*_ROUTERS, *_CHANGE_INPUT))}. Use parallel.backend=deepspeed or "
+            "transformers."
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from plop_dist.backends.megatron.chunks import unwrap
 from plop_dist.values.scores import Projection
@@ -20,6 +22,13 @@ def language_model(chunk: nn.Module) -> Any:
     """Return a chunk's language model, without wrappers: the chunk itself, or what sees images beside it."""
     inner = unwrap(chunk)
     return getattr(inner, NAME, inner)
+
+
+def kinds_of_text(chunk: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
+    """Return what a chunk's forward asks besides, where it works places out by itself: that every token is text."""
+    name = "mm_token_type_ids"
+    takes = name in inspect.signature(unwrap(chunk).forward).parameters
+    return {name: torch.zeros_like(input_ids)} if takes else {}
 
 
 def language_path(whole: nn.Module) -> str:

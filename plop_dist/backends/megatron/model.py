@@ -14,7 +14,7 @@ from plop_dist.backends.megatron.checks import check_called, check_experts
 from plop_dist.backends.megatron.chunk_sites import Logical, find_sites
 from plop_dist.backends.megatron.chunks import count_parameters, unwrap
 from plop_dist.backends.megatron.groups import read_groups, read_place
-from plop_dist.backends.megatron.language import language_model
+from plop_dist.backends.megatron.language import kinds_of_text, language_model
 from plop_dist.backends.megatron.schedule import run_schedule
 from plop_dist.measure.protocols import MicroBatch, Site
 from plop_dist.values.scores import Projection
@@ -83,7 +83,12 @@ class MegatronModel:
             positions = batch.position_ids
             if getattr(unwrap(chunk), "position_embedding_type", None) == "mrope":
                 positions = positions.expand(3, *positions.shape)  # time, height and width, the same for text
-            output: Any = chunk(input_ids=batch.input_ids, position_ids=positions, attention_mask=batch.mask)
+            output: Any = chunk(
+                input_ids=batch.input_ids,
+                position_ids=positions,
+                attention_mask=batch.mask,
+                **kinds_of_text(chunk, batch.input_ids),
+            )
             return output[0] if isinstance(output, tuple) else output  # a loss mask beside it
 
         with self._headless(), self._shapes(prepared), torch.no_grad():

@@ -203,7 +203,7 @@ def _parts(
     if leaf == "in_proj" and sections is not None and sorted("".join(names)) == sorted(_SECTIONS):
         return _section_parts(names, sections)
     if "q" in names and "k" in names:
-        return _query_group_parts(names, config)
+        return _query_group_parts(names, modules.get(owner), config)
     if set(names) == set(_GATED):
         if not config.gated_linear_unit:
             return (NamedPart(names["up"], None),)
@@ -231,19 +231,28 @@ def _section_parts(names: Mapping[str, str], sections: Sequence[int]) -> tuple[N
     )
 
 
-def _query_group_parts(names: Mapping[str, str], config: Any) -> tuple[NamedPart, ...]:
-    """Each query group's rows are [its query heads, (their output gates,) its key head, its value head]."""
+def _query_group_parts(names: Mapping[str, str], attention: Any, config: Any) -> tuple[NamedPart, ...]:
+    """Each query group's rows are [its query heads, (their output gates,) its key head, its value head].
+
+    attention: the module around the linear, with a configuration of its own where layers differ (Gemma 4). Rows that
+    Hugging Face's model does not have are no parts: of a layer that reads another's keys, of values that are the keys.
+    """
+    config = getattr(attention, "config", config)
     groups = config.num_query_groups or config.num_attention_heads
     head = config.kv_channels or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads // groups * head
     if getattr(config, "attention_output_gate", False):
         queries *= 2  # query and gate are one projection in Hugging Face
     period = queries + 2 * head
-    return (
+    parts = (
         NamedPart(names["q"], Rows(period, 0, queries)),
         NamedPart(names["k"], Rows(period, queries, queries + head)),
         NamedPart(names["v"], Rows(period, queries + head, period)),
     )
+    if getattr(attention, "is_kv_shared_layer", False):
+        return parts[:1]
+    is_tied = any(getattr(attention, name, False) for name in ("attention_k_eq_v", "_tied_kv"))
+    return parts[:2] if is_tied else parts
 
 
 def local_out_features(module: nn.Module) -> int:

@@ -9,26 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plop_dist.backends.megatron.language import language_path
 from plop_dist.config.schema import Config
 from plop_dist.errors import ModelError
 
-# Fields of YaRN that Bridge sets only where the checkpoint's configuration has them -> transformers' defaults.
-_YARN_DEFAULTS = {
-    "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_correction_range_round_to_int": True,
-}  # fmt: skip
+# Fields of YaRN in Bridge's providers -> what a checkpoint's configuration calls them, and transformers' defaults.
+# Bridge sets some only where the configuration has them, and some to those of the published models (Ministral 3).
+_YARN = {
+    "yarn_rotary_scaling_factor": ("factor", None),
+    "yarn_original_max_position_embeddings": ("original_max_position_embeddings", None),
+    "yarn_beta_fast": ("beta_fast", 32.0),
+    "yarn_beta_slow": ("beta_slow", 1.0),
+    "yarn_correction_range_round_to_int": ("truncate", True),
+}
 
 
 def complete_rotary(provider: Any, hf_config: Any) -> None:
     """Give a Bridge provider the axes of its checkpoint, and with YaRN what this leaves to transformers' defaults."""
-    axes = (getattr(hf_config.get_text_config(), "rope_parameters", None) or {}).get("mrope_section")
+    rope = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
+    axes = rope.get("mrope_section")
     if axes and getattr(provider, "mrope_section", None):
         provider.mrope_section = axes  # Bridge takes that of the published models
     if getattr(provider, "position_embedding_type", None) != "yarn":
         return
     length = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    for name, default in {**_YARN_DEFAULTS, "yarn_original_max_position_embeddings": length}.items():
-        if getattr(provider, name, default) is None:
-            setattr(provider, name, default)
+    for name, (key, default) in _YARN.items():
+        value = next(
+            (one for one in (rope.get(key), default, getattr(provider, name, None)) if one is not None), length
+        )
+        if hasattr(provider, name):
+            setattr(provider, name, value)
 
 
 def check_rotary(hf_model: nn.Module, chunk: nn.Module, length: int, config: Config) -> None:
@@ -36,7 +46,8 @@ def check_rotary(hf_model: nn.Module, chunk: nn.Module, length: int, config: Con
 
     hf_model: on the meta device. length: how many positions are compared.
     """
-    theirs: Any = next((m for name, m in hf_model.named_modules() if name.endswith("rotary_emb")), None)
+    language = hf_model.get_submodule(language_path(hf_model))  # towers beside it turn patches by angles of their own
+    theirs: Any = next((m for name, m in language.named_modules() if name.endswith("rotary_emb")), None)
     ours: Any = next((m for m in chunk.modules() if "RotaryEmbedding" in type(m).__name__), None)
     if theirs is None or ours is None or not hasattr(theirs, "inv_freq"):
         return  # no rotary embedding, or one per kind of layer, which families' own layers take care of

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from plop_dist.backends.megatron.classes import changes_output, known_base
+from plop_dist.backends.megatron.classes import changes_output, known_base, known_router
 from plop_dist.backends.megatron.groups import Place
 from plop_dist.backends.megatron.modules import bias_of, fused_norm, grouped, weight_name, weight_of
 from plop_dist.backends.megatron.norm import apply_norm
@@ -75,7 +75,7 @@ class MegatronSite:
             )
 
         if changes_output(self.module):
-            detach = _watch_base(self.module, observe)
+            detach = _watch_base(self.module, observe, cast(type[nn.Module], known_base(self.module)), "forward")
         else:
             detach = self._called.register_forward_hook(observe, prepend=True, with_kwargs=True).remove
 
@@ -176,26 +176,31 @@ class Splits:
 class RouterSite:
     """A layer's router: a linear of its own, and what tells which tokens go to which experts.
 
+    is_scored: whether its own norms count, or only where it sends tokens.
     Every tensor rank holds the whole weight; under sequence parallelism it reads this rank's share of the tokens.
     """
 
     group, holder = "tp", None
 
     def __init__(
-        self, module: nn.Module, name: str, projection: Projection, *, is_sequence_parallel: bool = False
+        self,
+        module: nn.Module,
+        name: str,
+        projection: Projection,
+        *,
+        is_sequence_parallel: bool = False,
+        is_scored: bool = True,
     ) -> None:
-        self.module, self.name = module, name
+        self.module, self.name, self._is_scored = module, name, is_scored
         self.projections: tuple[Projection, ...] = (projection,)
         self._part = Part.TOKENS if is_sequence_parallel else Part.WHOLE
 
     def attach(self, recorder: Recorder) -> Callable[[], None]:
         """Install the observation and return the function that removes it. The map is the one after capacity drops."""
         module: Any = self.module
-        is_plain = "gating" not in vars(module)
-        gating = module.gating
 
-        def observed(z: Tensor) -> Tensor:
-            logits = gating(z)
+        def observe_gating(_: nn.Module, args: Any, kwargs: Any, logits: Tensor) -> None:
+            z = _first(args, kwargs)
             recorder.record(
                 self,
                 recorder.sq_norm(z),
@@ -204,20 +209,17 @@ class RouterSite:
                 out_part=self._part,
                 leading_shape=z.shape[:-1],
             )
-            return logits
 
         def observe(module: nn.Module, args: Any, output: Any) -> None:
             recorder.record_routing(self.name, output[1].bool())
 
-        module.gating = observed  # the router returns probabilities, its logits are seen nowhere else
-        handle = module.register_forward_hook(observe, prepend=True)
+        handles = [module.register_forward_hook(observe, prepend=True).remove]
+        if self._is_scored:  # the router returns probabilities, its logits are seen nowhere else
+            handles.append(_watch_base(module, observe_gating, known_router(module), "gating"))
 
         def remove() -> None:
-            handle.remove()
-            if is_plain:
-                del module.gating
-            else:
-                module.gating = gating
+            for handle in handles:
+                handle()
 
         return remove
 
@@ -228,21 +230,25 @@ class RouterSite:
         yield iter([LocalWeight(projection, find_weight(Stored(self.module, path=projection.fqn)))])
 
 
-def _watch_base(module: nn.Module, observe: Callable[..., None]) -> Callable[[], None]:
-    """Have `observe` called like a forward hook with what the module's known base class reads and returns.
+def _watch_base(
+    module: nn.Module, observe: Callable[..., None], base: type[nn.Module], method: str
+) -> Callable[[], None]:
+    """Have `observe` called like a forward hook with what a method of one of the module's classes reads and returns.
 
-    Returns the function that undoes it. What a subclass makes of W z happens after super().forward(), so a class is put
-    between the two: there is no hook at that place.
+    Returns the function that undoes it. What a subclass makes of z, or of W z, happens around the call of its
+    super()'s method, so a class is put between the two: there is no hook at that place.
     """
-    own, base = type(module), cast(type[nn.Module], known_base(module))
+    own: Any = type(module)
+    original: Any = getattr(base, method)
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = base.forward(self, *args, **kwargs)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
         observe(self, args, kwargs, output)
         return output
 
-    between: Any = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
-    module.__class__ = type(own.__name__, (own, between), {"__module__": own.__module__})
+    between: Any = type(base.__name__, (base,), {method: watched, "__module__": base.__module__})
+    bases = (between,) if own is base else (own, between)
+    module.__class__ = type(own.__name__, bases, {"__module__": own.__module__})
 
     def remove() -> None:
         module.__class__ = own

@@ -36,7 +36,7 @@ def _check_filled(tasks: Sequence[Any], chunks: Sequence[nn.Module], config: Con
         name
         for chunk in chunks
         for name, parameter in unwrap(chunk).named_parameters()
-        if id(parameter) not in filled
+        if id(parameter) not in filled | _unused(chunk)
         # The last stage's copy of tied embeddings is filled from the first one's.
         and not (name.endswith("output_layer.weight") and language_model(chunk).share_embeddings_and_output_weights)
     ]
@@ -46,6 +46,12 @@ def _check_filled(tasks: Sequence[Any], chunks: Sequence[nn.Module], config: Con
             f"model.name_or_path '{config.model.name_or_path}': Megatron-Bridge finds no weights for {len(missing)} of "
             f"Megatron's parameters, e.g. '{missing[0]}'; they would be random. {_ELSEWHERE}"
         )
+
+
+def _unused(chunk: nn.Module) -> set[int]:
+    """Return the ids of a chunk's parameters that its forward never reads: norms of keys that are another layer's."""
+    shared: list[Any] = [module for module in chunk.modules() if getattr(module, "is_kv_shared_layer", False)]
+    return {id(parameter) for attention in shared for parameter in attention.k_layernorm.parameters()}
 
 
 def _check_read(bridge: Any, tasks: Sequence[Any], whole: Any, config: Config) -> None:

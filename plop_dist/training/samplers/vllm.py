@@ -69,7 +69,7 @@ class VLLMSampler:
         every = ranks.gathered((self._engine.dp_rank, found, failed))
         errors = [message for _, _, message in every if message is not None]
         if errors:
-            raise StepRefusedError(f"{errors[0]} The steps before this one are kept: run again to go on from them.")
+            raise StepRefusedError(errors[0])
         return next(made for dp_rank, made, _ in every if dp_rank == self._engine.dp_rank and made is not None)
 
     def close(self) -> None:

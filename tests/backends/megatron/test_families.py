@@ -98,9 +98,9 @@ GPU_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
                      "layer_types.1. is 'full_attention', where Megatron-Bridge builds 'sliding_attention', as in"),
     "absorbed": ("glm_moe_dsa", {**DEEPSEEK, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 64,
                                  "indexer_rope_interleave": True, "mlp_layer_types": ["dense", "sparse"]},
-                 "is a GlmMoeDsaForCausalLM, of which nobody has compared"),
-    "unknown": ("falcon_h1", {**SIZES, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
-                "is a FalconH1ForCausalLM, of which nobody has compared what Megatron-Bridge .* builds"),
+                 "is a GlmMoeDsaForCausalLM, which Megatron-Bridge .* with the weight of kv_b_proj in another order"),
+    "norm first": ("falcon_h1", {**SIZES, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+                   "mamba_norm_before_gate is True, where Megatron-Bridge builds False, as in the published models"),
 }  # fmt: skip
 
 
