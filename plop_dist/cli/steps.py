@@ -123,10 +123,8 @@ def export(
         machine.tell("export", **machine.exported(run_dir, paths.exports / to, written, placement))
         return
     print_of_older_scores(placement, paths)
-    for note in (*written.notes, *(f"widened: {item}" for item in written.widened)):
-        say(f"note: {note}", to_stderr=True)
-    for warning in written.warnings:
-        say(f"warning: {warning}", to_stderr=True)
+    for kind, text in written.remarks:
+        say(f"{kind}: {text}", to_stderr=True)
     for name in written.files:
         say(f"# {one_line(path_from_here(paths.exports / to / name))}")
     for flag in written.flags:

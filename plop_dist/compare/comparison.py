@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from plop_dist.compare.arms import Candidate, build_arms, check_arms
+from plop_dist.compare.method import CHOOSING, REPORTED
 from plop_dist.compare.rates import best_exponent, first_exponents, most_further, next_exponent
 from plop_dist.compare.result import Comparison
+from plop_dist.compare.rewards import check_rewarded
 from plop_dist.compare.runs import Record, Runs
 from plop_dist.compare.store import Store
 from plop_dist.compare.summing_up import Trained, sum_up
@@ -27,12 +29,12 @@ Notify = Callable[..., None]
 
 def check(config: Config) -> None:
     """Raise ConfigError for what cannot be compared, before anything is scored."""
-    if config.train.method != "sft":
-        why = {
-            "none": "which trains nothing; set train.method=sft",
-            "grpo": "whose rewards of sampled texts are not compared; set train.method=sft, the placement is the same",
-        }[config.train.method]
-        raise ConfigError(f"compare trains every arm, but train.method is {config.train.method}, {why}.")
+    if config.train.method == "none":
+        raise ConfigError(
+            "compare trains every arm, but train.method is none, which trains nothing; set train.method=sft or grpo."
+        )
+    if config.train.method == "grpo":
+        check_rewarded(config)
     check_arms(config.compare.arms, config.placement)
 
 
@@ -55,7 +57,7 @@ def compare(config: Config, notify: Notify) -> Comparison:
         if key not in by_placement:
             by_placement[key] = trainer.train_arm(candidate)
     arms = [(candidate, by_placement[_key(candidate.placement)]) for candidate in candidates]
-    return sum_up(config, scores, arms, trainer.runs.targets_R, base)
+    return sum_up(config, scores, arms, trainer.runs.method, base)
 
 
 class _Trainer:
@@ -71,7 +73,7 @@ class _Trainer:
         self._num_done, self._note = 0, ""
 
     def measure_base(self) -> list[float]:
-        """Return every held-out row's loss without adapters, and say what is going to be trained. Collective."""
+        """Return what every held-out row is worth without adapters, and say what will be trained. Collective."""
         config, first = self._config, self._candidates[0].placement
         max_steps, compare = config.train.max_steps, config.compare
         num_arms = len({_key(candidate.placement) for candidate in self._candidates})
@@ -84,15 +86,17 @@ class _Trainer:
             text=f"compare: {len(self._candidates)} arms, {num_runs} trainings of {max_steps} steps{more}; "
             f"{'those that are done already are kept' if any(known) else 'none is done yet'}",
         )
-        losses = self._store.find_base(config, first)
-        if losses is None:
-            self._notify("phase", text="measuring the loss without adapters")
-            losses, seconds = self.runs.measure_base(first)
-            self._store.keep_base(config, first, losses)
-            self._notify("status", text=f"compare: about {_minutes(num_runs * seconds)} for {num_runs} trainings")
-        if not all(map(math.isfinite, losses)):
-            raise WorkerError("the model's loss on the held-out rows is not finite even without adapters.")
-        return losses
+        measure, values = self.runs.method.measure, self._store.find_base(config, first)
+        if values is None:
+            self._notify("phase", text=f"measuring the {measure} without adapters")
+            values, measuring, stepping = self.runs.measure_base(first)
+            self._store.keep_base(config, first, values)
+            # The trainings that search a rate measure one half after half of the steps, and all at the end.
+            per_arm = compare.rates * (stepping + 1.5 * measuring) + (compare.seeds - 1) * (stepping + 0.5 * measuring)
+            self._notify("status", text=f"compare: about {_minutes(num_arms * per_arm)} for {num_runs} trainings")
+        if not all(map(math.isfinite, values)):
+            raise WorkerError(f"the model's {measure} is not finite even without adapters.")
+        return values
 
     def train_arm(self, candidate: Candidate) -> Trained:
         """Return the trainings of one arm: rates until the best is bracketed, then further seeds. Collective."""
@@ -107,16 +111,16 @@ class _Trainer:
             todo = [] if further is None else [further]
         arm.chosen = best_exponent(self._losses(arm))
         arm.by_seed = [
-            arm.by_rate[arm.chosen] if not seed else self._trained(arm.candidate, arm.chosen, seed, [])
+            arm.by_rate[arm.chosen] if not seed else self._trained(arm.candidate, arm.chosen, seed, None)
             for seed in range(self._config.compare.seeds)
         ]
         return arm
 
     def choosing(self, record: Record) -> float:
-        """Return a training's mean loss over the rows that choose, inf where it diverged."""
-        if record.losses is None:
+        """Return what a training comes to on the rows that choose, lower is better; inf where it is out."""
+        if record.choosing is None:
             return math.inf
-        return sum(record.losses[::2]) / float(self.runs.targets_R[::2].sum())
+        return self.runs.method.sign * sum(record.choosing) / float(self.runs.method.targets_R[CHOOSING::2].sum())
 
     def _losses(self, arm: Trained) -> dict[int, float]:
         return {
@@ -131,28 +135,44 @@ class _Trainer:
         if record.stopped_early:
             arm.stopped.add(exponent)
 
-    def _trained(self, candidate: Candidate, exponent: int, seed: int, rivals: Sequence[np.ndarray]) -> Record:
+    def _trained(self, candidate: Candidate, exponent: int, seed: int, rivals: Sequence[np.ndarray] | None) -> Record:
         config = self._at(exponent, seed)
         rate = config.train.learning_rate
         self._note = f"{candidate.name} at {rate:.3g}, seed {config.train.seed}"
         found = self._store.find(config, candidate.placement)
-        # One that was stopped beside other rates than these is trained to its end.
-        if found is not None and found.stopped_early and not self.runs.is_hopeless(found.half, rivals):
+        if found is not None and not self._is_enough(found, rivals):
             found = None
         if found is None:
             found = self.runs.train(config, candidate.placement, rivals)
             self._store.keep(config, candidate.placement, found)
-            ended = "diverged" if found.losses is None else f"loss {self.choosing(found):.4f}"
-            early = f" after {found.steps} steps, where it is clearly behind" if found.stopped_early else ""
-            self._notify("status", text=f"{self._note}: {ended}{early} ({found.seconds:.1f} s)")
+            self._notify("status", text=f"{self._note}: {self._ended(found)} ({found.seconds:.1f} s)")
             self._num_done += config.train.max_steps - found.steps
         else:
             self._num_done += config.train.max_steps
         return found
 
-    def _told(self, loss: float) -> None:
+    def _is_enough(self, found: Record, rivals: Sequence[np.ndarray] | None) -> bool:
+        """Tell whether a kept training has what is needed: it may have been one of another search, or of none."""
+        if found.diverged:
+            return True
+        if rivals is None:
+            return not found.stopped_early
+        if found.stopped_early:  # beside other rates than these it would have been trained to its end
+            return self.runs.is_hopeless(found.half, rivals)
+        return found.choosing is not None
+
+    def _ended(self, found: Record) -> str:
+        if found.diverged:
+            return "diverged"
+        if found.stopped_early:
+            return f"stopped after {found.steps} steps, where it is clearly behind"
+        assert found.reported is not None
+        value = sum(found.reported) / float(self.runs.method.targets_R[REPORTED::2].sum())
+        return f"{self.runs.method.measure} {value:.4f}"
+
+    def _told(self, entry: dict[str, Any]) -> None:
         self._num_done += 1
-        shown = f"{self._note}, loss {loss:.4f}"
+        shown = next(f"{self._note}, {key} {entry[key]:.4f}" for key in ("reward", "loss") if key in entry)
         self._notify("training", done=min(self._num_done, self._num_steps), total=self._num_steps, note=shown)
 
     def _at(self, exponent: int, seed: int) -> Config:

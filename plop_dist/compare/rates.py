@@ -36,6 +36,8 @@ def next_exponent(losses: Mapping[int, float], num_rates: int) -> int | None:
     """
     if num_rates == 1:  # the rate is the user's
         return None
+    if len(losses) > 1 and len(set(losses.values())) == 1 and all(map(math.isfinite, losses.values())):
+        return None  # nothing tells them apart, say where no completion has earned a reward
     first, best = first_exponents(num_rates), best_exponent(losses)
     if best == min(losses) and min(losses) > min(first) - _MOST_FURTHER:
         return min(losses) - 1

@@ -19,7 +19,8 @@ Text = Annotated[str, Field(max_length=4096)]
 class ArmRun(Value):
     """One training. value: on the reported half of the held-out rows; choosing: on the other half.
 
-    Both None where the training diverged; after half of the steps where it stopped early.
+    None where the training diverged or stopped early; choosing also at further seeds, which choose nothing. row_values:
+    of each reported row; losses are sums over its tokens in the loss, rewards are themselves.
     """
 
     learning_rate: Finite
@@ -28,6 +29,7 @@ class ArmRun(Value):
     value: Finite | None
     choosing: Finite | None
     stopped_early: bool = False
+    row_values: tuple[Finite, ...] | None = None
 
 
 class ArmCost(Value):
@@ -83,7 +85,10 @@ class RowCounts(Value):
 
 
 class Comparison(Value):
-    """What compare.json holds. margin: up to this size a difference counts as none."""
+    """What compare.json holds. margin: up to this size a difference counts as none.
+
+    row_targets: by how much each reported row counts: its tokens in the loss, or 1 where rows have a reward.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
     schema_: Literal["plop-dist/compare/1"] = Field(default=COMPARE_SCHEMA, alias="schema")
@@ -93,11 +98,17 @@ class Comparison(Value):
     base: Finite
     margin: Finite
     rows: RowCounts
+    row_targets: tuple[Finite, ...] = ()
     arms: tuple[Arm, ...] = Field(min_length=1)
     comparisons: tuple[ComparisonOf, ...] = Field(min_length=1)
     cost: CompareCost
     scores_digest: str | None = None
     versions: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What the measure is in one word: loss or reward."""
+        return self.measure.rpartition(" ")[2]
 
     def to_file(self, path: Path) -> None:
         """Write compare.json atomically."""

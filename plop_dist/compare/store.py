@@ -19,7 +19,7 @@ from plop_dist.training.checkpoint import fingerprint
 from plop_dist.values.files import make_folder, read_json, write_json
 from plop_dist.values.placement import Placement
 
-_LOSSES = TypeAdapter(tuple[float, ...])
+_VALUES = TypeAdapter(tuple[float, ...])
 
 
 class Store:
@@ -49,14 +49,14 @@ class Store:
 
         def read() -> list[float] | None:
             with suppress(ScoresError, ValidationError):
-                return list(_LOSSES.validate_python(read_json(path, "losses", "they are measured again")))
+                return list(_VALUES.validate_python(read_json(path, "values", "they are measured again")))
             return None
 
         return ranks.agree(read)
 
-    def keep_base(self, config: Config, placement: Placement, losses: list[float]) -> None:
+    def keep_base(self, config: Config, placement: Placement, values: list[float]) -> None:
         """Write what was measured without adapters. Raises RunDirError."""
-        self._write(self._of_base(config, placement), losses)
+        self._write(self._of_base(config, placement), values)
 
     def _of_base(self, config: Config, placement: Placement) -> str:
         return f"base-{fingerprint(config, placement)}"

@@ -1,4 +1,4 @@
-"""What the trainings of all arms come to: their losses on the reported rows, and the first arm against every other."""
+"""What the trainings of all arms come to: their values on the reported rows, and the first arm against every other."""
 
 # S seeds, R held-out rows
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from plop_dist.compare.arms import Candidate, budget_of
+from plop_dist.compare.method import CHOOSING, REPORTED, Method
 from plop_dist.compare.rates import is_bracketed
 from plop_dist.compare.resampling import compare_losses, holm
 from plop_dist.compare.result import Arm, ArmCost, ArmRun, CompareCost, Comparison, ComparisonOf, RowCounts
@@ -37,30 +38,32 @@ def sum_up(
     config: Config,
     scores: Scores,
     arms: Sequence[tuple[Candidate, Trained]],
-    targets_R: np.ndarray,
+    method: Method,
     base: Sequence[float],
 ) -> Comparison:
     """Return what the arms' trainings come to, the first against every other.
 
-    targets_R: tokens in the loss of each held-out row; base: each row's loss without adapters. The even rows have
-    chosen the rates, the odd ones are reported.
+    base: what each held-out row is worth without adapters. The even rows have chosen the rates, the odd ones are
+    reported.
     """
-    reported = targets_R[1::2]
-    base_value = sum(base[1::2]) / float(reported.sum())
-    found = [_arm(candidate, trained, targets_R) for candidate, trained in arms]
-    best = min((arm.value for arm in found if arm.value is not None), default=base_value)
-    margin = margin_of(base_value, best)
+    reported_R = method.targets_R[REPORTED::2]
+    base_value = sum(base[REPORTED::2]) / float(reported_R.sum())
+    found = [_arm(candidate, trained, method) for candidate, trained in arms]
     every = {id(trained): trained for _, trained in arms}.values()
     records = [record for trained in every for record in (*trained.by_rate.values(), *trained.by_seed[1:])]
+    gains = [method.sign * (base_value - arm.value) for arm in found if arm.value is not None]
+    rows = [base[REPORTED::2], *(record.reported for record in records if record.reported is not None)]
+    margin = margin_of(max(gains, default=0.0), method.least_margin(rows))
     return Comparison(
         method=config.train.method,
-        measure="held-out loss",
+        measure=method.measure,
         budget=budget_of(scores, config.placement),
         base=base_value,
         margin=margin,
-        rows=RowCounts(choosing=len(targets_R[::2]), reported=len(reported)),
+        rows=RowCounts(choosing=len(base) - len(reported_R), reported=len(reported_R)),
         arms=tuple(found),
-        comparisons=tuple(_comparisons(arms, reported, margin, config.compare.seed)),
+        comparisons=tuple(_comparisons(arms, method, margin, config.compare.seed)),
+        row_targets=tuple(reported_R.tolist()),
         cost=CompareCost(
             runs=len(records),
             steps=sum(record.steps for record in records),
@@ -71,18 +74,18 @@ def sum_up(
     )
 
 
-def _arm(candidate: Candidate, trained: Trained, targets_R: np.ndarray) -> Arm:
-    def mean(losses: Sequence[float] | None, half: int) -> float | None:
-        return None if losses is None else sum(losses[half::2]) / float(targets_R[half::2].sum())
+def _arm(candidate: Candidate, trained: Trained, method: Method) -> Arm:
+    def mean(values: Sequence[float] | None, half: int) -> float | None:
+        return None if values is None else sum(values) / float(method.targets_R[half::2].sum())
 
     placement = candidate.placement
     records = [*trained.by_rate.values(), *trained.by_seed[1:]]
-    values = [mean(record.losses, 1) for record in trained.by_seed]
+    values = [mean(record.reported, REPORTED) for record in trained.by_seed]
     finite = [value for value in values if value is not None]
     losses = {}
     for exponent, record in trained.by_rate.items():
-        loss = None if exponent in trained.stopped else mean(record.losses, 0)
-        losses[exponent] = math.inf if loss is None else loss
+        value = None if exponent in trained.stopped else mean(record.choosing, CHOOSING)
+        losses[exponent] = math.inf if value is None else method.sign * value
     return Arm(
         arm=candidate.name,
         module_types=placement.module_types,
@@ -95,7 +98,8 @@ def _arm(candidate: Candidate, trained: Trained, targets_R: np.ndarray) -> Arm:
         runs=tuple(
             ArmRun(
                 learning_rate=record.learning_rate, seed=record.seed, steps=record.steps,
-                value=mean(record.losses, 1), choosing=mean(record.losses, 0), stopped_early=record.stopped_early,
+                value=mean(record.reported, REPORTED), choosing=mean(record.choosing, CHOOSING),
+                stopped_early=record.stopped_early, row_values=record.reported,
             )
             for record in records
         ),
@@ -108,9 +112,10 @@ def _arm(candidate: Candidate, trained: Trained, targets_R: np.ndarray) -> Arm:
 
 
 def _comparisons(
-    arms: Sequence[tuple[Candidate, Trained]], targets_R: np.ndarray, margin: float, seed: int
+    arms: Sequence[tuple[Candidate, Trained]], method: Method, margin: float, seed: int
 ) -> list[ComparisonOf]:
-    """Return the first arm against every other. targets_R: of the reported rows."""
+    """Return the first arm against every other, on the reported rows."""
+    targets_R = method.targets_R[REPORTED::2]
     (first, trained), *others = arms
     first_SR = _reported(trained)
     names = {"arm": first.name}
@@ -120,7 +125,7 @@ def _comparisons(
         if first_SR is None or other_SR is None:
             paired.append(None)
         else:
-            paired.append(compare_losses(first_SR, other_SR, targets_R, seed))
+            paired.append(compare_losses(method.sign * first_SR, method.sign * other_SR, targets_R, seed))
     adjusted = iter(holm([one.p_value for one in paired if one is not None]))
     found = []
     for (other, _), one in zip(others, paired, strict=True):
@@ -141,6 +146,6 @@ def _comparisons(
 
 
 def _reported(trained: Trained) -> np.ndarray | None:
-    """Return the reported rows' losses at the chosen rate, (S, R), or None where one of the trainings diverged."""
-    losses = [record.losses for record in trained.by_seed]
-    return None if any(rows is None for rows in losses) else np.array(losses)[:, 1::2]
+    """Return the reported rows' values at the chosen rate, (S, R), or None where one of the trainings diverged."""
+    values = [record.reported for record in trained.by_seed]
+    return None if any(rows is None for rows in values) else np.array(values)

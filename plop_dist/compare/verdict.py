@@ -8,15 +8,14 @@ from plop_dist.compare.resampling import Paired, student_quantile
 
 _LEVEL = 0.05
 _MARGIN_OF_GAIN = 0.05
-_MARGIN_OF_BASE = 0.001
 
 
-def margin_of(base: float, best: float) -> float:
+def margin_of(gain: float, least: float) -> float:
     """Return up to which size a difference counts as none: 5% of what the best arm has gained over the base model.
 
-    At least a thousandth of the base model's loss, where nothing was learnt.
+    least: what it is where nothing was learnt.
     """
-    return max(_MARGIN_OF_GAIN * (base - best), _MARGIN_OF_BASE * abs(base))
+    return max(_MARGIN_OF_GAIN * gain, least)
 
 
 def verdict_of(paired: Paired, p_adjusted: float, margin: float, num_rows: int, num_seeds: int) -> str:

@@ -127,13 +127,14 @@ Examples:
     "compare": """\
 Trains every placement of `compare.arms` with as many parameters and the same alpha, at its own best learning rate, from
 the same seeds on the same rows, and says of the first one whether it is better, worse, or no different, and how sure
-that is. Needs `train.method=sft`, and its training section. Prints what it is going to train first; interrupted, the
-same command goes on. No framework trains for it but those that `run` trains with, in the same layouts.
+that is: by the loss of the held-out rows with `train.method=sft`, with `grpo` by the reward of one completion of each,
+sampled with the same noise in every arm. Prints what it is going to train first; interrupted, the same command goes on.
+It takes the steps itself, in the layouts that `run` trains in; engines and samplers that run by themselves are refused.
 
 Examples:
 
     plop-dist compare config.yaml train.method=sft
-    plop-dist compare config.yaml compare.arms=[lowest_k,mlp]
+    plop-dist compare config.yaml train.method=grpo compare.arms=[lowest_k,mlp]
     plop-dist compare config.yaml compare.arms=[runs/a/placement.json,all]
 """,
     "submit": """\

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     SerializerFunctionWrapHandler,
-    field_validator,
     model_serializer,
 )
 
@@ -31,43 +28,24 @@ from plop_dist.config.fields import (
     Location,
     MaxMemory,
     NameOf,
-    NameOrFunction,
-    NumpySeed,
     Parameters,
-    Positive,
-    PositiveOrZero,
     Quantization,
     Rank,
     Real,
     Seconds,
     Seed,
-    Share,
 )  # fmt: skip
 from plop_dist.config.references import digest, replaced, yaml_text
-from plop_dist.registry import BACKENDS, EXPORTERS, EXTERNAL_ENGINES, POLICIES, REWARDS, SAMPLERS
+from plop_dist.config.section import Section
+from plop_dist.config.train import TrainConfig
+from plop_dist.registry import BACKENDS, EXPORTERS, POLICIES
 from plop_dist.values.mesh import Layout
 
 _SHORTEST_HIDDEN = 4  # characters; a shorter value stands in other words too
 _LATER_KEYS = frozenset({"quantization", "device_map", "max_memory", "offload_folder"})
-_LATER_TRAIN = frozenset(
-    {"sampler", "loss_type", "num_iterations", "beta", "epsilon", "epsilon_high", "importance_sampling_level",
-     "scale_rewards", "reward_weights", "reward_timeout_s", "vllm", "engine_python"}
-)  # fmt: skip
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_null_characters(cls, value: Any) -> Any:
-        # No path can hold one, and the system's calls raise errors of their own.
-        if any(isinstance(item, str) and "\0" in item for item in (value if isinstance(value, list) else [value])):
-            raise ValueError("text without null characters")
-        return value
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model is scored."""
 
     name_or_path: Location = Field(
@@ -114,7 +92,7 @@ class ModelConfig(_Section):
 RANDOM_TOKENS = "builtin:random"
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which rows are read; the samples are the first num_samples in file order or a seeded shuffle."""
 
     path: Location = Field(
@@ -146,7 +124,7 @@ class DataConfig(_Section):
     )
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How the model is sharded over the ranks."""
 
     backend: Annotated[str, NameOf(BACKENDS)] = Field(
@@ -171,7 +149,7 @@ class ParallelConfig(_Section):
         return self.layout.world_size
 
 
-class EstimatorConfig(_Section):
+class EstimatorConfig(Section):
     """How b(W) = E||Wu|| is estimated, and when scoring stops."""
 
     baseline: Literal["control_variate", "gaussian", "closed_form", "exact"] = Field(
@@ -185,7 +163,7 @@ class EstimatorConfig(_Section):
     )
 
 
-class PlacementConfig(_Section):
+class PlacementConfig(Section):
     """Which modules get an adapter."""
 
     policy: Annotated[str, NameOf(POLICIES)] = Field(
@@ -224,112 +202,7 @@ class PlacementConfig(_Section):
         return {key: value for key, value in tree.items() if value or key not in ("options", "match")}
 
 
-class VLLMConfig(_Section):
-    """Where vLLM writes the completions of GRPO."""
-
-    url: str | None = Field(
-        default=None,
-        min_length=1,
-        pattern=r"^https?://[^/@?#\s]+(/[^?#\s]*)?$",
-        description="Server that vLLM, or with engine trl trl vllm-serve, listens at: http://HOST:PORT; its key in "
-        "VLLM_API_KEY.",
-    )
-    mode: Literal["server", "colocate"] = Field(
-        default="server", description="colocate: inside the trainer's own process (engine trl)."
-    )
-    tensor_parallel_size: AxisSize = Field(default=1, description="Of a colocated vLLM.")
-    gpu_memory_utilization: Share = Field(default=0.3, description="Of a colocated vLLM.")
-    max_model_len: Count | None = Field(default=None, description="Of a colocated vLLM; null: the model's.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: the server's own, and of a colocated vLLM the model's; others are refused."
-    )
-    timeout_s: Seconds = Field(default=240, description="Longest wait for the server's completions of one step.")
-
-
-class TrainConfig(_Section):
-    """How the run continues after the placement."""
-
-    method: Literal["none", "sft", "grpo"] = Field(default="none", description="Training after the placement.")
-    max_steps: Count = Field(default=20, description="Optimizer steps.")
-    learning_rate: Positive = Field(default=2e-4, description="Peak learning rate.")
-    lr_scheduler: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="Decay after the warm-up."
-    )
-    warmup_steps: CountOrZero = Field(default=0, description="Steps of linear warm-up.")
-    weight_decay: PositiveOrZero = Field(default=0.0, description="AdamW weight decay.")
-    max_grad_norm: Positive = Field(default=1.0, description="Gradient clipping by global norm.")
-    micro_batch_size: Count = Field(default=4, description="Samples per forward pass and data-parallel rank.")
-    gradient_accumulation_steps: Count = Field(default=1, description="Micro-batches per optimizer step.")
-    max_length: Count = Field(default=512, description="Longest training sample, in tokens (sft).")
-    packing: bool = Field(default=False, description="Pack several samples into one sequence (sft).")
-    prompt_template: str | None = Field(
-        default=None, description='Prompt part of a row, "{question}"; its tokens are left out of the loss (sft).'
-    )
-    data_path: Location | None = Field(default=None, description="Training rows; default: data.path.")
-    eval_path: Location | None = Field(default=None, description="Held-out rows; default: the last eval_samples rows.")
-    eval_samples: Count = Field(default=32, description="Held-out rows, never trained on.")
-    lora_dropout: Share = Field(default=0.0, description="Dropout before A.")
-    save_steps: Count = Field(default=10, description="Steps between checkpoints.")
-    seed: NumpySeed = Field(default=0, description="Seed of adapters, data order and dropout.")
-    engine: Annotated[str, NameOf(EXTERNAL_ENGINES, also=("auto", "plop", "trl"))] = Field(
-        default="auto",
-        description="GRPO engine: plop or trl in these ranks, or one that runs by itself; auto: trl in one process and "
-        "with ZeRO, plop elsewhere.",
-    )
-    sampler: Annotated[str, NameOf(SAMPLERS, also=("auto",))] = Field(
-        default="auto",
-        description="GRPO, engines plop and trl: who writes the completions; model: the one being trained; auto: vllm "
-        "where train.vllm.url is given, else model.",
-    )
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"] = Field(
-        default="dapo", description="GRPO: the loss, by TRL's names."
-    )
-    num_iterations: Count = Field(default=1, description="GRPO: optimizer steps on the same completions.")
-    beta: PositiveOrZero = Field(default=0.0, description="GRPO: weight of the KL to the model without adapters.")
-    epsilon: Positive = Field(default=0.2, description="GRPO: how far below 1 the ratio to the old policy counts.")
-    epsilon_high: Positive | None = Field(
-        default=None, description="GRPO: how far above 1 it counts (cispo: the bound itself); null: epsilon."
-    )
-    importance_sampling_level: Literal["token", "sequence"] = Field(
-        default="token", description="GRPO: the ratio of each token, or of the whole completion (GSPO)."
-    )
-    scale_rewards: Literal["group", "batch", "none"] = Field(
-        default="group", description="GRPO: whose standard deviation divides the advantages."
-    )
-    reward_weights: list[Real] | None = Field(default=None, description="GRPO: a weight for each reward; null: all 1.")
-    reward_timeout_s: Seconds | None = Field(
-        default=None,
-        description="GRPO: longest time for one reward in one step; null: 60, or what cluster.timeout_s leaves.",
-    )
-    engine_python: Location | None = Field(
-        default=None,
-        min_length=1,
-        description="Python of the environment in which that engine is installed; null: this one.",
-    )
-    rewards: list[Annotated[str, NameOrFunction(REWARDS)]] = Field(
-        default=["builtin:number"],
-        description="GRPO rewards: builtin:number, builtin:format, those of installed packages, or module:function.",
-    )
-    answer_field: str = Field(default="answer", description="GRPO: column with the reference answer.")
-    num_generations: CountOfSeveral = Field(default=4, description="GRPO: completions per prompt.")
-    max_completion_length: Count = Field(default=64, description="GRPO: longest completion, in tokens.")
-    temperature: Positive = Field(default=1.0, description="GRPO: sampling temperature.")
-    vllm: VLLMConfig = Field(default_factory=VLLMConfig, description="GRPO: where vLLM writes the completions.")
-    track_nfn_every: Count | None = Field(default=None, description="Score the adapted model every N steps.")
-    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        default=[], description="Besides console and JSONL."
-    )
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_is_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Finished stages and checkpoints from before there were these keys stay as they are.
-        tree, fields = handler(self), type(self).model_fields
-        defaults = {key: fields[key].get_default(call_default_factory=True) for key in _LATER_TRAIN}
-        defaults["vllm"] = defaults["vllm"].model_dump(mode="json")
-        return {key: value for key, value in tree.items() if key not in _LATER_TRAIN or value != defaults[key]}
-
-
-class ExportConfig(_Section):
+class ExportConfig(Section):
     """What `run` writes for other frameworks."""
 
     targets: list[Annotated[str, NameOf(EXPORTERS)]] = Field(
@@ -341,7 +214,7 @@ class ExportConfig(_Section):
     )
 
 
-class CompareConfig(_Section):
+class CompareConfig(Section):
     """What `plop-dist compare` trains beside the placement, and on how much the answer rests."""
 
     arms: list[Location] = Field(
@@ -357,12 +230,13 @@ class CompareConfig(_Section):
     )
     held_out: HeldOutRows = Field(
         default=256,
-        description="Held-out rows, in place of train.eval_samples: one half chooses the rate, the other is reported.",
+        description="Held-out rows, in place of train.eval_samples: one half chooses the rate, the other is reported; "
+        "of grpo one completion of each is rated.",
     )
     seed: Seed = Field(default=0, description="Seed of the arm random and of the bootstrap.")
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """Where the ranks run."""
 
     address: str | None = Field(
@@ -386,7 +260,7 @@ class ClusterConfig(_Section):
     )
 
 
-class Config(_Section):
+class Config(Section):
     """Everything a run depends on."""
 
     run_dir: Location = Field(default="runs/default", min_length=1, description="Directory that holds all results.")

@@ -1,8 +1,7 @@
 """Placement -> SkyRL's overrides, for its FSDP engine (PEFT) and its Megatron engine (Megatron-Bridge).
 
 Under Megatron the adapter alone is sent to vLLM (merge_lora false). SkyRL builds Bridge's own CanonicalLoRA, which
-fails
-on a part of a fused linear: plop_dist.training.external.skyrl_job has its workers load plop_dist.canonical_lora.
+fails on a part of a fused linear: plop_dist.training.external.skyrl_job has its workers load plop_dist.canonical_lora.
 """
 
 from __future__ import annotations

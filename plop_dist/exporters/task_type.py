@@ -33,8 +33,8 @@ def task_type(model: ModelInfo) -> str | None:
     With SEQ_CLS, TOKEN_CLS and QUESTION_ANS PEFT trains the class's own head as well, whole.
     """
     name = model.architecture or ""
-    for ending, kind in _HEADS:
-        if name.endswith(ending):
+    for head, kind in _HEADS:
+        if head in name:  # not always its end: XLNetForQuestionAnsweringSimple
             return kind
     if _OTHER.search(name):
         return None

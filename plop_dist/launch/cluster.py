@@ -21,6 +21,7 @@ from plop_dist.errors import ConfigError, LayoutError, WorkerError
 from plop_dist.launch import inside_ray
 
 _MOST_LOCAL_RANKS_PER_CPU = 16
+_HEAD_WAIT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def connected(config: Config, *, takes_jobs: bool = False) -> Iterator[None]:
             ray.shutdown()
         elif starts and _address(config) is None:
             inside_ray.end_local()
-        _answer_sigterm(previous)
+        if previous is not None:  # one that was not set from Python cannot be set again
+            _answer_sigterm(previous)
 
 
 def _terminate(number: int, _: Any) -> None:
@@ -133,7 +135,7 @@ def _check_answers(address: str) -> None:
     url = urlsplit(address if "://" in address else f"//{address}")
     if url.scheme or not url.hostname or not url.port:  # a Ray client, ray://, does not see what single nodes have free
         raise ValueError("it is not host:port or auto")
-    socket.create_connection((url.hostname, url.port), timeout=10).close()
+    socket.create_connection((url.hostname, url.port), timeout=_HEAD_WAIT_S).close()
 
 
 def resources_per_worker(config: Config) -> dict[str, float]:

@@ -13,9 +13,9 @@ from ray.train.torch import TorchTrainer
 from plop_dist.errors import WorkerError
 from plop_dist.launch import inside_ray
 
-HEAD_SILENT_S = 30.0  # Ray ends this process without a word after 60 (RAY_gcs_rpc_server_reconnect_timeout_s)
+HEAD_WAIT_S = 30.0  # Ray ends this process without a word after 60 (RAY_gcs_rpc_server_reconnect_timeout_s)
 _LOOK_S = 2.0
-_STOP_SECONDS = 60.0
+_STOP_WAIT_S = 60.0
 
 
 def fit(trainer: TorchTrainer, stop_request: Path) -> None:
@@ -23,7 +23,7 @@ def fit(trainer: TorchTrainer, stop_request: Path) -> None:
 
     Ray Train would answer SIGINT with its own exit, without a word to the user; it leaves signals alone in a thread.
     Workers that train are asked to stop with a checkpoint first; a second signal, or a long step, does not wait.
-    Raises WorkerError where the head does not answer for HEAD_SILENT_S, and whatever Ray Train raises.
+    Raises WorkerError where the head does not answer for HEAD_WAIT_S, and whatever Ray Train raises.
     """
     raised: list[Exception] = []
 
@@ -39,7 +39,7 @@ def fit(trainer: TorchTrainer, stop_request: Path) -> None:
     except (KeyboardInterrupt, SystemExit):
         if stop_request.is_file():
             stop_request.write_text("stop")
-            has_ended.wait(_STOP_SECONDS)
+            has_ended.wait(_STOP_WAIT_S)
         raise
     if raised:
         raise raised.pop()  # nothing here may keep it: its frames hold Ray's controller, which holds the resources
@@ -52,9 +52,9 @@ def _wait(has_ended: threading.Event) -> None:
     while not has_ended.wait(_LOOK_S):
         if _answers(address):
             answered = time.monotonic()
-        elif time.monotonic() - answered > HEAD_SILENT_S:
+        elif time.monotonic() - answered > HEAD_WAIT_S:
             raise WorkerError(
-                f"the Ray head at {address} has not answered for {HEAD_SILENT_S:g} s: its process or node has ended, "
+                f"the Ray head at {address} has not answered for {HEAD_WAIT_S:g} s: its process or node has ended, "
                 "or the network to it. Run again, on another cluster too, to go on from what is on disk."
             )
 

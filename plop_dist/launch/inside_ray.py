@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-_KILLED_S = 10.0  # a process that is killed is gone at once, unless a disk does not answer
+_KILLED_WAIT_S = 10.0  # a process that is killed is gone at once, unless a disk does not answer
 
 _ends: list[threading.Event] = []
 
@@ -47,4 +47,4 @@ def end_local() -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes, timeout=_KILLED_S)
+    psutil.wait_procs(processes, timeout=_KILLED_WAIT_S)

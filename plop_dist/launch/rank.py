@@ -18,6 +18,7 @@ from plop_dist.data.samples import plan_steps, select_rows, step_micro_batches, 
 from plop_dist.data.singly import ReadSingly
 from plop_dist.errors import ExportError, PlopError, ScoresError, WorkerError, as_cause
 from plop_dist.launch.builds import bounded_builds
+from plop_dist.launch.named import naming_host
 from plop_dist.launch.same_files import check_same_files
 from plop_dist.measure.aggregate import check_weights
 from plop_dist.measure.protocols import MicroBatch, ScorableModel
@@ -40,15 +41,17 @@ def run_rank(stages: Stages, wanted: Sequence[str], notify: Notify, *, force: bo
     """
     _be_quiet()
     with ranks.joined(stages.config) as rank, bounded_builds(stages.config.cluster.start_timeout_s):
-        check_same_files(stages)
+        hosts = check_same_files(stages)
         tell = notify if rank == 0 else _nothing
         for stage in wanted:
-            try:
-                _run_stage(stage, stages, tell, force)
-            except PlopError:
-                raise
-            except Exception as error:
-                raise WorkerError(f"rank {rank}: {stage} failed: {type(error).__name__}: {error}") from as_cause(error)
+            with naming_host(hosts, rank):
+                try:
+                    _run_stage(stage, stages, tell, force)
+                except PlopError:
+                    raise
+                except Exception as error:
+                    failed = f"rank {rank}: {stage} failed: {type(error).__name__}: {error}"
+                    raise WorkerError(failed) from as_cause(error)
 
 
 def _run_stage(stage: str, stages: Stages, notify: Notify, force: bool) -> None:
@@ -100,22 +103,27 @@ def score(stages: Stages, notify: Notify) -> Scores:
 
 
 def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
-    from plop_dist.backends.hf.load import check_vocabulary, load_hf_config, load_processor, load_tokenizer
+    from plop_dist.backends.hf.dtype import weights_dtype
+    from plop_dist.backends.hf.load import check_vocabulary, load_hf_config, load_processor, load_tokenizer, meta_model
     from plop_dist.backends.hf.own_class import reads_pairs
+    from plop_dist.backends.hf.positions import check_positions
 
-    data = config.data
+    data, hf_config = config.data, load_hf_config(config.model)
     tokenizer = load_tokenizer(config.model)
     rows = select_rows(load_rows(data.path, data.split), data)
     samples: Sequence[list[int]]
-    if reads_pairs(config.model, load_hf_config(config.model)):
+    if reads_pairs(config.model, hf_config):
         check_singly(config, "two texts, the encoder's and the decoder's")
         samples = PairSamples(rows, data, config.train.prompt_template, tokenizer)
     elif has_images(rows, data):
         check_singly(config, "images")
-        samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length))
+        dtype = weights_dtype(config.model, hf_config)
+        samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length, dtype=dtype))
     else:
         samples = tokenize(rows, data, tokenizer)
     check_vocabulary(config.model, max(map(max, filter(None, samples))))
+    longest = samples.longest if isinstance(samples, ReadSingly) else max(map(len, samples))
+    check_positions(config, hf_config, longest, lambda: meta_model(config.model, hf_config))
     return tokenizer, samples
 
 
@@ -185,6 +193,8 @@ def export(stages: Stages, notify: Notify) -> None:
             except ExportError as error:
                 raise explained(error, placement, target, wanted.engine, stages.config.placement) from error
             written += [f"exports/{target}/{name}" for name in export.files]
+            for kind, text in export.remarks:
+                notify("status", text=f"{kind}: export to {target}: {text}")
         stages.finish("export", written)
         notify("status", text=f"exported to {', '.join(written)}")
 

@@ -16,7 +16,7 @@ from plop_dist.rundir.stages import Stages
 from plop_dist.rundir.taken import mark_of
 
 PATHS = ("model.name_or_path", "model.checkpoint", "data.path", "train.data_path", "train.eval_path")
-_NFS_S = 5.0  # a network's file system shows some moments later what another host has written
+_NFS_WAIT_S = 5.0  # a network's file system shows some moments later what another host has written
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Seen:
 
 def seen_here(stages: Stages, mark: str | None = None) -> Seen:
     """Return what this process sees, after a moment if the run directory does not have this mark yet."""
-    until = time.monotonic() + _NFS_S
+    until = time.monotonic() + _NFS_WAIT_S
     while (found := mark_of(stages.run_dir.path)) != mark and mark is not None and time.monotonic() < until:
         time.sleep(0.2)
     there = {key: os.path.exists(value) for key in PATHS if (value := _value(stages.config, key)) is not None}
     return Seen(socket.gethostname(), found, there)
 
 
-def check_same_files(stages: Stages, first: Seen | None = None) -> None:
-    """Check that all ranks see the same files. Collective over the world.
+def check_same_files(stages: Stages, first: Seen | None = None) -> list[str]:
+    """Check that all ranks see the same files, and return the host of each rank. Collective over the world.
 
     first: what the driver sees; None: what rank 0 does. Raises RunDirError or ConfigError, on every rank alike, naming
     hosts and paths. A path that nobody sees may be a name on a hub: who loads it finds out.
@@ -46,7 +46,7 @@ def check_same_files(stages: Stages, first: Seen | None = None) -> None:
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
-        return
+        return [socket.gethostname()]
     first = ranks.agree(lambda: seen_here(stages)) if first is None else first
     everyone: list[Seen] = [first] * dist.get_world_size()
     dist.all_gather_object(everyone, seen_here(stages, first.mark))
@@ -64,6 +64,7 @@ def check_same_files(stages: Stages, first: Seen | None = None) -> None:
                 f"{key} '{_value(stages.config, key)}' is on {', '.join(dict.fromkeys(has))}, but not on "
                 f"{_hosts(lacks)}; put it at the same path on every host, or on storage that all of them share."
             )
+    return [seen.host for seen in everyone]
 
 
 def _value(config: Config, key: str) -> str | None:

@@ -9,18 +9,18 @@ from plop_dist.report.grid import Grid, show, show_line
 
 
 def print_comparison(found: Comparison, console: Console | None = None) -> None:
-    """Print every arm with its loss and what the first one gains over it, and the verdict."""
+    """Print every arm with its loss or reward, the first one gains over it, and the verdict."""
     grid = Grid(
         f"{found.measure} at {found.budget:,} parameters",
-        ["arm", ">rank", ">rate", ">loss", ">gain of first", "verdict"],
+        ["arm", ">rank", ">rate", f">{found.unit}", ">gain of first", "verdict"],
     )
     against = {one.against: one for one in found.comparisons}
     for arm in found.arms:
         one = against.get(arm.arm)
         rate = f"{arm.learning_rate:.2g}{'' if arm.bracketed else '*'}"
-        loss = "diverged" if arm.value is None else f"{arm.value:.4f}"
+        value = "diverged" if arm.value is None else f"{arm.value:.4f}"
         grid.rows.append(
-            [arm.arm, f"{arm.rank}", rate, loss, gain_text(one), "" if one is None else short(one.verdict)]
+            [arm.arm, f"{arm.rank}", rate, value, gain_text(one), "" if one is None else short(one.verdict)]
         )
     grid.highlighted.add(0)
     show(grid, console)

@@ -1,4 +1,4 @@
-"""The charts of a comparison, as places in percent: differences with their intervals, and losses by learning rate."""
+"""The charts of a comparison, as places in percent: differences with their intervals, and values by learning rate."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def forest_figure(found: Comparison) -> Forest:
 
 
 def rates_panel(found: Comparison) -> Panel | None:
-    """Return the loss of every arm by its learning rate, from the first seed; what stopped early is left out."""
+    """Return the value of every arm by its learning rate, from the first seed; what stopped early is left out."""
     lines = {}
     for arm in found.arms:
         seed = arm.runs[0].seed

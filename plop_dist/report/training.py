@@ -12,6 +12,26 @@ from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.trained import read_trained
 from plop_dist.rundir.training_log import read_log
 
+# Title of a panel -> what of the log it shows, by label; TRL's names
+_REWARDED = {
+    "reward": {"reward": "reward"},
+    "KL to the model without adapters, per token": {"kl": "KL"},
+    "share of tokens whose ratio is clipped": {
+        "clip_ratio/low_mean": "too low",
+        "clip_ratio/high_mean": "too high",
+        "cispo_clip_ratio": "too high (cispo)",
+    },
+    "log-probability of a token: sampler against trainer": {
+        "sampling/sampling_logp_difference/mean": "mean difference",
+        "sampling/sampling_logp_difference/max": "largest difference",
+    },
+    "importance weights of completions: trainer to sampler": {
+        "sampling/importance_sampling_ratio/min": "lowest",
+        "sampling/importance_sampling_ratio/mean": "mean",
+        "sampling/importance_sampling_ratio/max": "highest",
+    },
+}
+
 
 @dataclass(frozen=True)
 class Training:
@@ -36,7 +56,7 @@ def training_of(run_dir: RunDir) -> Training:
     labels = {"loss": "training loss", "held_out_loss": "held-out loss"}
     panels = (
         training_panel([*log, *_held_out(summary)], labels, _loss_title(summary)),
-        training_panel(log, {"reward": "reward"}, "reward"),
+        *(training_panel(log, labels, title) for title, labels in _REWARDED.items()),
         tracked_nfn_panel(log),
     )
     drawn = tuple(panel for panel in panels if panel is not None)

@@ -17,6 +17,8 @@ from plop_dist.rundir.talk import kept_apart
 from plop_dist.values.files import append_line
 from plop_dist.values.secret_texts import without_secrets
 
+_LAST_WAIT_S = 5.0
+
 logger = logging.getLogger("plop_dist")
 
 
@@ -113,7 +115,7 @@ def shown(events: Path, stream: TextIO | None = None) -> Iterator[None]:
             yield
         finally:
             ended.set()
-            thread.join(timeout=5)
+            thread.join(timeout=_LAST_WAIT_S)
 
 
 def _follow(events: Path, position: int, ended: threading.Event, display: EventDisplay) -> None:

@@ -20,7 +20,7 @@ def is_first_to_say(message: str) -> bool:
     rank speaks.
     """
     launch = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
-    same = re.sub(r"^rank \d+: ", "", message)
+    same = re.sub(r"^rank \d+( on \S+)?: ", "", message)
     key = hashlib.sha256("\0".join([*launch, str(os.getppid()), same]).encode()).hexdigest()[:32]
     directory = Path(tempfile.gettempdir(), f"plop-dist-said-{os.getuid()}")
     try:

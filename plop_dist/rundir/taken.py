@@ -26,8 +26,8 @@ from plop_dist.rundir.layout import unwritable
 from plop_dist.values.visible import say
 
 TAKEN = "in_use.json"
-BEAT_S = 2.0
-WATCHED_S = 5 * BEAT_S  # without a beat in this time the writer has ended
+WATCHED_WAIT_S = 10.0  # without a beat in this time the writer has ended
+BEAT_S = WATCHED_WAIT_S / 5
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def taken(path: Path, command: str, *, makes: bool = False) -> Iterator[None]:
 
     command: which of the program's, for the message. makes: whether it makes the directory where there is none; another
     command finds nothing there, and says so itself. Raises RunDirError, naming host, process and since when, where
-    another process has it; one that has ended is passed over, on another host after WATCHED_S without a sign of it.
+    another process has it; one that has ended is passed over, on another host after WATCHED_WAIT_S without a sign.
     """
     file, own = path / TAKEN, _own(command)
     if not makes and not path.exists():
@@ -144,7 +144,10 @@ def _lives(file: Path, other: dict[str, Any]) -> bool:
         return _is_running(other["process"]) and _start_of(other["process"]) == other.get("began")
     if _is_old(file):
         return False
-    say(f"waiting up to {WATCHED_S:g} s to see whether {_said(other)} still writes into {file.parent}", to_stderr=True)
+    say(
+        f"waiting up to {WATCHED_WAIT_S:g} s to see whether {_said(other)} still writes into {file.parent}",
+        to_stderr=True,
+    )
     return _changes(file) and _beats(file) is not None
 
 
@@ -152,12 +155,12 @@ def _is_old(file: Path) -> bool:
     """Tell whether the last beat is long ago, by a file made now; what is not there, or a link, never beats."""
     beats = _beats(file)
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.") as now:
-        return beats is None or os.fstat(now.fileno()).st_mtime_ns - beats[1] > WATCHED_S * 1e9
+        return beats is None or os.fstat(now.fileno()).st_mtime_ns - beats[1] > WATCHED_WAIT_S * 1e9
 
 
 def _changes(file: Path) -> bool:
-    """Tell whether something happens to a file within WATCHED_S, or has: it is not there."""
-    before, until = _beats(file), time.monotonic() + WATCHED_S
+    """Tell whether something happens to a file within WATCHED_WAIT_S, or has: it is not there."""
+    before, until = _beats(file), time.monotonic() + WATCHED_WAIT_S
     if before is None:
         return True
     while time.monotonic() < until:

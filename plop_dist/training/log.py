@@ -14,6 +14,16 @@ from plop_dist.errors import ConfigError, MissingExtraError, first_line
 from plop_dist.rundir.training_log import parse_entry
 from plop_dist.values.files import append_line, make_folder, remove, write_text
 
+# What the terminal shows of a step, and how it calls it.
+_SHOWN = {
+    "loss": "loss",
+    "reward": "reward",
+    "kl": "KL",
+    "clip_ratio/region_mean": "clipped",
+    "cispo_clip_ratio": "clipped",
+    "sampling/sampling_logp_difference/max": "sampler off by",
+}
+
 
 class TrainingLog:
     """Called with one dictionary per optimizer step; only rank 0 (the one with `notify`) writes anything."""
@@ -38,7 +48,7 @@ class TrainingLog:
             close()
 
     def __call__(self, entry: dict[str, Any]) -> None:
-        """Append one entry; its keys: step, loss, learning_rate, grad_norm, tokens_per_second, reward, nfn."""
+        """Append one entry: its step, numbers by name (train/log.jsonl in the README says which), and nfn by type."""
         if self._notify is None:
             return
         step = entry["step"]
@@ -51,7 +61,7 @@ class TrainingLog:
         for sink in self._sinks:
             sink(step, numbers)
         if "loss" in entry or "reward" in entry:
-            shown = ", ".join(f"{key} {entry[key]:.4f}" for key in ("loss", "reward") if key in entry)
+            shown = ", ".join(f"{label} {entry[key]:.4f}" for key, label in _SHOWN.items() if key in entry)
             self._notify("training", done=step, total=self._config.train.max_steps, note=shown)
 
     def _take_over_from(self, step: int) -> None:

@@ -129,10 +129,12 @@ def run_steps(
         for step in range(start, train.max_steps):
             try:
                 log(take_step(step))
-            except StepRefusedError:
+            except StepRefusedError as error:
                 if step > saved:
                     checkpoints.save(step, stateful.state(), progress)
-                raise
+                raise StepRefusedError(
+                    f"{error} The steps before this one are kept: run again to go on from them."
+                ) from error
             if tracker is not None and (step + 1) % (train.track_nfn_every or 1) == 0:
                 log({"step": step + 1, "nfn": tracker.score()})
             is_last, is_asked = step + 1 == train.max_steps, stopping.is_asked(engine.device)

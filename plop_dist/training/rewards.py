@@ -44,13 +44,13 @@ def has_final_form(text: str) -> bool:
     return _FINAL_FORM.search(text) is not None
 
 
-def load_rewards(names: Sequence[str], rows: Sequence[Row], answer_field: str) -> dict[str, Reward]:
+def load_rewards(names: Sequence[str], rows: Sequence[Row], answer_field: str, *, first: int = 1) -> dict[str, Reward]:
     """Return the rewards of train.rewards by their short names, checked against the training rows.
 
     A reward is called with prompts and completions, lists of text, and with every column of their rows as a list. One
     that has a parameter `answer_field` is told train.answer_field, the column with the reference answer.
-    names: as `config` has checked them. Raises ConfigError for a function that cannot be imported, and DataError for a
-    row without a reference answer.
+    names: as `config` has checked them. first: the number of the first row, for messages. Raises ConfigError for a
+    function that cannot be imported, and DataError for a row without a reference answer.
     """
     rewards: dict[str, Any] = {}
     for name in names:
@@ -61,7 +61,7 @@ def load_rewards(names: Sequence[str], rows: Sequence[Row], answer_field: str) -
                 "or not, that returns one number per completion."
             )
         if name == "builtin:number":
-            _check_answers(rows, answer_field)
+            _check_answers(rows, answer_field, first)
         if "answer_field" in _parameters(function):
             function = partial(function, answer_field=answer_field)
         rewards[name.rpartition(":")[2]] = function
@@ -147,8 +147,8 @@ def _imported(name: str) -> Any:
     return function
 
 
-def _check_answers(rows: Sequence[Row], field: str) -> None:
-    for number, row in enumerate(rows, start=1):
+def _check_answers(rows: Sequence[Row], field: str, first: int) -> None:
+    for number, row in enumerate(rows, start=first):
         if field not in row:
             raise DataError(
                 f"row {number} has no column '{field}', which builtin:number compares with; it has "

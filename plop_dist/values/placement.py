@@ -204,6 +204,12 @@ class Export:
     widened: tuple[str, ...] = field(default=())
     warnings: tuple[str, ...] = field(default=())
 
+    @property
+    def remarks(self) -> tuple[tuple[str, str], ...]:
+        """What is said of the export where it is written: ("note" or "warning", sentence) each."""
+        notes = (*self.notes, *(f"widened: {item}" for item in self.widened))
+        return (*(("note", note) for note in notes), *(("warning", warning) for warning in self.warnings))
+
 
 def _config(target: str, placement: Placement, options: Mapping[str, Any]) -> Any:
     try:

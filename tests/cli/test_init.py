@@ -14,8 +14,9 @@ import yaml
 
 from plop_dist.config.command_help import COMMANDS
 from plop_dist.config.loading import load_config, parse_config
-from plop_dist.config.schema import Config, VLLMConfig
+from plop_dist.config.schema import Config
 from plop_dist.config.starter import samples
+from plop_dist.config.vllm import VLLMConfig
 from plop_dist.registry import BACKENDS, EXPORTERS, names
 from tests.cli.cases import assert_one_message, plop_dist
 from tests.data.test_images import save_image

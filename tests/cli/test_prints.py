@@ -211,6 +211,7 @@ def test_nothing_of_a_library_is_on_stdout(finished: Path, tmp_path: Path, backe
     assert not [line for line in done.stdout.splitlines() if not ours.match(line)]
     of_progress = re.compile(
         r"plop-dist|reading|loading|preparing|writing|score:|place:|export:|took|Next:|\d+ samples|baselines of|"
-        r"samples scored|LoRA targets|warning:|exported to|Transformer Engine|No Transformer Engine|Megatron"
+        r"samples scored|LoRA targets|warning:|note: export to|exported to|Transformer Engine|No Transformer Engine|"
+        r"Megatron"
     )
     assert not [line for line in done.stderr.splitlines() if not of_progress.match(line)]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,6 @@ from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, DataError
 from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.stages import Stages
-from plop_dist.training.batch import count_targets
 from plop_dist.training.data import TrainingData
 from plop_dist.values.scores import Scores
 from tests.installed import needs_bridge
@@ -31,10 +33,17 @@ from tests.training.cases import KilledError, assert_equal, reference
 ARMS = ["lowest_k", "all", "mlp"]
 
 
-def make_config(directory: Path, run: str, compare: dict[str, Any] | None = None, **parallel: Any) -> Config:
+def make_config(
+    directory: Path,
+    run: str,
+    compare: dict[str, Any] | None = None,
+    placement: dict[str, Any] | None = None,
+    **parallel: Any,
+) -> Config:
     """Return a comparison of three arms by four steps of four rows each, whatever the number of replicas."""
     if not (directory / "model").is_dir():
         save_tiny("llama", directory / "model")
+    if not (directory / "rows.jsonl").is_file():
         rows = [{"question": f"{i} + {3 * i} = ", "answer": f"{4 * i}" * (1 + i % 3)} for i in range(40)]
         (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return parse_config(
@@ -42,7 +51,7 @@ def make_config(directory: Path, run: str, compare: dict[str, Any] | None = None
             "run_dir": str(directory / run),
             "model": {"name_or_path": str(directory / "model"), "dtype": "float32"},
             "data": {"path": str(directory / "rows.jsonl"), "template": "{question}{answer}", "num_samples": 4},
-            "placement": {"k": 2, "rank": 4, "alpha": 8},
+            "placement": {"k": 2, "rank": 4, "alpha": 8, **(placement or {})},
             "parallel": parallel,
             "train": {"method": "sft", "max_steps": 4, "learning_rate": 0.02, "seed": 5, "max_grad_norm": 0.3,
                       "micro_batch_size": 4 // parallel.get("dp", 1), "prompt_template": "{question}"},
@@ -93,14 +102,13 @@ def test_every_training_is_plain_peft_s_though_the_base_is_loaded_once(tmp_path:
         assert [run.seed for run in arm.runs] == [5, 6]
         for run in arm.runs:
             one = config.model_copy(update={"train": train.model_copy(update={"seed": run.seed})})
-            data = TrainingData(one, load_tokenizer(config.model))
-            expected = reference(tiny("llama"), one, candidate.placement, data, per_step=1)
-            targets = [count_targets({k: v[i : i + 1] for k, v in b.items()}) for b in data.held_out for i in range(4)]
-            odd, even = sum(targets[1::2]), sum(targets[::2])
-            assert run.value is not None
-            assert run.choosing is not None
-            mean = (run.value * odd + run.choosing * even) / (odd + even)
-            assert_equal(f"{arm.arm}, seed {run.seed}", mean, expected["held_out_after"])
+            assert (run.choosing is None) == (run.seed == 6)  # at further seeds nothing is chosen
+            for first, value in ((1, run.value), (0, run.choosing)):
+                if value is not None:
+                    data = TrainingData(one, load_tokenizer(config.model))
+                    data.held_out = [{name: rows[first::2] for name, rows in batch.items()} for batch in data.held_out]
+                    expected = reference(tiny("llama"), one, candidate.placement, data, per_step=1)
+                    assert_equal(f"{arm.arm}, seed {run.seed}", value, expected["held_out_after"])
     assert found.cost.steps == 3 * 2 * 4
     assert all(arm.cost.tokens_per_second > 0 and arm.cost.peak_memory_bytes > 0 for arm in found.arms)
 
@@ -140,21 +148,10 @@ def test_one_that_is_cut_off_goes_on_to_the_same_file(tmp_path: Path, killed_aft
     assert first.runs != second.runs
 
 
-def _zero(rank: int, directory: str, stage: int) -> dict[str, Any]:
-    config = scored(make_config(Path(directory), f"zero{stage}", backend="deepspeed", dp=2, zero_stage=stage))
-    return compare(config, quietly).model_dump(mode="json", by_alias=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, pytest.param(1, marks=pytest.mark.rare), 3])
-def test_zero_has_the_values_of_one_process(tmp_path: Path, stage: int) -> None:
-    expected = compare(scored(make_config(tmp_path, "one")), quietly)
-    for found in run_ranks(2, _zero, str(tmp_path), stage):
-        same(Comparison.model_validate(found), expected)
-
-
-def _sharded(rank: int, directory: str, run: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    config = scored(make_config(Path(directory), run, **parallel))
+def _sharded(
+    rank: int, directory: str, run: str, parallel: dict[str, Any], placement: dict[str, Any]
+) -> dict[str, Any]:
+    config = scored(make_config(Path(directory), run, placement=placement, **parallel))
     return compare(config, quietly).model_dump(mode="json", by_alias=True)
 
 
@@ -164,6 +161,9 @@ def _sharded(rank: int, directory: str, run: str, parallel: dict[str, Any]) -> d
     [
         pytest.param({"backend": "megatron", "tp": 2}, marks=needs_bridge),
         pytest.param({"backend": "megatron", "pp": 2}, marks=[needs_bridge, pytest.mark.rare]),
+        {"backend": "deepspeed", "dp": 2, "zero_stage": 2},
+        {"backend": "deepspeed", "dp": 2, "zero_stage": 3},
+        pytest.param({"backend": "deepspeed", "dp": 2, "zero_stage": 1}, marks=pytest.mark.rare),
         {"backend": "transformers", "dp": 2},
         pytest.param({"backend": "transformers", "tp": 2}, marks=pytest.mark.rare),
         pytest.param({"backend": "deepspeed", "tp": 2}, marks=pytest.mark.rare),
@@ -172,15 +172,56 @@ def _sharded(rank: int, directory: str, run: str, parallel: dict[str, Any]) -> d
     ids=lambda parallel: "-".join(map(str, parallel.values())),
 )
 def test_sharded_arms_have_the_values_of_one_process(tmp_path: Path, parallel: dict[str, Any]) -> None:
-    one = scored(make_config(tmp_path, "one"))
-    every = run_ranks(2, _sharded, str(tmp_path), "sharded", parallel)
-    # Of the same ranks, which Megatron has as multiples of tp.
-    (one.run_path / "scores.json").write_bytes((tmp_path / "sharded" / "scores.json").read_bytes())
-    samples = tmp_path / "sharded" / "samples.safetensors"
-    (one.run_path / samples.name).write_bytes(samples.read_bytes())
+    check_sharded(tmp_path, parallel, {})
+
+
+@pytest.mark.slow
+@pytest.mark.rare
+@needs_bridge
+def test_over_three_ranks_every_rank_is_a_multiple_of_three(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    found = check_sharded(tmp_path, {"backend": "megatron", "tp": 3}, {"k": 5, "rank": 12})
+    assert [arm.rank for arm in found.arms if arm.arm == "all"] == [12]
+    assert {arm.rank % 3 for arm in found.arms} == {0}
+
+
+def check_sharded(directory: Path, parallel: dict[str, Any], placement: dict[str, Any]) -> Comparison:
+    """Assert that a layout trains all arms as one process does, and return that one's comparison."""
+    one = scored(make_config(directory, "one", placement=placement))
+    num_ranks = math.prod(parallel.get(axis, 1) for axis in ("tp", "pp", "dp"))
+    every = run_ranks(num_ranks, _sharded, str(directory), "sharded", parallel, placement)
+    for name in ("scores.json", "samples.safetensors"):  # of the same ranks, which Megatron has as multiples of tp
+        (one.run_path / name).write_bytes((directory / "sharded" / name).read_bytes())
     expected = compare(one, quietly)
     for found in every:
         same(Comparison.model_validate(found), expected)
+    return expected
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_ends_with_the_same_file_when_it_is_run_again(tmp_path: Path) -> None:
+    options = {"rates": 2, "seeds": 3}
+    expected = compare(scored(make_config(tmp_path, "whole", options)), quietly)
+    config = make_config(tmp_path, "killed", options)
+    (tmp_path / "config.yaml").write_text(config.stored_yaml())
+    command = [sys.executable, "-m", "plop_dist.cli", "compare", str(tmp_path / "config.yaml")]
+    done = config.run_path / "compare"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 200
+        while len(list(done.glob("[!b]*.json"))) < 3 and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in done.glob("[!b]*.json")}
+    num_trainings = sum(len(arm.runs) for arm in expected.arms)
+    assert 3 <= len(before) < num_trainings
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert "those that are done already are kept" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # not one of them was trained again
+    found = Comparison.from_file(config.run_path / "compare.json")
+    measured = {"arms": {"__all__": {"cost"}}, "cost": {"seconds"}}
+    assert found.model_dump(exclude=measured) == expected.model_dump(exclude=measured)
 
 
 @pytest.mark.slow
@@ -220,14 +261,10 @@ def test_the_command_prints_a_table_and_a_sentence_and_keeps_what_is_done(tmp_pa
     ]
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [("none", "train.method is none, which trains nothing; set train.method=sft"), ("grpo", "train.method is grpo")],
-)
-def test_methods_that_cannot_be_compared_are_refused(tmp_path: Path, method: str, message: str) -> None:
+def test_a_configuration_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path, "run")
-    train = config.train.model_copy(update={"method": method})
-    with pytest.raises(ConfigError, match=message):
+    train = config.train.model_copy(update={"method": "none"})
+    with pytest.raises(ConfigError, match=r"train.method is none, which trains nothing; set train.method=sft or grpo"):
         check(config.model_copy(update={"train": train}))
 
 

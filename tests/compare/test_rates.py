@@ -45,3 +45,12 @@ def test_what_diverges_is_worse_than_all_and_ties_go_to_the_lower_rate() -> None
     assert order == [0, -1, 1, -2, -3]
     assert best_exponent({0: 1.0, -1: 1.0, 1: 1.0}) == -1
     assert not is_bracketed({0: math.inf, -1: math.inf, 1: math.inf})
+
+
+def test_rates_that_nothing_tells_apart_are_not_searched_further() -> None:
+    """As where no completion has earned a reward; what diverges at every rate is searched below."""
+    order, losses = search(lambda exponent: -0.25)
+    assert order == [0, -1, 1]
+    assert not is_bracketed(losses)
+    order, _ = search(lambda exponent: math.inf)
+    assert order == [0, -1, 1, -2, -3]

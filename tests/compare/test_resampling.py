@@ -126,5 +126,5 @@ def test_verdicts_say_what_is_missing() -> None:
     # With so many rows it is what it promises: a difference of the margin is found in 80% of comparisons.
     enough = Paired(0.0, of_rows=0.02**2 * 256 / 2014, of_seeds=1e-7, degrees=math.inf)
     assert enough.smallest_detectable == pytest.approx(0.02, rel=0.001)
-    assert margin_of(2.0, 1.0) == pytest.approx(0.05)
-    assert margin_of(2.0, 2.1) == pytest.approx(0.002)
+    assert margin_of(1.0, 0.002) == pytest.approx(0.05)
+    assert margin_of(-0.1, 0.002) == pytest.approx(0.002)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from plop_dist.config.loading import parse_config
 from plop_dist.exporters.exporter import find_exporter
+from plop_dist.launch.rank import export
+from plop_dist.rundir.stages import Stages
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import Projection
 from tests.exporters.cases import llama_projections, model_of, place, projection, projections_of, scores_of
@@ -160,3 +163,19 @@ def test_the_command_warns_on_stderr_and_in_json(tmp_path: Path):
     told = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
     assert json.loads(told.stdout)["warnings"] == [expected]
     assert json.loads((tmp_path / "exports" / "peft" / "export.json").read_text())["warnings"] == [expected]
+
+
+def test_a_run_tells_notes_and_warnings_of_what_it_exports(tmp_path: Path):
+    placement = chosen(("v_proj", "o_proj"))
+    placement.source.to_file(tmp_path / "scores.json")
+    placement.to_file(tmp_path / "placement.json")
+    keys = {"run_dir": str(tmp_path), "model": {"name_or_path": "unused"}, "data": {"path": "unused"}}
+    stages = Stages(parse_config({**keys, "export": {"targets": ["peft", "deepspeed"]}}))
+    told: list[str] = []
+    export(stages, lambda kind, **fields: told.append(fields["text"]))
+    [expected] = warnings_of(placement)
+    assert f"warning: export to peft: {expected}" in told
+    records = {t: json.loads((tmp_path / "exports" / t / "export.json").read_text()) for t in ("peft", "deepspeed")}
+    for target, record in records.items():
+        assert all(f"note: export to {target}: {note}" in told for note in record["notes"])
+    assert any(record["notes"] for record in records.values())

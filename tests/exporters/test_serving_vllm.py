@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,30 +20,21 @@ from tests.installed import HAS_BRIDGE
 from tests.models import random_tokens, save_tiny, tiny
 from tests.spawn import run_ranks
 from tests.training.cases import make_placement, run_engine
+from tests.vllm_server import PYTHON, environment, needs_vllm
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".cache" / "vllm" / "bin" / "python"
 # vLLM's attention on a CPU has no head of fewer features.
 SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 PROMPT: list[int] = random_tokens(1, 12)[0].tolist()
 
-pytestmark = [
-    pytest.mark.rare,
-    pytest.mark.skipif(
-        not PYTHON.exists(), reason="no vLLM: bash tests/exporters/vllm_environment.sh .cache/vllm makes it"
-    ),
-]
+pytestmark = [pytest.mark.rare, needs_vllm]
 
 
 def served(model: Path, adapters: Sequence[Path], max_rank: int = 16) -> dict[str, Any]:
     """Return what vLLM generates with the base model and with each adapter, by folder name."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
     script = Path(__file__).with_name("vllm_greedy.py")
     command = [str(PYTHON), str(script), str(model), str(max_rank), json.dumps(PROMPT), *map(str, adapters)]
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, cwd=model)
+    variables = environment(VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    told = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=500, cwd=model)
     assert told.returncode == 0, told.stderr[-3000:]
     return json.loads(told.stdout.splitlines()[-1])
 

@@ -51,13 +51,13 @@ class Case:
         path.write_text(yaml.safe_dump(self.tree(name, **sections)))
         return path
 
-    def assert_same_scores(self, name: str) -> None:
-        """Assert that the run's gains, baselines and NFNs are those of one process, to 1e-5."""
+    def assert_same_scores(self, name: str, rtol: float = 1e-5) -> None:
+        """Assert that the run's gains, baselines and NFNs are those of one process."""
         found = Scores.from_file(self.directory / name / "scores.json")
         assert [module.fqn for module in found.modules] == [module.fqn for module in self.scores.modules]
         for field in ("num_tokens", "gain", "baseline", "nfn"):
             got, expected = (np.array([getattr(m, field) for m in s.modules]) for s in (found, self.scores))
-            np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=field)
+            np.testing.assert_allclose(got, expected, rtol=rtol, err_msg=field)
 
 
 def make_case(directory: Path) -> Case:
@@ -98,12 +98,13 @@ def run(*command: str | Path, timeout_s: float = 330, **more: str) -> subprocess
 
 @contextmanager
 def session(
-    command: list[str], variables: dict[str, str], output: IO[str] | int = subprocess.PIPE
+    command: list[str], variables: dict[str, str], output: IO[str] | int = subprocess.PIPE, *, stdin: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
     """Start a command as the leader of its own process group; afterwards end it, and what is left of the group."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=output, stderr=output, text=True, start_new_session=True
-    )
+        command, cwd=ROOT, env=variables, stdout=output, stderr=output, text=True, start_new_session=True,
+        stdin=subprocess.PIPE if stdin else None,
+    )  # fmt: skip
     try:
         yield process
     finally:

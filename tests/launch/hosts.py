@@ -37,7 +37,7 @@ class Hosts:
     ) -> list[subprocess.CompletedProcess[str]]:
         """Run one command on each host, all at once."""
         variables = environment(**self.variables, **more)
-        with _all(self, commands, variables) as processes:
+        with all_at_once(self, commands, variables) as processes:
             said = [process.communicate(timeout=timeout_s) for process in processes]
         return [
             subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -75,12 +75,15 @@ def _skip_where_impossible() -> None:
 
 
 @contextmanager
-def _all(made: Hosts, commands: Sequence[Sequence[str | Path]], variables: dict[str, str]) -> Iterator[list]:
+def all_at_once(
+    made: Hosts, commands: Sequence[Sequence[str | Path]], variables: dict[str, str]
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start one command on each host, and end them afterwards."""
     if not commands:
         yield []
         return
     with (
         session(made.command(len(commands), *commands[-1]), variables) as last,
-        _all(made, commands[:-1], variables) as before,
+        all_at_once(made, commands[:-1], variables) as before,
     ):
         yield [*before, last]

@@ -30,12 +30,15 @@ class Head:
 
 
 @contextmanager
-def ray_head() -> Iterator[Head]:
-    """Start a Ray head and give drivers started in the block the token that it asks for; ended on leaving."""
+def ray_head(*options: str, num_cpus: int = 4, port: int | None = None, **more: str) -> Iterator[Head]:
+    """Start a Ray head and give drivers started in the block the token that it asks for; ended on leaving.
+
+    options: further ones of `ray start`. more: further variables of its environment.
+    """
     with pytest.MonkeyPatch.context() as variables:  # the drivers are this process and its children
         variables.setenv("RAY_AUTH_MODE", "token")
         variables.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
-        yield from _head()
+        yield from _head([*options, f"--num-cpus={num_cpus}"], port, more)
 
 
 def kill_rank_1_in_the_middle(run_dir: Path, kind: str, least: int, driver: subprocess.Popen[str]) -> None:
@@ -56,19 +59,19 @@ def wait_for(run_dir: Path, kind: str, least: int, driver: subprocess.Popen[str]
         time.sleep(0.01)
 
 
-def _head() -> Iterator[Head]:
-    port, dashboard, client, agent = free_ports(4)
+def _head(options: list[str], given_port: int | None, more: dict[str, str]) -> Iterator[Head]:
+    free, dashboard, client, agent = free_ports(4)
+    port = given_port or free
     with tempfile.TemporaryDirectory(
         prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
     ) as directory:  # short: sockets
         command = [
             str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
             f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
-            f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", f"--temp-dir={directory}",
-            "--disable-usage-stats",
+            f"--dashboard-agent-listen-port={agent}", f"--temp-dir={directory}", "--disable-usage-stats", *options,
         ]  # fmt: skip
         at_once = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # else it waits 30 s for peers when it is to end
-        with session(command, environment(**at_once), output=subprocess.DEVNULL) as process:
+        with session(command, environment(**at_once, **more), output=subprocess.DEVNULL) as process:
             url = f"http://127.0.0.1:{dashboard}"
             deadline = time.monotonic() + 90
             while not _answers(url):

@@ -28,6 +28,19 @@ def load(directory: Path, **options: Any) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(directory, **options).train()
 
 
+def train_in_one_process(model: Any, steps: Iterable[Tensor], learning_rate: float) -> list[float]:
+    """Train what requires a gradient by SGD, one batch of token ids a step; the losses are what layouts are held to."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    losses = []
+    for tokens in steps:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
 def train_ddp(directory: Path, call: Call) -> list[Tensor]:
     """Return losses and final parameters of a DDP loop."""
     model = nn.parallel.DistributedDataParallel(load(directory))

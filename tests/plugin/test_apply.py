@@ -18,7 +18,7 @@ import plop_dist
 from plop_dist.errors import LayoutError, ModelError, PlacementError, RunDirError
 from plop_dist.values.placement import Placement
 from tests.models import random_tokens, save_tiny, tiny
-from tests.plugin.hosts import load
+from tests.plugin.hosts import load, train_in_one_process
 from tests.spawn import run_ranks
 
 NUM_STEPS = 4
@@ -163,14 +163,7 @@ def test_two_ranks_train_like_one_process(tmp_path: Path) -> None:
     placement = placed(base)
     torch.manual_seed(7)
     model = get_peft_model(base, placement.to_peft(**OPTIONS))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    expected = []
-    for step in range(NUM_STEPS):
-        loss = model(input_ids=rows(step), labels=rows(step)).loss
-        loss.backward()
-        expected.append(float(loss.detach()))
-        optimizer.step()
-        optimizer.zero_grad()
+    expected = train_in_one_process(model, [rows(step) for step in range(NUM_STEPS)], LEARNING_RATE)
     assert expected[-1] != pytest.approx(expected[0], rel=1e-2), "nothing was trained"
     model.save_pretrained(str(tmp_path / "one"))
     reference = load_file(tmp_path / "one" / "adapter_model.safetensors")

@@ -17,7 +17,7 @@ import plop_dist
 from plop_dist.errors import ConfigError
 from tests.installed import needs_bridge
 from tests.models import random_tokens, save_tiny
-from tests.plugin.hosts import load
+from tests.plugin.hosts import load, train_in_one_process
 from tests.spawn import run_ranks
 
 NUM_STEPS = 3
@@ -142,14 +142,7 @@ def test_two_ranks_train_like_one_process(tmp_path: Path, tp: int) -> None:
     assert first == second
     base: Any = load(directory, attention_dropout=0.0)
     model: Any = PeftModel.from_pretrained(base, str(tmp_path / "start"), is_trainable=True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, expected = torch.optim.SGD(trained, lr=LEARNING_RATE), []
-    for step in range(NUM_STEPS):
-        loss = model(input_ids=rows(step), labels=rows(step)).loss
-        loss.backward()
-        expected.append(float(loss.detach()))
-        optimizer.step()
-        optimizer.zero_grad()
+    expected = train_in_one_process(model, [rows(step) for step in range(NUM_STEPS)], LEARNING_RATE)
     assert first == pytest.approx(expected, rel=1e-5)
     model.save_pretrained(str(tmp_path / "one"))
     start, found, wanted = (

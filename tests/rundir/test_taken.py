@@ -34,7 +34,7 @@ with home.taken(Path(sys.argv[1]), "run", makes=True):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(home, "BEAT_S", 0.2)
-    monkeypatch.setattr(home, "WATCHED_S", 1.5)
+    monkeypatch.setattr(home, "WATCHED_WAIT_S", 1.5)
 
 
 def holder(path: Path, machine: str) -> subprocess.Popen[str]:

@@ -223,6 +223,8 @@ def test_two_ranks_at_zero_2_teach_the_chosen_modules_alone(tmp_path: Path) -> N
         assert entry["reward"] == pytest.approx(entry["reward/variety"] + entry["reward/number"])
         assert entry["reward"] > 0
         assert entry["grad_norm"] > 0
+        assert 0 < entry["completion_length"] <= 6
+        assert entry["clip_ratio/region_mean"] == 0  # of the policy that has sampled
     assert result["reward_first"] == log[0]["reward"]
     assert result["reward_last"] == log[2]["reward"]
     assert result["num_steps"] == 3

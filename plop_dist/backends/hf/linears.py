@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from plop_dist.backends.hf.fused import parts_of
-from plop_dist.backends.hf.own_modules import named_modules, parameter_shape
+from plop_dist.backends.hf.own_modules import adapters_around, named_modules, parameter_shape
 from plop_dist.backends.hf.parts import part_finder, stream_finder
 from plop_dist.backends.hf.quantized.readers import add_readers
 from plop_dist.backends.hf.roles import Roles
@@ -45,13 +45,14 @@ from plop_dist.values.scores import ModelPart, Projection, Role, Storage
 class LinearModule:
     """A module computing y = W z (+ bias), and the logical projections that its output rows belong to.
 
-    is_transposed: the weight is stored as (I, O), as in Conv1D.
+    is_transposed: the weight is stored as (I, O), as in Conv1D. adapter: what PEFT has put around the module.
     """
 
     path: str
     module: nn.Module
     blocks: tuple[Block, ...]
     is_transposed: bool = False
+    adapter: nn.Module | None = None
 
 
 def find_linears(model: nn.Module) -> list[LinearModule]:
@@ -89,8 +90,11 @@ def find_linears(model: nn.Module) -> list[LinearModule]:
         else:
             blocks = tuple(_block(owner_path, part, rows, sizes, path, role) for part, rows in parts)
         found.append(LinearModule(path, module, blocks, is_transposed=own_storage == "conv1d"))
-    part_of, stream_of = part_finder(model), stream_finder(model)
-    return [_with_part(linear, part_of(linear.path), stream_of(linear.path)) for linear in found]
+    part_of, stream_of, around = part_finder(model), stream_finder(model), adapters_around(model)
+    return [
+        replace(_with_part(linear, part_of(linear.path), stream_of(linear.path)), adapter=around.get(linear.path))
+        for linear in found
+    ]
 
 
 def _with_part(linear: LinearModule, part: ModelPart, stream: str | None) -> LinearModule:

@@ -18,7 +18,12 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     In the place of a module that an adapter wraps stands the wrapped one, which the adapter's forward calls; what the
     adapter brings along is left out. Raises ModelError for a wrapper of an unknown kind.
     """
-    return {unwrapped(path): module for path, module in _walk(model, "", set())}
+    return {unwrapped(path): module for path, module, _ in _walk(model, "", set())}
+
+
+def adapters_around(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the outermost adapter around each module that one wraps, by the module's path in named_modules()."""
+    return {unwrapped(path): outer for path, module, outer in _walk(model, "", set()) if outer is not module}
 
 
 def parameter_shape(parameter: Any) -> tuple[int, ...]:
@@ -53,13 +58,13 @@ def without_adapters(model: Any) -> nn.Module:
     return tuner.model
 
 
-def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what named_modules() yields, in its order, each module once."""
-    module = _base_of(path, module)
+def _walk(outer: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield what named_modules() yields, in its order, each module once, and what stands in its place in the model."""
+    module = _base_of(path, outer)
     if id(module) in seen:
         return
     seen.add(id(module))
-    yield path, module
+    yield path, module, outer
     for name, child in module.named_children():
         yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
@@ -77,6 +82,6 @@ def _base_of(path: str, module: Any) -> nn.Module:
         module = module.base_layer
     if others is not None and isinstance(module, others.AuxiliaryTrainingWrapper):
         copies = getattr(module, "modules_to_save", None)
-        active = module.active_adapters
-        return copies[active[0]] if copies and active else module.original_module
+        active = [] if module.disable_adapters else module.active_adapters
+        return copies[active[0]] if copies and active and active[0] in copies else module.original_module
     return module

@@ -49,7 +49,7 @@ class LinearSite:
         gather: Gather | None = None,
         observe_last: bool = False,
     ) -> None:
-        self.path, self.module = linear.path, linear.module
+        self.path, self.module, self._adapter = linear.path, linear.module, linear.adapter
         self._base: Any = wrapped(linear.module)
         self.holding_module = self._base
         self.blocks: Sequence[Block] = linear.blocks
@@ -71,6 +71,8 @@ class LinearSite:
         Collective for a wrapped module whose parameters are partitioned.
         """
         handles: list[Any] = []
+        if self._adapter is not None and self._adapter is not self.module:
+            handles += _seen_through(self._adapter, self.module, self.path)
         products: list[list[Product]] = []  # of the call that is being observed, the last one
         kept = None
         if self._gather is not None and self._base is not self.module and self._base.bias is not None:
@@ -157,6 +159,37 @@ class LinearSite:
                 LocalWeight(block.projection, block.take_weight(weight), self._is_sharded, self._in_index)
                 for block in self.blocks
             )
+
+
+def _seen_through(adapter: nn.Module, module: nn.Module, path: str) -> list[Any]:
+    """Install hooks that raise ModelError for an adapter that has returned without a call of the module it wraps.
+
+    Such a one (PEFT's HRA, SHiRA, FROD) multiplies by weights of its own, and the module would have no score.
+    """
+    is_called = False
+
+    def begin(*_: Any) -> None:
+        nonlocal is_called
+        is_called = False
+
+    def note(*_: Any) -> None:
+        nonlocal is_called
+        is_called = True
+
+    def end(*_: Any) -> None:
+        if not is_called:
+            kind = type(adapter)
+            raise ModelError(
+                f"Module '{path}' is wrapped by {kind.__module__}.{kind.__name__}, which multiplies by another weight "
+                "instead of calling it, so that it has no norms; score the model before it is wrapped, or inside "
+                "model.disable_adapter()."
+            )
+
+    return [
+        adapter.register_forward_pre_hook(begin),
+        module.register_forward_pre_hook(note),
+        adapter.register_forward_hook(end),
+    ]
 
 
 def wrapped(module: Any) -> Any:

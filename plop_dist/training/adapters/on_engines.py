@@ -17,6 +17,7 @@ from plop_dist.training.adapters.on_hosts import broadcast_trained
 from plop_dist.training.adapters.peft_files import peft_tensors
 from plop_dist.training.adapters.placed import check_draws, check_options
 from plop_dist.training.adapters.saved import gather_tensors, whole_tensors
+from plop_dist.training.adapters.shards import FIRST_ADAPTER
 from plop_dist.training.adapters.stages import add_stage_adapters, clip_over_stages
 from plop_dist.training.adapters.tensor_parallel import add_adapters, added_shards
 from plop_dist.values.placement import Placement
@@ -64,7 +65,7 @@ def adapt_autotp(engine: Any, placement: Placement, peft_config: Any) -> Any:
 
     def adapt(module: Any) -> Any:
         add_adapters(module, placement, peft_config, tp_group, seed=agreed_seed())
-        module.peft_config = {"default": peft_config}
+        module.peft_config = {FIRST_ADAPTER: peft_config}
         return module
 
     # AutoTP would cut again what it has cut; the groups it made stay.
@@ -86,7 +87,7 @@ def adapt_pipeline(engine: Any, placement: Placement, peft_config: Any) -> Any:
         for layer in layers:
             if isinstance(layer, Head):
                 layer.lm_head = stage.lm_head
-        module.peft_config = {"default": peft_config}
+        module.peft_config = {FIRST_ADAPTER: peft_config}
         broadcast_trained(module, engine.grid.get_data_parallel_group())
         return module
 

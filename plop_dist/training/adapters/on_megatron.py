@@ -18,6 +18,7 @@ from plop_dist.training.adapters.initial import agreed_seed, set_initial
 from plop_dist.training.adapters.megatron_chunks import add_bridge_adapters, check_ranks, chunk_shards
 from plop_dist.training.adapters.placed import check_complete, check_draws, check_options, sizes_of
 from plop_dist.training.adapters.saved import gather_tensors, whole_tensors
+from plop_dist.training.adapters.shards import FIRST_ADAPTER
 from plop_dist.values.names import expert_index
 from plop_dist.values.placement import Placement
 
@@ -51,7 +52,7 @@ def adapt_megatron(model: Any, placement: Placement, peft_config: Any) -> Any:
     add_bridge_adapters(bare, peft)
     for chunk, mode in zip(bare, modes, strict=True):
         chunk.train(mode)
-        chunk.peft_config = {"default": peft_config}
+        chunk.peft_config = {FIRST_ADAPTER: peft_config}
     shards = chunk_shards(bare, conventional_names)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, [shard.fqn for shard in shards])

@@ -6,13 +6,11 @@ parallelism with train.engine plop; comparisons drive the steps themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from plop_dist.backends.hf.load import load_model, meta_model
 from plop_dist.backends.hf.model import pick_device
@@ -23,17 +21,15 @@ from plop_dist.training.adapters.initial import set_initial
 from plop_dist.training.adapters.placed import check_complete, lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
 from plop_dist.training.adapters.shards import peft_shards, remove_peft
-from plop_dist.training.batch import Batch, batch_loss, read_batch, row_losses
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.deepspeed import DeepSpeedOptimizer, training_engine
 from plop_dist.training.engines.optimizer import AdapterOptimizer
-from plop_dist.training.logits import Objective, Read
+from plop_dist.training.engines.whole_model import WholeModelEngine
 from plop_dist.training.loop import StepEngine
-from plop_dist.training.sums import grad_norm
 from plop_dist.values.placement import Placement
 
 
-class ReplicaEngine:
+class ReplicaEngine(WholeModelEngine):
     """An Engine over PEFT's layers in a whole model on every rank."""
 
     def __init__(self, config: Config, placement: Placement, base: nn.Module | None = None):
@@ -47,54 +43,24 @@ class ReplicaEngine:
             )
         self._config, self._placement = config, placement
         self._base: Any = load(config) if base is None else base
-        self._model: Any = get_peft_model(self._base, lora_config(placement, config))
-        self.shards = peft_shards(self._model)
+        self._trained: Any = get_peft_model(self._base, lora_config(placement, config))
+        self.shards = peft_shards(self._trained)
         check_complete([shard.fqn for shard in self.shards], placement)
         set_initial(self.shards, config.train.seed)
         self.dp_group: dist.ProcessGroup | None = dist.group.WORLD if dist.is_initialized() else None
         self.dp_rank, self.dp_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = next(self._base.parameters()).device
-        self._engine: Any = None
-        self.optimizer: AdapterOptimizer | DeepSpeedOptimizer
         if config.parallel.backend == "deepspeed" and dist.is_initialized():
-            self._engine, self.optimizer = training_engine(self._model, self.shards, config)
+            self._trained, self.optimizer = training_engine(self._trained, self.shards, config)
         else:
             self.optimizer = AdapterOptimizer(self.shards, config.train, self.dp_group)
 
-    def step(
-        self,
-        micro_batches: Sequence[Batch],
-        num_targets: int,
-        learning_rate: float,
-        objective: Objective | None = None,
-    ) -> tuple[float, float]:
-        """Run one optimizer step. See Engine."""
-        if self._engine is not None:
-            return self._deepspeed_step(micro_batches, num_targets, learning_rate, objective)
-        assert isinstance(self.optimizer, AdapterOptimizer)
-        self._model.train()
-        total = 0.0
-        for batch in micro_batches:
-            loss = batch_loss(self._model, batch, objective)
-            (loss / num_targets).backward()
-            total += float(loss.detach())
-        return total, self.optimizer.step(learning_rate, self.device)
-
-    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
-        """Return each row's loss without gradients. See Engine."""
-        return row_losses(self._evaluated(), micro_batches)
-
-    @torch.no_grad()
-    def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """Return what is read of each micro-batch's logits. See RewardedEngine."""
-        model = self._evaluated()
-        return [read_batch(model, batch, read) for batch in micro_batches]
-
     def generating(self) -> Any:
         """Return the model, which generates by itself; not where its weights are partitioned. See RewardedEngine."""
-        if self._engine is not None:
+        if isinstance(self.optimizer, DeepSpeedOptimizer):
             return None
-        return self._evaluated()
+        self._trained.eval()
+        return self._trained
 
     def tracked(self, with_head: bool) -> Tracked:
         """Return the model as it trains for scoring. See Engine."""
@@ -106,33 +72,9 @@ class ReplicaEngine:
 
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back, and leave the base model without adapters."""
-        if self._engine is not None:
-            self._engine.destroy()
+        if isinstance(self.optimizer, DeepSpeedOptimizer):
+            self._trained.destroy()
         remove_peft(self._base)
-
-    def _evaluated(self) -> Any:
-        model = self._model if self._engine is None else self._engine
-        model.eval()
-        return model
-
-    def _deepspeed_step(
-        self, micro_batches: Sequence[Batch], num_targets: int, learning_rate: float, objective: Objective | None
-    ) -> tuple[float, float]:
-        assert isinstance(self.optimizer, DeepSpeedOptimizer)
-        self.optimizer.set_learning_rate(learning_rate)
-        self._engine.train()
-        total = norm = 0.0
-        # DeepSpeed averages over micro-batches and replicas; the loss is a mean over tokens.
-        scale = len(micro_batches) * self.dp_size / num_targets
-        stage = self._config.parallel.zero_stage
-        for batch in micro_batches:
-            loss = batch_loss(self._engine, batch, objective)
-            total += float(loss.detach())
-            self._engine.backward(loss * scale)
-            if not stage and self._engine.is_gradient_accumulation_boundary():
-                norm = grad_norm(self.shards, self.device)  # in float32 without ZeRO DeepSpeed keeps none
-            self._engine.step()
-        return total, float(self._engine.get_global_grad_norm()) if stage else norm
 
 
 def load(config: Config) -> nn.Module:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plop_dist.backends.hf.load import load_model, meta_model
@@ -19,17 +18,16 @@ from plop_dist.training.adapters.placed import check_complete, lora_config
 from plop_dist.training.adapters.saved import save_peft_adapter
 from plop_dist.training.adapters.shards import remove_peft
 from plop_dist.training.adapters.tp_plan import add_planned, planned_shards
-from plop_dist.training.batch import Batch, batch_loss, read_batch, row_losses
 from plop_dist.training.engine import Tracked
 from plop_dist.training.engines.optimizer import AdapterOptimizer
-from plop_dist.training.logits import Objective, Read
+from plop_dist.training.engines.whole_model import WholeModelEngine
 from plop_dist.training.loop import StepEngine
 from plop_dist.values.placement import Placement
 
 Base = tuple[nn.Module, DeviceMesh]
 
 
-class HFTensorParallelEngine:
+class HFTensorParallelEngine(WholeModelEngine):
     """An Engine over a transformers model loaded with tp_plan="auto"."""
 
     def __init__(self, config: Config, placement: Placement, base: Base | None = None):
@@ -39,47 +37,20 @@ class HFTensorParallelEngine:
         self.dp_group: dist.ProcessGroup | None = mesh["dp"].get_group()
         self.dp_rank, self.dp_size = mesh["dp"].get_local_rank(), config.parallel.dp
         self.device = next(self._base.parameters()).device
-        self._model = add_planned(self._base, lora_config(placement, config))
-        self.shards = planned_shards(self._model, self._tp_group)
+        self._trained = add_planned(self._base, lora_config(placement, config))
+        self.shards = planned_shards(self._trained, self._tp_group)
         check_complete({shard.fqn for shard in self.shards}, placement)
         set_initial(self.shards, config.train.seed)
         self.optimizer = AdapterOptimizer(self.shards, config.train, self.dp_group)
 
-    def step(
-        self,
-        micro_batches: Sequence[Batch],
-        num_targets: int,
-        learning_rate: float,
-        objective: Objective | None = None,
-    ) -> tuple[float, float]:
-        """Run one optimizer step. See Engine."""
-        self._model.train()
-        total = 0.0
-        for batch in micro_batches:
-            loss = batch_loss(self._model, batch, objective)
-            (loss / num_targets).backward()
-            total += float(loss.detach())
-        return total, self.optimizer.step(learning_rate, self.device)
-
-    def row_losses(self, micro_batches: Sequence[Batch]) -> list[float]:
-        """Return each row's loss without gradients. See Engine."""
-        self._model.eval()
-        return row_losses(self._model, micro_batches)
-
-    @torch.no_grad()
-    def read_logits(self, micro_batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """Return what is read of each micro-batch's logits. See RewardedEngine."""
-        self._model.eval()
-        return [read_batch(self._model, batch, read) for batch in micro_batches]
-
     def generating(self) -> Any:
         """Return the model: every rank of a replica has its logits whole. See RewardedEngine."""
-        self._model.eval()
-        return self._model
+        self._trained.eval()
+        return self._trained
 
     def tracked(self, with_head: bool) -> Tracked:
         """Return the adapted model for scoring. See Engine."""
-        base = self._model.get_base_model()
+        base = self._trained.get_base_model()
         model = scorable(base, meta_model(self._config.model), self._tp_group, with_head)
         return Tracked(model, [base])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, first_line
 
-_TIMEOUT_S = 120
+_PROBE_WAIT_S = 120
 # Packages are looked for, not imported: some take minutes, or need a GPU.
 _PROBE = """
 import importlib.metadata as metadata, importlib.util as util, json, platform, sys
@@ -55,7 +55,7 @@ def interpreter_of(config: Config, packages: Sequence[str]) -> Interpreter:
     path = given or sys.executable
     try:
         done = subprocess.run(
-            [path, "-c", _PROBE, *packages], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            [path, "-c", _PROBE, *packages], capture_output=True, text=True, timeout=_PROBE_WAIT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _does_not_run(path, first_line(error)) from error

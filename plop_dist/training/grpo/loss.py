@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from plop_dist.config.schema import TrainConfig
+from plop_dist.training.grpo.metrics import Tally
 from plop_dist.training.logits import Batch, Logits, next_tokens
 
 # TRL's defaults, which its papers give
@@ -43,11 +44,12 @@ class Terms:
 
 
 class GRPOObjective:
-    """The Objective of a GRPO step, over micro-batches as rollout.collate makes them."""
+    """The Objective of a GRPO step, over the micro-batches of a rollout; `tally` has what it saw since it was taken."""
 
     def __init__(self, train: TrainConfig) -> None:
         self._train = train
-        self._token_loss, self._corrects = LOSSES[train.loss_type]
+        self._type = LOSSES[train.loss_type]
+        self.tally = Tally()
 
     def __call__(self, logits: Logits, batch: Batch) -> Tensor:
         """Return the weighted sum of the completions' token losses."""
@@ -74,12 +76,16 @@ class GRPOObjective:
             train.epsilon,
             high,
         )
-        losses = self._token_loss(terms)
-        if importance is not None and self._corrects:
+        losses = self._type.token_loss(terms)
+        if importance is not None and self._type.corrects:
             losses = losses * importance
         if "reference" in batch:
             # Times the ratio, its gradient is that of the reverse KL (TRL's use_bias_correction_kl).
-            losses = losses + train.beta * divergence(batch["reference"] - log_probabilities) * terms.ratio
+            kl = divergence(batch["reference"] - log_probabilities) * terms.ratio
+            self.tally.add("kl", kl, mask)
+            losses = losses + train.beta * kl
+        for name, values in self._type.metrics(terms).items():
+            self.tally.add(name, values, mask if values.shape == mask.shape else mask.any(dim=1, keepdim=True))
         return (losses * batch["weights"]).sum()
 
 
@@ -93,8 +99,21 @@ def _clipped(terms: Terms) -> Tensor:
     return -torch.min(terms.ratio * terms.advantages, bounded * terms.advantages)
 
 
+def _clip_ratios(terms: Terms) -> dict[str, Tensor]:
+    low = (terms.ratio < 1 - terms.epsilon_low) & (terms.advantages < 0)
+    high = (terms.ratio > 1 + terms.epsilon_high) & (terms.advantages > 0)
+    shares = {"low": _as_ratio(low, terms), "high": _as_ratio(high, terms), "region": _as_ratio(low | high, terms)}
+    ends = {"low_min": _of_rows(shares["low"], terms), "high_max": _of_rows(shares["high"], terms)}
+    return {f"clip_ratio/{name}": v for name, v in ({f"{key}_mean": v for key, v in shares.items()} | ends).items()}
+
+
 def _cispo(terms: Terms) -> Tensor:
     return -terms.ratio.clamp(max=terms.epsilon_high).detach() * terms.advantages * terms.log_probabilities
+
+
+def _cispo_clip_ratio(terms: Terms) -> dict[str, Tensor]:
+    clipped = (terms.ratio > terms.epsilon_high) & (terms.advantages > 0)
+    return {"cispo_clip_ratio": _as_ratio(clipped, terms)}
 
 
 def _sapo(terms: Terms) -> Tensor:
@@ -103,7 +122,11 @@ def _sapo(terms: Terms) -> Tensor:
 
 
 def _vespo(terms: Terms) -> Tensor:
-    """Return -phi(w) A log pi, where w is the sequence's ratio and log phi(w) = lambda + k log w - lambda w."""
+    return -_phi(terms) * terms.advantages * terms.log_probabilities
+
+
+def _phi(terms: Terms) -> Tensor:
+    """Return phi(w), where w is the sequence's ratio and log phi(w) = lambda + k log w - lambda w."""
     with torch.no_grad():
         log_w = (terms.log_ratio.clamp(-_HIGHEST_LOG, _HIGHEST_LOG) * terms.mask).sum(-1, keepdim=True)
         if terms.importance is not None:
@@ -112,20 +135,40 @@ def _vespo(terms: Terms) -> Tensor:
         is_good = terms.advantages >= 0
         k = torch.where(is_good, _VESPO_K[True], _VESPO_K[False])
         decay = torch.where(is_good, _VESPO_LAMBDA[True], _VESPO_LAMBDA[False])
-        phi = torch.exp(decay + k * log_w - decay * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return -phi * terms.advantages * terms.log_probabilities
+        return torch.exp(decay + k * log_w - decay * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-# name -> the token's loss, and whether the sampler's importance weights multiply it (VESPO's own weight has them)
-LOSSES: dict[str, tuple[Callable[[Terms], Tensor], bool]] = {
-    "grpo": (_clipped, True),
-    "bnpo": (_clipped, True),
-    "dr_grpo": (_clipped, True),
-    "dapo": (_clipped, True),
-    "luspo": (_clipped, True),
-    "cispo": (_cispo, True),
-    "sapo": (_sapo, True),
-    "vespo": (_vespo, False),
+def _as_ratio(flags_bs: Tensor, terms: Terms) -> Tensor:
+    """Return flags of tokens, (b, s) float, or of completions, (b, 1), where the ratio is theirs."""
+    flags_bs = flags_bs & (terms.mask > 0)
+    return flags_bs.float() if terms.ratio.shape == flags_bs.shape else flags_bs.any(dim=1, keepdim=True).float()
+
+
+def _of_rows(values: Tensor, terms: Terms) -> Tensor:
+    """Return each completion's mean over its tokens, (b, 1)."""
+    if values.shape != terms.mask.shape:
+        return values
+    return (values * terms.mask).sum(dim=1, keepdim=True) / terms.mask.sum(dim=1, keepdim=True).clamp(min=1.0)
+
+
+@dataclass(frozen=True)
+class LossType:
+    """A token's loss, (b, s), and what is logged of it by TRL's names, (b, s) or (b, 1).
+
+    corrects: whether the sampler's importance weights multiply it (VESPO's own weight has them).
+    """
+
+    token_loss: Callable[[Terms], Tensor]
+    metrics: Callable[[Terms], dict[str, Tensor]]
+    corrects: bool = True
+
+
+_CLIPPED = LossType(_clipped, _clip_ratios)
+LOSSES: dict[str, LossType] = {
+    **dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo", "luspo"), _CLIPPED),
+    "cispo": LossType(_cispo, _cispo_clip_ratio),
+    "sapo": LossType(_sapo, lambda terms: {}),
+    "vespo": LossType(_vespo, lambda terms: {"vespo/phi_seq_mean": _of_rows(_phi(terms), terms)}, corrects=False),
 }
 
 

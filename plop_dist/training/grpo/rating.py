@@ -55,7 +55,7 @@ class Rater:
         _check_alike(every)
         failed = [entry["failed"] for entry in every if entry["failed"] is not None]
         if failed:
-            raise StepRefusedError(f"{failed[0]} The steps before this one are kept: run again to go on from them.")
+            raise StepRefusedError(failed[0])
         rated = {place: found for entry in every for place, found in entry["rated"].items()}
         in_order = [rated[place] for place in range(len(rated))]
         return torch.tensor([rewards for rewards, _ in in_order]), [length for _, length in in_order]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plop_dist import ranks
 from plop_dist.config.schema import Config
 from plop_dist.data.texts import token_ids
 from plop_dist.errors import DataError
@@ -22,6 +21,7 @@ from plop_dist.training.data import Endless, RowSet
 from plop_dist.training.engine import RewardedEngine
 from plop_dist.training.grpo.advantages import advantages_of, deviations, total_rewards
 from plop_dist.training.grpo.loss import token_weights
+from plop_dist.training.grpo.metrics import Tally, add_sampler
 from plop_dist.training.grpo.rating import Rater
 from plop_dist.training.logits import Logits, next_tokens
 from plop_dist.training.loop import micro_batch_indices
@@ -57,7 +57,7 @@ class Rollouts:
                 f"{row_set.data.path}: row {empty}: the prompt has no token, so that nothing predicts a completion's "
                 "first; give it text (train.prompt_template), or leave the row out."
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._tally = tokenizer, Tally()
         per_step = self._train.micro_batch_size * self._train.gradient_accumulation_steps * self._dp
         self._order = Endless(range(len(prompts)), self._train.seed, per_step // self._train.num_generations)
 
@@ -79,8 +79,9 @@ class Rollouts:
             self._batch(prompts[start : start + size], completions[start : start + size], advantages, sum(lengths))
             for start in range(0, len(prompts), size)
         ]
-        gap = self._read_policies(batches, completions)
-        return Rollout(batches, {**self._entry(rewards, totals, lengths), **gap})
+        self._read_policies(batches, completions)
+        metrics = self._tally.take(engine.dp_rank)
+        return Rollout(batches, {**self._entry(rewards, totals, lengths), **metrics})
 
     def _batch(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], advantages: Tensor, num_tokens: int
@@ -101,12 +102,11 @@ class Rollouts:
                  "advantages": advantages_bs, "position_ids": torch.arange(longest).repeat(shape[0], 1)}  # fmt: skip
         return to_device(batch, self._engine.device)
 
-    def _read_policies(self, batches: Sequence[Batch], completions: Sequence[Completion]) -> dict[str, float]:
+    def _read_policies(self, batches: Sequence[Batch], completions: Sequence[Completion]) -> None:
         """Add to the micro-batches what other policies than the one in training say of their tokens.
 
         `old`: the one that training begins this generation with, where that is not the first step's own answer;
-        `reference`: the model without adapters; `importance`: old / sampler, where another program has sampled. Returns
-        by how much these two differ at most, for the log.
+        `reference`: the model without adapters; `importance`: old / sampler, where another program has sampled.
         """
         engine, train = self._engine, self._train
         is_foreign = completions[0].log_probabilities is not None
@@ -118,19 +118,18 @@ class Rollouts:
                 found = engine.read_logits(batches, self._log_probabilities)
             for batch, reference in zip(batches, found, strict=True):
                 batch["reference"] = reference
-        return self._weigh(batches, completions) if is_foreign else {}
+        if is_foreign:
+            self._weigh(batches, completions)
 
-    def _weigh(self, batches: Sequence[Batch], completions: Sequence[Completion]) -> dict[str, float]:
-        gaps = [0.0]
+    def _weigh(self, batches: Sequence[Batch], completions: Sequence[Completion]) -> None:
         for index, batch in enumerate(batches):
             mask_bs, sampled_bs = batch["weights"] > 0, torch.zeros_like(batch["weights"])
             size = len(mask_bs)
             for row, completion in enumerate(completions[index * size : (index + 1) * size]):
                 sampled_bs[row, mask_bs[row]] = torch.tensor(completion.log_probabilities, device=sampled_bs.device)
-            difference_bs = (batch["old"] - sampled_bs).where(mask_bs, 0.0).nan_to_num(nan=0.0)
-            gaps.append(float(difference_bs.abs().max()))
-            batch["importance"] = importance_weights(difference_bs)
-        return {"sampler_gap": max(ranks.gathered(max(gaps)))}
+            difference_bs = (batch["old"] - sampled_bs).where(mask_bs, 0.0)
+            batch["importance"] = importance_weights(difference_bs.nan_to_num(nan=0.0))
+            add_sampler(self._tally, difference_bs, batch["importance"], mask_bs)
 
     def _log_probabilities(self, logits: Logits, batch: Batch) -> Tensor:
         return logits.log_probabilities(next_tokens(batch["labels"]), self._train.temperature)

@@ -16,6 +16,7 @@ from plop_dist import ranks
 from plop_dist.errors import RunDirError
 from plop_dist.training.batch import Batch, row_losses
 from plop_dist.training.engine import Log
+from plop_dist.training.grpo.metrics import is_metric
 from plop_dist.training.loop import evaluate
 from plop_dist.values.files import write_text
 
@@ -37,9 +38,10 @@ class LogCallback(TrainerCallback):
             return
         speed = (state.num_input_tokens_seen - self._num_tokens) / (time.perf_counter() - self._began)
         entry: dict[str, Any] = {"step": state.global_step, "tokens_per_second": float(speed)}
-        for key in ("loss", "learning_rate", "grad_norm", "reward", "reward_std", "kl"):
-            if logs.get(key) is not None:
-                entry[key] = float(logs[key])
+        ours = ("loss", "learning_rate", "grad_norm", "reward", "reward_std")
+        entry |= {key: float(v) for key, v in logs.items() if v is not None and (key in ours or is_metric(key))}
+        if logs.get("completions/mean_length") is not None:
+            entry["completion_length"] = float(logs["completions/mean_length"])
         means = {key.split("/")[1]: value for key, value in logs.items() if re.fullmatch(r"rewards/.+/mean", key)}
         if len(means) > 1:
             entry |= {f"reward/{name}": float(value) for name, value in means.items() if value is not None}

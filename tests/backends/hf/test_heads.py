@@ -138,6 +138,23 @@ def test_what_does_not_generate_has_no_task_that_asks_for_it(name: str) -> None:
     assert adapted_by(model, placement.to_peft()) == set(placement.modules)
 
 
+@pytest.mark.parametrize("name", ["XLMForQuestionAnsweringSimple", "FlaubertForQuestionAnswering"])
+def test_a_task_is_known_by_its_head_wherever_that_stands_in_the_name(name: str) -> None:
+    own: Any = getattr(transformers, name)
+    fields = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 128, "n_words": 128, "pad_index": 0}
+    model = own(own.config_class(**fields)).eval()
+    batch = {"input_ids": torch.randint(4, 99, (2, 9))}
+    scores = plop_dist.score(model, [batch], exclude=())
+    assert not [module.fqn for module in scores.modules if module.fqn.startswith("qa_outputs")]
+    placement = place(scores, rank=2)
+    peft_config: Any = placement.to_peft()
+    assert peft_config.task_type == "QUESTION_ANS"
+    assert adapted_by(model, peft_config) == set(placement.modules)
+    ends = torch.tensor([1, 2])
+    loss = get_peft_model(model, peft_config)(**batch, start_positions=ends, end_positions=ends).loss
+    assert loss.isfinite()
+
+
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers_are_scored_below_their_heads_and_have_their_task(tmp_path: Path, name: str) -> None:
     fields, task = CLASSIFIERS[name]
@@ -216,3 +233,33 @@ def test_an_encoder_decoder_model_needs_both_texts_and_a_layout_that_keeps_them_
     config = config_in(tmp_path, train={"method": "sft", "eval_samples": 1, "prompt_template": "{question}\n"})
     problems = build_plan(config).verdict.problems
     assert any("is a T5ForConditionalGeneration; set train.method=none" in problem for problem in problems), problems
+
+
+LONG = {
+    "GPT2LMHeadModel": ({"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4, **IDS}, 16),
+    "OPTForCausalLM": ({"max_position_embeddings": 16, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2,
+                        "num_attention_heads": 4, "word_embed_proj_dim": 32, **IDS}, 16),
+    "RobertaForCausalLM": ({**BERT, "max_position_embeddings": 18, "is_decoder": True, **IDS, "pad_token_id": 1}, 16),
+    "GPTJForCausalLM": ({"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, **IDS}, 16),
+    "BartForConditionalGeneration": ({**BART, "max_position_embeddings": 16}, 16),
+    "LlamaForCausalLM": ({**LLAMA, "max_position_embeddings": 16}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_texts_longer_than_the_table_of_places_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, name: str
+) -> None:
+    fields, most = LONG[name]
+    saved(tmp_path, name, fields)
+    config = config_in(tmp_path, train={"prompt_template": "{question}\n"})
+    if most is None:
+        assert build_plan(config).verdict.is_ok
+        assert scored(config).data.num_tokens > 3 * 16
+        return
+    for step in (lambda: build_plan(config), lambda: scored(config)):
+        with pytest.raises(DataError, match=rf"has places for {most} alone; set data\.max_length={most}, or"):
+            step()
+    shorter = config.model_copy(update={"data": config.data.model_copy(update={"max_length": most})})
+    assert build_plan(shorter).verdict.is_ok
+    assert scored(shorter).modules

@@ -11,13 +11,16 @@ import pytest
 import torch
 from peft import (
     AdaptionPromptConfig,
+    HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
     LoraModel,
     OFTConfig,
     PromptTuningConfig,
+    ShiraConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -189,6 +192,41 @@ def test_a_method_that_wraps_more_than_linears_is_refused() -> None:
     config = AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
     with pytest.raises(ModelError, match=r"AdaptionPromptModel, which changes more .*before it is wrapped"):
         plop_dist.score(get_peft_model(tiny("llama"), config), BATCHES)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HRAConfig(target_modules=["q_proj"], r=2),
+        ShiraConfig(target_modules=["q_proj"], r=2),
+        LNTuningConfig(target_modules=["q_proj"]),  # a copy of the whole linear
+    ],
+    ids=["hra", "shira", "copy"],
+)
+def test_an_adapter_that_multiplies_in_the_place_of_its_linear_is_refused(config: Any) -> None:
+    model: Any = get_peft_model(tiny("llama"), config)
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.q_proj' is wrapped by peft\..* another weight inst"):
+        plop_dist.score(model, BATCHES)
+    with model.disable_adapter():
+        scores = plop_dist.score(model, BATCHES)
+    assert {module.fqn: module.nfn for module in scores.modules} == pytest.approx(
+        {module.fqn: module.nfn for module in plain().modules}, rel=1e-5
+    )
+
+
+def test_a_module_that_is_trained_whole_is_scored_as_it_runs() -> None:
+    model: Any = get_peft_model(tiny("llama"), LoraConfig(target_modules=["v_proj"], modules_to_save=["down_proj"]))
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].mlp.down_proj.modules_to_save.default.weight.mul_(
+            torch.linspace(0, 3, 64)[:, None]
+        )
+    fqn = "model.layers.0.mlp.down_proj"
+    trained = {module.fqn: module.gain for module in plop_dist.score(model, BATCHES).modules}
+    with model.disable_adapter():
+        base = {module.fqn: module.gain for module in plop_dist.score(model, BATCHES).modules}
+    expected = {module.fqn: module.gain for module in plain().modules}
+    assert base == pytest.approx(expected, rel=1e-5)
+    assert trained[fqn] != pytest.approx(expected[fqn], rel=1e-2)
 
 
 def test_an_unknown_wrapper_is_refused() -> None:

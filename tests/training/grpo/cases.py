@@ -13,6 +13,7 @@ from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.registry import SAMPLERS
 from plop_dist.training.engine import RewardedEngine
+from plop_dist.training.grpo.metrics import is_metric
 from plop_dist.training.samplers.sampler import Completion, Prompt
 from plop_dist.training.train import train
 from tests.models import random_tokens
@@ -36,6 +37,9 @@ class GivenSampler:
             ids = random_tokens(1, 1 + key * 7 % self._most, seed=key)[0].tolist()
             made.append(Completion(ids))
         return made
+
+    def close(self) -> None:
+        """Hold nothing. See Sampler."""
 
 
 def variety(completions: list[str], **columns: Any) -> list[float]:
@@ -107,7 +111,10 @@ def _recording(address: str, sampled: dict[tuple[int, int], list[int]]) -> Any:
 def check_equal(
     found: dict[str, Any], expected: dict[str, Any], directory: Path, family: str, keys: Sequence[str] = KEYS
 ) -> None:
-    """Assert that entries are those of the other run, and that the adapter, loaded in plain PEFT, is its adapter."""
+    """Assert that entries are those of the other run, and that the adapter, loaded in plain PEFT, is its adapter.
+
+    keys: what is compared of the entries; by default all metrics too.
+    """
     from peft import PeftModel
 
     from tests.models import tiny
@@ -115,7 +122,8 @@ def check_equal(
     assert [entry["step"] for entry in found["entries"]] == [entry["step"] for entry in expected["entries"]][
         -len(found["entries"]) :
     ]
-    for key in keys:
+    metrics = [key for key in expected["entries"][-1] if is_metric(key)] if keys is KEYS else []
+    for key in (*keys, *metrics):
         values = [entry[key] for entry in expected["entries"]][-len(found["entries"]) :]
         if key == "loss" and max(map(abs, values)) < 1e-3:
             values = [value + 1.0 for value in values]  # the first loss on new completions is advantages that cancel

@@ -1,4 +1,4 @@
-"""GRPO's loss and gradient, by loss type, equal TRL's on the same tokens; advantages too."""
+"""GRPO's loss, gradient and metrics, by loss type, equal TRL's on the same tokens; advantages too."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from plop_dist.config.schema import TrainConfig
 from plop_dist.training.batch import batch_loss
 from plop_dist.training.grpo.advantages import advantages_of, total_rewards
 from plop_dist.training.grpo.loss import LOSSES, GRPOObjective, token_weights
+from plop_dist.training.grpo.metrics import Tally, add_sampler, is_metric
 from plop_dist.training.logits import IGNORED
 from tests.models import random_tokens, tiny, tiny_tokenizer
 
@@ -107,6 +108,8 @@ def test_loss_and_gradient_are_trls(trainer: Any, loss_type: str, level: str, sa
         values["importance"] = torch.ones(shape)
 
     model.zero_grad()
+    trainer._metrics["train"].clear()
+    model.train()
     expected = trainer._compute_loss(model, _theirs(tokens, values, advantages))
     expected.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -118,15 +121,36 @@ def test_loss_and_gradient_are_trls(trainer: Any, loss_type: str, level: str, sa
     batch = _ours(tokens, values, advantages, train)
     if not sampled_elsewhere:
         batch.pop("importance")
-    plain = tiny("llama")
-    loss = batch_loss(plain, batch, GRPOObjective(train))
+    plain, objective = tiny("llama"), GRPOObjective(train)
+    loss = batch_loss(plain, batch, objective)
     loss.backward()
+    told = {name: value for name, [value] in trainer._metrics["train"].items() if is_metric(name)}
+    assert "kl" in told
+    assert objective.tally.take(dp_rank=0) == pytest.approx(told, rel=1e-5, abs=1e-7)
+    assert objective.tally.take(dp_rank=0) == {}
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5, abs=1e-6)
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     assert scale > 0
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_the_samplers_differences_are_those_of_tokens_and_completions() -> None:
+    mask = torch.tensor([[False, True, True, True], [False, True, False, False]])
+    difference = torch.tensor([[9.0, 0.25, torch.nan, -0.5], [9.0, -0.75, 9.0, 9.0]])
+    importance = torch.tensor([[0.5] * 4, [2.0] * 4])
+    tally = Tally()
+    for row in (0, 1):  # micro-batches of one completion: of the first, two tokens are told
+        add_sampler(tally, difference[row : row + 1], importance[row : row + 1], mask[row : row + 1])
+    assert tally.take(dp_rank=0) == {
+        "sampling/sampling_logp_difference/mean": 0.5, "sampling/sampling_logp_difference/max": 0.75,
+        "sampling/importance_sampling_ratio/min": 0.5, "sampling/importance_sampling_ratio/mean": 1.25,
+        "sampling/importance_sampling_ratio/max": 2.0,
+    }  # fmt: skip
+    add_sampler(tally, difference[:1, 2:3], importance[:1], mask[:1, 2:3])
+    # Differences of which the server has told none are not logged.
+    assert all("importance" in name for name in tally.take(dp_rank=0))
 
 
 REWARDS = torch.tensor(

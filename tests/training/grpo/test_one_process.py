@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from plop_dist.errors import ConfigError, DataError
+from plop_dist.training.grpo.metrics import is_metric
 from plop_dist.training.train import check_trainable, engine_name
 from tests.models import save_tiny, tiny
 from tests.training.cases import make_placement
@@ -70,6 +71,12 @@ def test_a_whole_run_is_trls_on_the_same_tokens(directory: Path, monkeypatch: py
     for key in ("reward", "reward_std"):  # TRL logs them of the first step on new completions alone
         expected = [entry[key] for entry in theirs["entries"] if key in entry]
         assert [entry[key] for entry in ours["entries"][::2]] == pytest.approx(expected, rel=1e-5)
+    for mine, trls in zip(ours["entries"], theirs["entries"], strict=True):
+        names = {name for name in trls if is_metric(name)}
+        assert names == {name for name in mine if is_metric(name)}
+        # A mean over the step's tokens, where TRL has the mean of two micro-batches' means.
+        assert [mine[name] for name in names] == pytest.approx([trls[name] for name in names], rel=0.3, abs=1e-6)
+    assert theirs["entries"][-1]["kl"] > 1e-5
 
 
 def test_a_reward_that_fails_names_the_row_and_loses_no_step(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

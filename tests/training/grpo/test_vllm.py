@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
@@ -40,16 +41,29 @@ def test_the_server_gets_each_steps_adapter_and_agrees_with_the_trainer(director
         found = _run(directory, server, temperature=0.8, num_iterations=1)
     assert [entry["step"] for entry in found["entries"]] == [1, 2, 3]
     for entry in found["entries"]:
-        assert entry["sampler_gap"] < 1e-4
+        assert entry["sampling/sampling_logp_difference/max"] < 1e-4
+        assert entry["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
         assert entry["grad_norm"] > 0
     loads = [line.partition(" ")[::2] for line in server.history]
     names = [name for kind, name in loads if kind == "load"]
     assert [name.partition("-")[2] for name in names] == ["check", "step-0", "step-1", "step-2"]
-    assert [name for kind, name in loads if kind == "unload"] == names[:-1]
-    assert set(server.loaded) == {names[-1]}
+    assert [name for kind, name in loads if kind == "unload"] == names
+    assert not server.loaded
     with serving(StandIn(directory / "model", processed=True)) as server:
         again = _run(directory, server, "again", temperature=0.8)
     assert again["sampled"] == found["sampled"]
+
+
+@pytest.mark.slow
+def test_a_server_that_answers_for_another_policy_shows_in_the_log(directory: Path) -> None:
+    with serving(StandIn(directory / "model", off_by=-0.125)) as server:
+        found = _run(directory, server, max_steps=1)
+    [entry] = found["entries"]
+    for end in ("mean", "max"):
+        assert entry[f"sampling/sampling_logp_difference/{end}"] == pytest.approx(0.125, abs=1e-4)
+    weights = sorted(math.exp(0.125 * len(ids)) for ids in found["sampled"].values())
+    for end, expected in {"min": weights[0], "mean": sum(weights) / len(weights), "max": weights[-1]}.items():
+        assert entry[f"sampling/importance_sampling_ratio/{end}"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_importance_weights_are_trls() -> None:
