@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -166,7 +167,8 @@ def _name_interface(address: str, everyone: list[str]) -> None:
     interface = interface_with(address)
     if interface is None or is_loopback(address):
         raise ConfigError(
-            f"rank {rank()} finds no network interface that reaches {others[0]}, and its host's name leads to itself; "
+            f"rank {rank()} on {socket.gethostname()} finds no network interface that reaches {others[0]}, and its "
+            "host's name leads to itself; "
             "set GLOO_SOCKET_IFNAME to the interface's name (ip -brief address)."
         )
     os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -175,16 +177,18 @@ def _name_interface(address: str, everyone: list[str]) -> None:
 def _no_group(error: Exception, config: Config) -> str:
     """Return what is wrong with the launcher's address, in one message for all that can be."""
     address = f"{os.environ.get('MASTER_ADDR', '(unset)')}:{os.environ.get('MASTER_PORT', '(unset)')}"
-    text = str(error)
+    text, own = str(error), f"rank {rank()}"
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(config.parallel.world_size):
+        own += f" on {socket.gethostname()}"
     if "EADDRINUSE" in text:
         return (
-            f"MASTER_PORT: rank {rank()} cannot listen on {address}, because another process does; give the launcher a "
+            f"MASTER_PORT: {own} cannot listen on {address}, because another process does; give the launcher a "
             "free port (torchrun --master-port, deepspeed --master_port, or the variable MASTER_PORT)."
         )
     if "environment variable" in text:
-        return f"rank {rank()} cannot join the others: {first_line(error)}; start the ranks with torchrun or alike."
+        return f"{own} cannot join the others: {first_line(error)}; start the ranks with torchrun or alike."
     return (
-        f"rank {rank()} of {config.parallel.world_size} cannot join the others at {address} (MASTER_ADDR, MASTER_PORT) "
+        f"{own} of {config.parallel.world_size} ranks cannot join the others at {address} (MASTER_ADDR, MASTER_PORT) "
         f"within cluster.timeout_s ({config.cluster.timeout_s:g}): {first_line(error)}; start all ranks, and give an "
         "address that they reach."
     )

@@ -53,7 +53,8 @@ def vllm_serving(model: Path, log: Path, *flags: str, updating: bool = True) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1",
-               "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", *flags]  # fmt: skip
+               "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16",
+               *flags]  # fmt: skip
     variables = environment(VLLM_ALLOW_RUNTIME_LORA_UPDATING=str(updating))
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -91,6 +91,14 @@ VLMS: dict[str, tuple[str, dict[str, Any]]] = {
             "audio_config": None, "image_token_id": IMAGE, "boi_token_id": BEGIN, "eoi_token_id": END,
         },
     ),
+    "idefics3": (
+        "Idefics3ForConditionalGeneration",
+        {
+            "text_config": {"model_type": "llama", **_TEXT},
+            "vision_config": {**_VISION, "image_size": 28, "patch_size": 7},
+            "image_token_id": IMAGE, "scale_factor": 2, "pad_token_id": 0,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -145,6 +153,9 @@ def _tokenizer(family: str) -> Any:
     named = {"image_token": image, "boi_token": begin, "eoi_token": end, "video_token": other}
     if family == "gemma4":  # whose processor asks for them without audio too
         named |= {"audio_token": "<unk>", "boa_token": "<s>", "eoa_token": "</s>"}
+    if family == "idefics3":
+        named |= {"fake_image_token": begin, "image_boundary_token": begin, "global_image_token": other,
+                  "end_of_utterance_token": end}  # fmt: skip
     tokenizer.init_kwargs["extra_special_tokens"] = named
     tokenizer._set_model_specific_special_tokens(named)
     return tokenizer
@@ -156,6 +167,7 @@ _TOKENS = {
     "mistral3": ("[IMG]", "[IMG_BREAK]", "[IMG_END]", "<v>"),
     "gemma3": ("<image_soft_token>", "<start_of_image>", "<end_of_image>", "<v>"),
     "gemma4": ("<|image|>", "<|image>", "<image|>", "<|video|>"),
+    "idefics3": ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"),
 }
 
 
@@ -208,7 +220,14 @@ def _gemma4(tokenizer: Any) -> tuple[Any, str]:
     return Gemma4Processor(Gemma4AudioFeatureExtractor(), images, tokenizer, Gemma4VideoProcessor()), "<|image|>"
 
 
+def _idefics3(tokenizer: Any) -> tuple[Any, str]:
+    from transformers import Idefics3ImageProcessor, Idefics3Processor
+
+    images = Idefics3ImageProcessor(size={"longest_edge": 28}, max_image_size={"longest_edge": 28})
+    return Idefics3Processor(images, tokenizer, image_seq_len=4), "<image>"
+
+
 _PROCESSORS = {
     "llava": _llava, "gemma3": _gemma3, "qwen2_5_vl": _qwen, "qwen3_vl": _qwen3, "qwen3_5": _qwen3,
-    "mistral3": _mistral3, "gemma4": _gemma4,
+    "mistral3": _mistral3, "gemma4": _gemma4, "idefics3": _idefics3,
 }  # fmt: skip

@@ -63,7 +63,7 @@ class TrainConfig(Section):
     sampler: Annotated[str, NameOf(SAMPLERS, also=("auto",))] = Field(
         default="auto",
         description="GRPO, engines plop and trl: who writes the completions; model: the one being trained; auto: vllm "
-        "where train.vllm.url is given, else model.",
+        "where train.vllm.url is given, else model. vllm without an url: a server is started with train.engine_python.",
     )
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"] = Field(
         default="dapo", description="GRPO: the loss, by TRL's names."
@@ -88,7 +88,7 @@ class TrainConfig(Section):
     engine_python: Location | None = Field(
         default=None,
         min_length=1,
-        description="Python of the environment in which that engine is installed; null: this one.",
+        description="Python of the environment with that engine, or with a vLLM to be started; null: this one.",
     )
     rewards: list[Annotated[str, NameOrFunction(REWARDS)]] = Field(
         default=["builtin:number"],

@@ -23,10 +23,13 @@ class VLLMConfig(Section):
     mode: Literal["server", "colocate"] = Field(
         default="server", description="colocate: inside the trainer's own process (engine trl)."
     )
-    tensor_parallel_size: AxisSize = Field(default=1, description="Of a colocated vLLM.")
-    gpu_memory_utilization: Share = Field(default=0.3, description="Of a colocated vLLM.")
-    max_model_len: Count | None = Field(default=None, description="Of a colocated vLLM; null: the model's.")
+    tensor_parallel_size: AxisSize = Field(default=1, description="Of a vLLM that the run starts.")
+    gpu_memory_utilization: Share = Field(default=0.3, description="Of a vLLM that the run starts.")
+    max_model_len: Count | None = Field(default=None, description="Of a vLLM that the run starts; null: the model's.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: the server's own, and of a colocated vLLM the model's; others are refused."
+        default="auto",
+        description="Of a vLLM that the run starts; auto: the model's. Refused with a server at url.",
     )
-    timeout_s: Seconds = Field(default=240, description="Longest wait for the server's completions of one step.")
+    timeout_s: Seconds = Field(
+        default=240, description="Longest wait for a server's completions of one step, and for one that is started."
+    )

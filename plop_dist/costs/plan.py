@@ -80,6 +80,7 @@ def build_plan(config: Config) -> Plan:
     from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head
     from plop_dist.backends.hf.own_class import reads_pairs
     from plop_dist.backends.hf.placing import is_placed, plan_placing
+    from plop_dist.backends.hf.positions import check_positions
     from plop_dist.backends.hf.quantized.loadable import check_quantized
     from plop_dist.backends.hf.stored_weights import check_stored_weights
     from plop_dist.backends.hf.whole import whole_sites
@@ -92,6 +93,8 @@ def build_plan(config: Config) -> Plan:
     has_pairs = reads_pairs(config.model, hf_config)
     data, facts, tokenizer = _look_at_data(config, has_pairs)
     model = meta_model(config.model, hf_config)
+    if facts is not None and facts.longest is not None:
+        check_positions(config, hf_config, facts.longest, lambda: model)
     stored = check_stored_weights(config.model, model)
     absent = [note for note in stored if note.startswith("No weights")]
     notes += [note for note in stored if note not in absent]
@@ -220,14 +223,14 @@ def _look_at_data(config: Config, has_pairs: bool) -> tuple[DataPlan, DataFacts 
         check_singly(config, "two texts, the encoder's and the decoder's")
         pairs = PairSamples(rows, data, config.train.prompt_template, tokenizer)
         plan = DataPlan(data.path, len(rows), sum(map(len, pairs)), max(map(len, pairs)), render(rows[0], 1, data))
-        return plan, DataFacts(len(every), None), tokenizer
+        return plan, DataFacts(len(every), None, pairs.longest), tokenizer
     if has_images(rows, data):
         return _look_at_images(config, rows, len(every))
     whole = [len(sample) for sample in tokenize(rows, data.model_copy(update={"max_length": _UNCUT}), tokenizer)]
     lengths = [min(length, data.max_length) for length in whole]
     first = render(rows[0], 1, data, tokenizer)
     plan = DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
-    return plan, DataFacts(len(every), tuple(whole)), tokenizer
+    return plan, DataFacts(len(every), tuple(whole), max(lengths)), tokenizer
 
 
 def _look_at_images(config: Config, rows: Sequence[Row], num_rows: int) -> tuple[DataPlan, DataFacts, Any]:
@@ -240,7 +243,7 @@ def _look_at_images(config: Config, rows: Sequence[Row], num_rows: int) -> tuple
     lengths = tuple(map(len, ImageSamples(read)))
     first = read.text(0, len(images_of(rows[0], 1, data)))
     plan = DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
-    return plan, DataFacts(num_rows, lengths), processor
+    return plan, DataFacts(num_rows, lengths, max(lengths)), processor
 
 
 def _short(text: str, most: int = 100) -> str:

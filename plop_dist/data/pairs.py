@@ -44,6 +44,11 @@ class PairSamples(ReadSingly):
         self._written = token_ids(rests, data, tokenizer, max_length=data.max_length, is_target=True)
         super().__init__([read + written for read, written in zip(self._read, self._written, strict=True)])
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest text, an encoder's or a decoder's."""
+        return max(map(len, (*self._read, *self._written)))
+
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
         """Return one sample: the encoder's tokens, and as labels what the decoder is to write."""
         index = indices[0] if indices else 0

@@ -23,12 +23,21 @@ class ImageRows:
     """Rows with images, read one by one: how many there are at once says memory, not the number of rows.
 
     processor: the checkpoint's; max_length: what a row is cut to. first: the number of the first row, for messages.
+    dtype: the model's, which features of 16 bits are given in: models convert those of 32 alone.
     """
 
     def __init__(
-        self, rows: Sequence[Row], data: DataConfig, processor: Any, max_length: int, *, first: int = 1
+        self,
+        rows: Sequence[Row],
+        data: DataConfig,
+        processor: Any,
+        max_length: int,
+        *,
+        first: int = 1,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.rows, self.data, self.processor, self.max_length, self.first = rows, data, processor, max_length, first
+        self._dtype = dtype
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,9 +92,15 @@ class ImageRows:
         return self._cut(found, counts, where)
 
     def is_placeholder(self, input_ids: Tensor) -> Tensor:
-        """Return which tokens, (..., s) bool, stand for a part of an image."""
-        marks = [torch.tensor(self.processor.create_mm_token_type_ids([row])[0]) for row in _rows(input_ids)]
-        return (torch.stack(marks) != 0).view(input_ids.shape)
+        """Return which tokens, (..., s) bool, stand for a part of an image. Raises DataError where nothing says it."""
+        ids = _placeholder_ids(self.processor)
+        if not ids:
+            raise DataError(
+                f"{self.data.path}: the rows have images, but the processor ({type(self.processor).__name__}) does not "
+                "say which tokens stand for them (image_token_id); leave data.images_field out, or score in your own "
+                "job, by plop_dist.score(model, batches)."
+            )
+        return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
 
     def _no_place(self, where: str) -> DataError:
         names = " or ".join(map(repr, _placeholders(self.processor))) or "its image token"
@@ -107,10 +122,14 @@ class ImageRows:
             )
         length = ids.shape[1]
         return {
-            name: value[:, : self.max_length] if name in _PER_TOKEN and value.shape[1] == length else value
+            name: value[:, : self.max_length] if name in _PER_TOKEN and value.shape[1] == length else self._given(value)
             for name, value in found.items()
             if isinstance(value, Tensor)
         }
+
+    def _given(self, value: Tensor) -> Tensor:
+        is_short = value.is_floating_point() and value.element_size() < 4
+        return value.to(self._dtype) if is_short and self._dtype is not None else value
 
 
 class ImageSamples(ReadSingly):
@@ -151,8 +170,10 @@ class ImageSamples(ReadSingly):
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
-def _rows(input_ids: Tensor) -> list[list[int]]:
-    return input_ids.reshape(-1, input_ids.shape[-1]).tolist()
+def _placeholder_ids(processor: Any) -> list[int]:
+    # Not by create_mm_token_type_ids, which asks for lengths of images in some (SmolVLM, Idefics3).
+    kinds = (getattr(processor, f"{kind}_token_ids", None) or () for kind in ("image", "video", "audio"))
+    return [token for ids in kinds for token in ids if isinstance(token, int)]
 
 
 def _placeholders(processor: Any) -> list[str]:

@@ -26,6 +26,11 @@ class ReadSingly(Sequence[list[int]]):
     def __getitem__(self, index: Any) -> Any:
         return self._ids[index]
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest text that the model reads in one piece."""
+        return max(map(len, self._ids))
+
     def check_uniform(self) -> None:
         """Raise DataError where forward passes that are collective over replicas would not run the same modules."""
 

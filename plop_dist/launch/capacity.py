@@ -15,7 +15,7 @@ from ray._private import state  # what single nodes have free, and drivers: noth
 
 _COUNTED = ("CPU", "GPU")
 _STATIC = re.compile(r"node_[0-9a-f]{40,}|")  # what a monitor that may not start nodes calls those that are there
-_SECONDS_FOR_HOLDERS = 5
+_HOLDERS_WAIT_S = 5
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,19 @@ def living_nodes() -> list[Node]:
     ]
 
 
-def autoscales() -> bool:
-    """Tell whether the cluster starts nodes by itself: whether its nodes have types that an autoscaler gave them."""
+def autoscales() -> bool | None:
+    """Tell whether the cluster starts nodes by itself: whether its nodes have types that an autoscaler gave them.
+
+    None where nothing watches over its nodes yet: on Kubernetes the autoscaler comes up beside the head, later than it.
+    """
     types: set[str] = set()
+    is_watched = False
     with suppress(Exception):  # what either version of the autoscaler leaves is for Ray's own tools
         from ray.experimental.internal_kv import _internal_kv_get
 
         report = json.loads(_internal_kv_get("__autoscaling_status") or b"{}").get("autoscaler_report") or {}
+        is_watched = bool(report)
+        types.update((report.get("node_type_mapping") or {}).values())
         pending = [node[1] for node in report.get("pending_nodes") or []]
         types.update(report.get("active_nodes") or {}, report.get("pending_launches") or {}, pending)
     with suppress(Exception):
@@ -62,7 +68,8 @@ def autoscales() -> bool:
 
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
         types.update(node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes))
-    return any(not _STATIC.fullmatch(name) for name in types)
+    grows = any(not _STATIC.fullmatch(name) for name in types)
+    return grows if grows or is_watched else None
 
 
 def holders() -> list[str]:
@@ -75,7 +82,7 @@ def holders() -> list[str]:
             address=ray.get_runtime_context().gcs_address,
             filters=[("state", "=", "ALIVE")],
             detail=True,
-            timeout=_SECONDS_FOR_HOLDERS,
+            timeout=_HOLDERS_WAIT_S,
             raise_on_missing_output=False,
         )
         for actor in alive:

@@ -1,13 +1,15 @@
-"""Ray Train's process group, on hosts too whose own name leads nowhere else."""
+"""Ray Train's process group: refused where torch cannot use a GPU, joined where a host's name leads nowhere else."""
 
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import ray
 from ray.train.torch import TorchConfig
 
+from plop_dist.errors import ConfigError
 from plop_dist.values.interface import interface_with, is_loopback, name_is_loopback
 
 
@@ -22,8 +24,22 @@ class GroupConfig(TorchConfig):
 
 class _Group(TorchConfig().backend_cls):  # type: ignore[misc]  # the class is known by this property alone
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        if "nccl" in backend_config.backend:
+            worker_group.execute(_check_gpu)
         worker_group.execute(_name_interface)
         super().on_start(worker_group, backend_config)
+
+
+def _check_gpu() -> None:
+    """Raise ConfigError where torch cannot use the GPU that Ray has given this worker."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"cluster.gpus_per_worker: Ray gives each worker a GPU, but torch {torch.__version__} on "
+            f"{socket.gethostname()} can use none; install torch for CUDA and its driver there, or set "
+            "cluster.gpus_per_worker=0."
+        )
 
 
 def _name_interface() -> None:

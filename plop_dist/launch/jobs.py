@@ -8,6 +8,8 @@ import os
 import shlex
 import shutil
 import signal
+import socket
+import ssl
 import sys
 import tempfile
 import time
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import ray
 from ray.exceptions import RayError
@@ -122,24 +124,13 @@ def _refused(address: str) -> Iterator[None]:
 
 
 def _client(address: str) -> JobSubmissionClient:
-    """Return Ray's client, once something that speaks HTTP has answered. Raises ConfigError saying what is wrong."""
+    """Return Ray's client, once something that can be a Ray has answered. Raises ConfigError saying what is wrong."""
     close_token()
-    url = urlsplit(address)
+    url = urlsplit(address if "://" in address else f"//{address}")
     if url.scheme in ("http", "https"):
-        try:
-            urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_DASHBOARD_WAIT_S).close()
-        except urllib.error.HTTPError:
-            pass  # it is there, and may ask for a token
-        except http.client.HTTPException as error:
-            raise _no_dashboard(address, "what listens there is no web server") from error
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, ConnectionResetError):
-                raise _no_dashboard(address, "what listens there is no web server") from error
-            raise ConfigError(
-                f"--address {address} cannot be reached: {first_line(reason)}; is Ray running there, with its "
-                "dashboard on an address for others (ray start --head --dashboard-host=0.0.0.0)?"
-            ) from error
+        _check_dashboard(address)
+    elif url.scheme in ("", "ray") and address != "auto":
+        _check_node(address, url)
     try:
         return JobSubmissionClient(address)
     except (RayError, OSError, RuntimeError, ValueError) as error:
@@ -149,6 +140,49 @@ def _client(address: str) -> JobSubmissionClient:
                 "one that Ray was started with there (its ~/.ray/auth_token)."
             ) from error
         raise
+
+
+def _check_dashboard(address: str) -> None:
+    """Raise ConfigError where what answers is not Ray's dashboard."""
+    try:
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_DASHBOARD_WAIT_S).close()
+    except urllib.error.HTTPError as error:  # it is there, and may ask for a token
+        if error.code == http.HTTPStatus.NOT_FOUND:
+            raise _no_dashboard(address, "what answers there is another web server, without /api/version") from error
+    except http.client.HTTPException as error:
+        raise _no_dashboard(address, "what listens there is no web server") from error
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ConnectionResetError):
+            raise _no_dashboard(address, "what listens there is no web server") from error
+        if isinstance(reason, ssl.SSLError):
+            raise _no_dashboard(address, f"{first_line(reason)}; does it want http:// instead?") from error
+        raise _unreachable(address, reason) from error
+
+
+def _check_node(address: str, url: SplitResult) -> None:
+    """Raise ConfigError where nothing listens at host:port, or a web server does: Ray would wait for half a minute."""
+    try:
+        host, port = url.hostname, url.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise _no_dashboard(address, "it is not http://HOST:PORT")
+    try:
+        socket.create_connection((host, port), timeout=_DASHBOARD_WAIT_S).close()
+    except OSError as error:
+        raise _unreachable(address, error) from error
+    with suppress(http.client.HTTPException, OSError):  # it is no web server, and may be a Ray
+        with suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(f"http://{url.netloc}/api/version", timeout=_DASHBOARD_WAIT_S).close()
+        raise _no_dashboard(address, f"a web server listens there; write http://{url.netloc}")
+
+
+def _unreachable(address: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"--address {address} cannot be reached: {first_line(error)}; is Ray running there, with its dashboard on an "
+        "address for others (ray start --head --dashboard-host=0.0.0.0)?"
+    )
 
 
 def _no_dashboard(address: str, why: str) -> ConfigError:

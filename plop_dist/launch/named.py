@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from plop_dist.errors import PlopError, UserError
 
 _OTHERS_WAIT_S = 5.0  # ranks of one collective fail within moments of each other
+_OTHERS_READ_S = 0.5  # how long rank 0, whose store it is, stays for them
 _RANK = re.compile(r"rank (\d+): ")
 
 
@@ -42,7 +44,7 @@ def _named(error: PlopError, hosts: Sequence[str], rank: int) -> str:
 
 
 def _silent_ranks(world_size: int) -> list[int]:
-    """Return which ranks do not say within moments that they live; none where the store itself does not answer.
+    """Return which ranks do not say within moments that they live; rank 0 where its store does not answer.
 
     Every rank that fails comes here. gloo's own messages do not name who is missing where a link was cut.
     """
@@ -50,21 +52,21 @@ def _silent_ranks(world_size: int) -> list[int]:
 
     if not dist.is_initialized():
         return []
-    own, silent = dist.get_rank(), list[int]()
+    own, everyone = dist.get_rank(), range(world_size)
+    silent = [] if own == 0 else [0]
+    key = "plop-dist/failed/{}".format
 
     def ask() -> None:
-        # Public ways to a store make another one.
-        store = dist.distributed_c10d._get_default_store()
-        key = "plop-dist/failed/{}".format
-        try:
+        store = dist.distributed_c10d._get_default_store()  # public ways to a store make another one
+        with suppress(RuntimeError):  # its host is gone, or cannot be reached
             store.set(key(own), "1")
-            with_others = [key(rank) for rank in range(world_size)]
             try:
-                store.wait(with_others, timedelta(seconds=_OTHERS_WAIT_S))
+                store.wait([key(rank) for rank in everyone], timedelta(seconds=_OTHERS_WAIT_S))
+                silent.clear()
             except RuntimeError:
-                silent.extend(rank for rank in range(world_size) if not store.check([key(rank)]))
-        except RuntimeError:  # its host is gone, or cannot be reached
-            silent.clear()
+                silent[:] = [rank for rank in everyone if not store.check([key(rank)])]
+            if own == 0:
+                time.sleep(_OTHERS_READ_S)
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()

@@ -103,22 +103,27 @@ def score(stages: Stages, notify: Notify) -> Scores:
 
 
 def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
-    from plop_dist.backends.hf.load import check_vocabulary, load_hf_config, load_processor, load_tokenizer
+    from plop_dist.backends.hf.dtype import weights_dtype
+    from plop_dist.backends.hf.load import check_vocabulary, load_hf_config, load_processor, load_tokenizer, meta_model
     from plop_dist.backends.hf.own_class import reads_pairs
+    from plop_dist.backends.hf.positions import check_positions
 
-    data = config.data
+    data, hf_config = config.data, load_hf_config(config.model)
     tokenizer = load_tokenizer(config.model)
     rows = select_rows(load_rows(data.path, data.split), data)
     samples: Sequence[list[int]]
-    if reads_pairs(config.model, load_hf_config(config.model)):
+    if reads_pairs(config.model, hf_config):
         check_singly(config, "two texts, the encoder's and the decoder's")
         samples = PairSamples(rows, data, config.train.prompt_template, tokenizer)
     elif has_images(rows, data):
         check_singly(config, "images")
-        samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length))
+        dtype = weights_dtype(config.model, hf_config)
+        samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length, dtype=dtype))
     else:
         samples = tokenize(rows, data, tokenizer)
     check_vocabulary(config.model, max(map(max, filter(None, samples))))
+    longest = samples.longest if isinstance(samples, ReadSingly) else max(map(len, samples))
+    check_positions(config, hf_config, longest, lambda: meta_model(config.model, hf_config))
     return tokenizer, samples
 
 

@@ -34,7 +34,7 @@ def wait_for_room(config: Config, per_worker: Mapping[str, float], notify: Any, 
                 _say_torn(found, nodes, group_size, notify)
                 return found
             now, grows = time.monotonic(), autoscales()
-            if not again and not grows and _exceeds(nodes, per_worker, world_size):
+            if not again and grows is False and _exceeds(nodes, per_worker, world_size):
                 raise LayoutError(
                     f"{_wanted(config, per_worker)}, which is more than the Ray cluster has: "
                     f"{_shown(nodes, per_worker)}; {_remedy(per_worker)}, or add nodes."
@@ -64,10 +64,12 @@ def _exceeds(nodes: list[Node], per_worker: Mapping[str, float], world_size: int
     )
 
 
-def _missing(config: Config, per_worker: Mapping[str, float], nodes: list[Node], grows: bool) -> str:
+def _missing(config: Config, per_worker: Mapping[str, float], nodes: list[Node], grows: bool | None) -> str:
     """Return what cannot be placed and why."""
     if grows:
         why = "the cluster is asked to start nodes"
+    elif grows is None:
+        why = "Ray does not say yet whether the cluster starts nodes by itself"
     elif sum(node.room(per_worker, when_idle=True) for node in nodes) < config.parallel.world_size:
         why = f"the nodes could not take them if all were idle: {_remedy(per_worker)}, or add nodes"
     else:

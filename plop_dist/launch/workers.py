@@ -135,10 +135,20 @@ class _Attempts:
             except PlopError:
                 raise
             except Exception as error:  # Ray wraps what workers raise in classes of its own, version by version
-                if _found_no_room(error):
-                    continue  # others were faster: wait_for_room goes on, and ends it in time
+                if _found_no_room(error):  # others were faster, or nodes have gone
+                    if time.monotonic() < until:
+                        continue
+                    return WorkerError(
+                        f"Ray has not placed {len(hosts)} workers on {', '.join(dict.fromkeys(hosts))} within "
+                        f"cluster.start_timeout_s ({self.config.cluster.start_timeout_s:g} s), where they had room: "
+                        "nodes come and go, or others were faster each time (ray status)."
+                    )
                 raised = getattr(error, "worker_failures", {})
-                return _cause(self.records, raised, hosts) or WorkerError(f"the workers failed: {last_line(error)}")
+                return (
+                    _before_start(error)
+                    or _cause(self.records, raised, hosts)
+                    or WorkerError(f"the workers failed: {last_line(error)}")
+                )
             return None
 
     def _trainer(self, per_worker: dict[str, float], places: Places) -> TorchTrainer:
@@ -169,6 +179,13 @@ class _Attempts:
                 worker_runtime_env={"env_vars": variables},
             ),
         )
+
+
+def _before_start(error: Exception) -> UserError | None:
+    """Return what a worker has found wrong with its node before it began, which Ray has wrapped."""
+    failure = getattr(error, "controller_failure", None)
+    cause = getattr(failure, "cause", failure)
+    return cause if isinstance(cause, UserError) else None
 
 
 def _found_no_room(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,7 +33,7 @@ STABLE_CONFIDENCE = 0.99
 # as it has samples, so that asking after every step would cost the square of their number.
 STABLE_GROWTH = 1.04
 
-# What a model raises about its inputs before any of its modules has seen them.
+# What a model's code raises about its inputs, wherever it looks at them: often behind its towers.
 _OF_INPUTS = (TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 Notify = Callable[..., None]
@@ -218,16 +219,30 @@ def _step(collector: Collector, run: Pass, step: int) -> SampleTotals:
     except PlopError:
         raise
     except Exception as error:
-        if collector.last_site is None and isinstance(error, _OF_INPUTS):
+        if isinstance(error, _OF_INPUTS) and not _is_raised_in_hooks(error):
+            where = f" (step {step + 1}, after module '{collector.last_site}')" if collector.last_site else ""
             raise ModelError(
-                f"the model does not run on the batches as they are: {type(error).__name__}: {error}. Give it what it "
-                "asks for (plop_dist.score takes further keys), or choose a model that reads text alone."
+                f"the model does not run on the batches as they are{where}: {type(error).__name__}: "
+                f"{str(error).rstrip('.')}. Give it what it asks for (plop_dist.score takes further keys), or choose a "
+                "model that reads text alone."
             ) from error
         this_rank = dist.get_rank() if dist.is_initialized() else 0
         raise WorkerError(
             f"rank {this_rank}: scoring step {step + 1} of {run.num_steps} failed after module "
             f"'{collector.last_site or 'no module yet'}': {type(error).__name__}: {error}"
         ) from error
+
+
+def _is_raised_in_hooks(error: Exception) -> bool:
+    """Tell whether an error of a forward pass comes from our own code that the model calls, or below it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    is_ours = [
+        frame.f_globals.get("__name__", "").partition(".")[0] == "plop_dist"
+        and frame.f_code.co_name != "__torch_function__"  # which only passes on what the model asks torch for
+        for frame in frames
+    ]
+    outside = is_ours.index(False) if False in is_ours else 0
+    return any(is_ours[outside:])
 
 
 def _is_stable(

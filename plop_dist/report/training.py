@@ -19,7 +19,7 @@ _REWARDED = {
     "share of tokens whose ratio is clipped": {
         "clip_ratio/low_mean": "too low",
         "clip_ratio/high_mean": "too high",
-        "cispo_clip_ratio": "too high",
+        "cispo_clip_ratio": "too high (cispo)",
     },
     "log-probability of a token: sampler against trainer": {
         "sampling/sampling_logp_difference/mean": "mean difference",

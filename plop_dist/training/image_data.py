@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from plop_dist.backends.hf.load import load_processor
+from plop_dist.backends.hf.dtype import weights_dtype
+from plop_dist.backends.hf.load import load_hf_config, load_processor
 from plop_dist.config.schema import Config
 from plop_dist.data.images import has_images
 from plop_dist.data.processed import ImageRows
@@ -50,6 +51,7 @@ class ImageTrainingData(Endless):
         processor.tokenizer.padding_side = "right"
         self._template, self._processor = train.prompt_template, processor
         self._end = processor.tokenizer.eos_token or ""
+        self._dtype = weights_dtype(config.model, load_hf_config(config.model))
         self._rows = self._read_by(rows, train.max_length)
         others = self._read_by(held_out, train.max_length)
         starts = range(0, len(others), train.micro_batch_size)
@@ -65,7 +67,9 @@ class ImageTrainingData(Endless):
         return self._batch(self._rows, self.rows_of(index))
 
     def _read_by(self, row_set: RowSet, max_length: int) -> ImageRows:
-        return ImageRows(row_set.rows, row_set.data, self._processor, max_length, first=row_set.first)
+        return ImageRows(
+            row_set.rows, row_set.data, self._processor, max_length, first=row_set.first, dtype=self._dtype
+        )
 
     def _batch(self, rows: ImageRows, indices: Sequence[int]) -> Batch:
         """Return what the model reads of some rows, and labels: text behind the prompt, no image, no padding."""

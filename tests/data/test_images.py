@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import Llama4ImageProcessor, Llama4Processor
 
 from plop_dist.backends.hf.load import load_processor
 from plop_dist.config.schema import DataConfig, ModelConfig
@@ -17,6 +19,7 @@ from plop_dist.data.processed import ImageRows, ImageSamples
 from plop_dist.data.samples import tokenize
 from plop_dist.data.texts import render
 from plop_dist.errors import DataError, ModelError
+from tests.installed import needs_torchvision
 from tests.models import save_tiny, tiny_tokenizer
 from tests.vlms import save_tiny_processor, save_tiny_vlm
 
@@ -134,6 +137,31 @@ def test_what_would_cut_or_lose_an_image_is_refused(tmp_path: Path, model: Model
         mixed.read([0, 1])
     cut = ImageRows(rows, data, processor, 10).read([1])
     assert cut["input_ids"].shape == cut["attention_mask"].shape == (1, 10)
+
+
+@needs_torchvision
+def test_features_of_16_bits_are_given_in_the_models_dtype(tmp_path: Path) -> None:
+    tokenizer: Any = tiny_tokenizer()
+    marks = [
+        "<|patch|>",
+        "<|image_start|>",
+        "<|image_end|>",
+        "<|image|>",
+        "<|tile_x_separator|>",
+        "<|tile_y_separator|>",
+    ]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    images = Llama4ImageProcessor(size={"height": 28, "width": 28}, max_patches=1)
+    processor = Llama4Processor(images, tokenizer, patch_size=7, pixel_shuffle_ratio=0.5)
+    save_image(tmp_path / "a.png")
+    rows, data = [{"text": "<|image|> it is", "image": "a.png"}], data_in(tmp_path, images_field="image")
+    found = {
+        dtype: ImageRows(rows, data, processor, 64, dtype=dtype).read([0])["pixel_values"]
+        for dtype in (None, torch.bfloat16, torch.float32)
+    }
+    assert found[None].dtype == torch.bfloat16
+    assert {dtype: one.dtype for dtype, one in found.items() if dtype} == {one: one for one in found if one}
+    assert torch.equal(found[torch.float32], found[None].float())
 
 
 def test_samples_know_their_images_apart(tmp_path: Path, model: ModelConfig) -> None:

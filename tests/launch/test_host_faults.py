@@ -26,18 +26,18 @@ NOTICED_S = (
 TRAINING = {"method": "sft", "max_steps": 12, "learning_rate": 1e-2, "micro_batch_size": 2, "max_length": 48,
             "eval_samples": 8, "prompt_template": "{question} ", "save_steps": 3}  # fmt: skip
 
-# Python runs sitecustomize.py at its start: here rank 1 is long at writing its part of the second checkpoint.
+# Python runs sitecustomize.py at its start: here a rank is long at writing the last file of the second checkpoint.
 SLOW_WRITER = """
-import os, pathlib, time
-replace, mark = os.replace, pathlib.Path({mark!r})
+import builtins, pathlib, socket, time
+plain, mark = builtins.open, pathlib.Path({mark!r})
 
-def slow(source, target, **more):
-    if "step-00000006" in str(target) and "rank-00001" in str(target) and not mark.exists():
-        mark.touch()
+def slow(file, *how, **more):
+    if str(file).endswith("checkpoint-6/trainer_state.json") and "w" in how and not mark.exists():
+        mark.write_text(socket.gethostname())
         time.sleep(60)
-    replace(source, target, **more)
+    return plain(file, *how, **more)
 
-os.replace = slow
+builtins.open = slow
 """
 
 
@@ -79,13 +79,14 @@ def host_of(seen: list[dict[str, Any]], rank: int, attempt: int = 1) -> str:
     return next(event["host"] for event in workers if event["rank"] == rank)
 
 
-def goes_on(driver: Any, run_dir: Path, lost: str, most_s: float = NOTICED_S) -> str:
-    """Assert that the run ends well without the host of rank 1, naming it, in time; return what it said."""
-    began = time.monotonic()
+def goes_on(driver: Any, run_dir: Path, lost: str, rank: int = 1) -> str:
+    """Assert that the run ends well without the host of a rank, naming it, in time; return what it said."""
+    began = time.time()
     out, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, out + err
-    assert time.monotonic() - began < most_s
-    assert f"rank 1 on {lost} (10.77.0.{lost[-1]}): its process died" in err, err
+    restarted = next(event for event in events(run_dir) if "the workers are restarted" in event.get("text", ""))
+    assert restarted["time"] - began < NOTICED_S
+    assert f"rank {rank} on {lost} (10.77.0.{lost[-1]}): its process died" in err, err
     assert "the workers are restarted, 1 of 1 times" in err
     assert "Traceback" not in err
     last = [event for event in events(run_dir) if event["event"] == "worker" and event["attempt"] == 2]
@@ -149,16 +150,18 @@ def test_a_node_that_is_killed_while_it_saves(whole: RayHosts, case: Case, calm:
     path = {"PYTHONPATH": f"{code}:{ROOT}"}
     with start(whole, case, "saving", "run", train=TRAINING, variables=path) as driver:
         until = time.monotonic() + 200
-        while not mark.exists():
+        while not (mark.exists() and mark.read_text()):
             assert driver.poll() is None, driver.communicate()
             assert time.monotonic() < until
             time.sleep(0.05)
-        lost = host_of(events(run_dir), 1)
+        seen, lost = events(run_dir), mark.read_text()
+        rank = next(event["rank"] for event in seen if event["event"] == "worker" and event["host"] == lost)
         whole.hosts.do("kill", lost[-1])
-        goes_on(driver, run_dir, lost)
+        goes_on(driver, run_dir, lost, rank)
     assert_trained_alike(run_dir, calm)
-    steps = [event["done"] for event in events(run_dir) if event["event"] == "training"]
-    assert steps.count(4) == 2, f"it did not go on from the checkpoint before: {steps}"
+    later = events(run_dir)[len(seen) :]
+    steps = [event["done"] for event in later if event["event"] == "training"]
+    assert steps[0] == 4, "it did not go on from the checkpoint before"
 
 
 def refused(whole: RayHosts, case: Case, name: str, **sections: Any) -> str:

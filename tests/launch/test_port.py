@@ -29,5 +29,5 @@ def test_a_port_in_use_under_a_launcher_is_one_message(tmp_path: Path) -> None:
         )  # fmt: skip
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert f"MASTER_PORT: rank 0 cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert f"MASTER_PORT: rank 0 on {socket.gethostname()} cannot listen on 127.0.0.1:{port}" in done.stderr
     assert done.stderr.count("error:") == 1

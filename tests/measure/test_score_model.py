@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import plop_dist
 from plop_dist.backends.hf.model import HFModel
 from plop_dist.backends.hf.whole import whole_sites
 from plop_dist.config.schema import EstimatorConfig, PlacementConfig
-from plop_dist.errors import LayoutError, WorkerError
+from plop_dist.errors import LayoutError, ModelError, WorkerError
 from plop_dist.measure import norms
 from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.protocols import Groups, LocalWeight, MicroBatch, Part, Recorder, Routing
@@ -222,6 +224,34 @@ def test_a_failing_forward_names_rank_step_and_module() -> None:
     message = r"rank 0: scoring step 1 of 1 failed after module 'model\.layers\.1\.mlp\.up_proj': .*no memory"
     with pytest.raises(WorkerError, match=message):
         score(wrapped)
+
+
+def test_what_a_model_says_of_its_inputs_behind_other_modules_is_the_users_to_mend() -> None:
+    model = tiny("llama")
+    wrapped = HFModel(model, whole_sites(model, with_head=False), knows_padding=True)
+    own = model.model.layers[1].forward
+
+    def ask_for_more(*args: Any, **kwargs: Any) -> Any:
+        own(*args, **kwargs)
+        raise ValueError("which tokens are images?")
+
+    model.model.layers[1].forward = ask_for_more
+    message = r"as they are \(step 1, after module 'model\.layers\.1\..*ValueError: which tokens are images\?.*keys"
+    with pytest.raises(ModelError, match=message):
+        score(wrapped)
+
+
+def test_what_our_own_hooks_raise_is_not() -> None:
+    model = tiny("llama")
+    sites: list[Any] = whole_sites(model, with_head=False)
+    sites[-1]._record = partial(sites[-1]._record, leading=0)
+    with pytest.raises(WorkerError, match=r"failed after module .*TypeError"):
+        score(HFModel(model, sites, knows_padding=True))
+
+
+def test_a_place_without_an_embedding_is_the_users_to_mend() -> None:
+    with pytest.raises(ModelError, match=r"as they are: IndexError: index out of range"):
+        plop_dist.score(tiny("gpt2", n_positions=16), [{"input_ids": torch.ones(1, 20, dtype=torch.int64)}])
 
 
 class InPlace(nn.Module):

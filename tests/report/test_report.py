@@ -19,6 +19,7 @@ from plop_dist.report.closing import print_outdated
 from plop_dist.report.panels import training_panel
 from plop_dist.report.redact import redact
 from plop_dist.report.terminal import print_training
+from plop_dist.report.training import training_of
 from plop_dist.rundir.layout import RunDir
 from plop_dist.rundir.made_from import placement_mark
 from plop_dist.values.files import content_hash
@@ -266,6 +267,23 @@ def test_a_long_training_is_drawn_with_as_many_points_as_a_screen_shows() -> Non
     (line,) = figure.lines
     assert 250 <= len(line.places.split()) <= 500
     assert line.dots[-1].lines == ("loss: 1.75", "step 25,000")
+
+
+def test_a_training_for_reward_shows_how_far_it_strays(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    numbers = {"reward": 0.5, "kl": 0.01, "clip_ratio/low_mean": 0.02, "clip_ratio/high_mean": 0.25}
+    numbers |= {f"sampling/sampling_logp_difference/{end}": 1e-4 for end in ("mean", "max")}
+    numbers |= {f"sampling/importance_sampling_ratio/{end}": 1.0 for end in ("min", "mean", "max")}
+    log = [{"step": step, "loss": 0.1, **numbers} for step in range(1, 4)]
+    (tmp_path / "train" / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    panels = {panel.title: [line.name for line in panel.lines] for panel in training_of(RunDir(tmp_path)).panels}
+    assert list(panels.items())[1:] == [
+        ("reward", ["reward"]),
+        ("KL to the model without adapters, per token", ["KL"]),
+        ("share of tokens whose ratio is clipped", ["too low", "too high"]),
+        ("log-probability of a token: sampler against trainer", ["mean difference", "largest difference"]),
+        ("importance weights of completions: trainer to sampler", ["lowest", "mean", "highest"]),
+    ]
 
 
 def test_missing_scores_are_named(tmp_path: Path) -> None:

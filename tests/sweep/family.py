@@ -87,11 +87,8 @@ def _run_alone(model: Any) -> None:
 
 
 def by_command(model: Any, folder: Path, backend: str, **layout: Any) -> Outcome:
-    """Return what comes of a saved checkpoint; in a process that a launcher has started, with the other ranks.
-
-    layout: further keys of `parallel`.
-    """
-    scores = score_saved(folder, {"backend": backend, **layout})
+    """Return what comes of a saved checkpoint. layout: further keys of `parallel`."""
+    scores = Scores.from_file(score_saved(folder, backend, **layout))
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder / "model")))  # some families have one of their own
     return compare(model, [tokenizer(text)["input_ids"] for text in TEXTS], scores, TOLERANCES[backend])
 
@@ -170,8 +167,12 @@ def save(model: Any, folder: Path, published_as: str | None = None) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
 
 
-def score_saved(folder: Path, parallel: dict[str, Any]) -> Scores:
-    """Score the checkpoint in a folder as `plop-dist score` does."""
+def score_saved(folder: Path, backend: str, **layout: Any) -> Path:
+    """Score the checkpoint in a folder as `plop-dist score` does; as one rank of several where a launcher is seen.
+
+    Returns where rank 0 writes the scores.
+    """
+    parallel = {"backend": backend, **layout}
     config = parse_config({
         "run_dir": str(folder / "-".join(["run", *map(str, parallel.values())])),
         "model": {"name_or_path": str(folder / "model"), "dtype": "float32"},
@@ -180,7 +181,7 @@ def score_saved(folder: Path, parallel: dict[str, Any]) -> Scores:
         "parallel": parallel,
         "placement": {"exclude": []},
     })  # fmt: skip
-    return Scores.from_file(pipeline.score(config, "plop-dist score").scores)
+    return pipeline.score(config, "plop-dist score").scores
 
 
 def batches(side: str) -> list[dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from plop_dist.config.loading import load_config
 from plop_dist.launch import pipeline
 from plop_dist.rundir.stages import Stages
+from plop_dist.training.grpo.metrics import is_metric
 from tests.installed import needs_bridge
 from tests.launch.cluster_case import BIN, Case, environment, events, make_case, session
 from tests.launch.ray_head import Head, kill_rank_1_in_the_middle, ray_head
@@ -33,6 +34,10 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "megatron": ({"backend": "megatron", "dp": 1, "tp": 2, "zero_stage": 0}, SFT),
     "grpo": ({"backend": "deepspeed", "dp": 2, "zero_stage": 2}, GRPO),
     "grpo_autotp": ({"backend": "deepspeed", "dp": 1, "tp": 2, "zero_stage": 0}, {**GRPO, "num_iterations": 3}),
+    "grpo_megatron": (
+        {"backend": "megatron", "dp": 1, "pp": 2, "zero_stage": 0},
+        {**GRPO, "num_iterations": 3, "beta": 0.05},
+    ),
 }
 # One engine of each kind of loop; ZeRO-3 is killed in test_cluster.py.
 STANDING = ("autotp", "megatron", "grpo")
@@ -64,7 +69,7 @@ def _train(rank: int, config: str) -> None:
     [
         pytest.param(
             name,
-            marks=[needs_bridge] * (name == "megatron") + [pytest.mark.rare] * (name not in STANDING),
+            marks=[needs_bridge] * ("megatron" in name) + [pytest.mark.rare] * (name not in STANDING),
         )
         for name in ENGINES
     ],
@@ -89,7 +94,9 @@ def test_a_worker_killed_in_training_changes_nothing(case: Case, head: Head, eng
 
     whole, killed = (_Trained(case.directory / f"{engine}-{name}") for name in ("whole", "killed"))
     assert killed.steps == whole.steps == list(range(1, train["max_steps"] + 1))
-    for key in ("loss", "grad_norm", "learning_rate", *(["reward"] if train["method"] == "grpo" else [])):
+    metrics = [key for key in whole.log[-1] if key == "reward" or is_metric(key)]
+    assert bool(metrics) == (train["method"] == "grpo")
+    for key in ("loss", "grad_norm", "learning_rate", *metrics):
         assert killed.by_step(key) == pytest.approx(whole.by_step(key), rel=1e-4, abs=1e-6), key
     for key in ("held_out_before", "held_out_after") if train["method"] == "sft" else ():
         assert killed.summary[key] == pytest.approx(whole.summary[key], abs=1e-4)

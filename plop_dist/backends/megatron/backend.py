@@ -40,6 +40,7 @@ from plop_dist.backends.megatron.rotary import complete_rotary
 from plop_dist.backends.megatron.stored import check_weights
 from plop_dist.backends.megatron.stored_names import offer_known_names
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
+from plop_dist.backends.megatron.uncalled import uncalled_routers
 from plop_dist.backends.megatron.wide_norms import share_wide_norms
 from plop_dist.checkpoints.builtin import resolve
 from plop_dist.config.schema import Config
@@ -69,7 +70,7 @@ def describe_chunks(chunks: Sequence[nn.Module], bridge: Any, config: Config, wi
     names = as_modules(names, whole, known)
     model = MegatronModel(
         chunks,
-        Logical(names, known, hf_config.get_text_config().vocab_size, with_head),
+        Logical(names, known, hf_config.get_text_config().vocab_size, with_head, uncalled_routers(whole, known)),
         architecture=type(whole).__name__,
         model_type=hf_config.model_type,
         num_parameters=sum(parameter.numel() for parameter in whole.parameters()),

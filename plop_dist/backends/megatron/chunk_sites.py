@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,12 +32,14 @@ class Logical:
 
     names: Hugging Face names of Megatron's parameters. known: how the Hugging Face model holds its projections, if that
     is at hand. vocab_size: without padding; None: the padded one is real. with_head: whether the head is scored.
+    uncalled: routers that transformers does not call.
     """
 
     names: HFNames
     known: Mapping[str, Projection] = field(default_factory=dict)
     vocab_size: int | None = None
     with_head: bool = False
+    uncalled: Collection[str] = ()
 
 
 def find_sites(chunks: Sequence[nn.Module], config: Any, place: Place, logical: Logical) -> list[Site]:
@@ -86,7 +88,10 @@ class _ChunkSites:
         fqn = router_fqn(name, self._logical.names)
         num_experts, hidden_size = router.weight.shape
         projection = logical_projection(fqn, hidden_size, num_experts, self._logical.known)
-        return RouterSite(router, name, projection, is_sequence_parallel=self._place.is_sequence_parallel)
+        return RouterSite(
+            router, name, projection,
+            is_sequence_parallel=self._place.is_sequence_parallel, is_scored=fqn not in self._logical.uncalled,
+        )  # fmt: skip
 
     def _head_site(self, linear: NamedLinear) -> MegatronSite:
         """Return the site of the output layer, whose weight may be the embedding's, and padded."""

@@ -39,8 +39,8 @@ def linear_kind(module: nn.Module, path: str = "") -> str | None:
     path: the module's, for the message. Raises ModelError for a subclass whose own forward is not known, and for what
     holds a matrix inside a decoder layer and is of no class that is known.
     """
-    if type(module) is nn.Linear:  # on every rank, whole: Gemma 4's gates of per-layer inputs
-        return "duplicated"
+    if type(module) is nn.Linear and (not path or "layers." in path):
+        return "duplicated"  # whole on every rank: Gemma 4's gates of per-layer inputs
     base = known_base(module)
     if base is None:
         _check_other(module, path)

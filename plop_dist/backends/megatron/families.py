@@ -81,7 +81,7 @@ def check_family(hf_config: Any, config: Config) -> None:
             f"parallel.cp is {config.parallel.cp}, and model.name_or_path '{name}' is a {family}, which sees images "
             "beside its text and deals its tokens out by itself; set parallel.cp=1."
         )
-    _check_fields(hf_config, family, name)
+    _check_fields(hf_config, family, config)
     _check_kernels(hf_config, name)
     why = None if config.train.method != "sft" else _untrained(hf_config, family, config)
     if why is not None:
@@ -112,9 +112,9 @@ def _untrained(hf_config: Any, family: str, config: Config) -> str | None:
     return None
 
 
-def _check_fields(hf_config: Any, family: str, name: str) -> None:
+def _check_fields(hf_config: Any, family: str, config: Config) -> None:
     """Raise ModelError for what Bridge builds otherwise in some models of a family that it mostly builds right."""
-    text = hf_config.get_text_config()
+    name, text = config.model.name_or_path, hf_config.get_text_config()
     for field, built in _FIXED.get(family, {}).items():
         found = getattr(text, field, built)
         if (tuple(found) if isinstance(found, list) else found) != built:
@@ -126,7 +126,7 @@ def _check_fields(hf_config: Any, family: str, name: str) -> None:
     if period is not None:
         _check_period(text.layer_types, period, name)
     if family.startswith("Gemma4"):
-        _check_gemma4(text, name)
+        _check_gemma4(text, hf_config is text, config)
     if family.startswith("Exaone4_5") and not text.sliding_window and "full_attention" in text.layer_types:
         raise ModelError(
             f"model.name_or_path '{name}': without sliding_window its layers of full attention see positions, but "
@@ -145,7 +145,18 @@ def _check_fields(hf_config: Any, family: str, name: str) -> None:
         )
 
 
-def _check_gemma4(text: Any, name: str) -> None:
+def _check_gemma4(text: Any, is_text_alone: bool, config: Config) -> None:
+    name, parallel = config.model.name_or_path, config.parallel
+    if parallel.pp > 1 and not text.enable_moe_block:
+        raise ModelError(
+            f"parallel.pp is {parallel.pp}, and model.name_or_path '{name}' is a Gemma 4 without experts, for which "
+            "Megatron-Bridge has no pipeline; set parallel.pp=1."
+        )
+    if parallel.sequence_parallel and text.hidden_size_per_layer_input and not is_text_alone:
+        raise ModelError(
+            f"parallel.sequence_parallel is true, and model.name_or_path '{name}' is a Gemma 4 with images and inputs "
+            "per layer, which Megatron-Bridge does not deal out; set parallel.sequence_parallel=false."
+        )
     heads = (text.num_key_value_heads, text.num_global_key_value_heads)
     if not text.attention_k_eq_v and heads[0] != heads[1]:
         raise ModelError(

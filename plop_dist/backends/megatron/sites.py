@@ -176,15 +176,22 @@ class Splits:
 class RouterSite:
     """A layer's router: a linear of its own, and what tells which tokens go to which experts.
 
+    is_scored: whether its own norms count, or only where it sends tokens.
     Every tensor rank holds the whole weight; under sequence parallelism it reads this rank's share of the tokens.
     """
 
     group, holder = "tp", None
 
     def __init__(
-        self, module: nn.Module, name: str, projection: Projection, *, is_sequence_parallel: bool = False
+        self,
+        module: nn.Module,
+        name: str,
+        projection: Projection,
+        *,
+        is_sequence_parallel: bool = False,
+        is_scored: bool = True,
     ) -> None:
-        self.module, self.name = module, name
+        self.module, self.name, self._is_scored = module, name, is_scored
         self.projections: tuple[Projection, ...] = (projection,)
         self._part = Part.TOKENS if is_sequence_parallel else Part.WHOLE
 
@@ -206,13 +213,13 @@ class RouterSite:
         def observe(module: nn.Module, args: Any, output: Any) -> None:
             recorder.record_routing(self.name, output[1].bool())
 
-        # The router returns probabilities, its logits are seen nowhere else.
-        detach = _watch_base(module, observe_gating, known_router(module), "gating")
-        handle = module.register_forward_hook(observe, prepend=True)
+        handles = [module.register_forward_hook(observe, prepend=True).remove]
+        if self._is_scored:  # the router returns probabilities, its logits are seen nowhere else
+            handles.append(_watch_base(module, observe_gating, known_router(module), "gating"))
 
         def remove() -> None:
-            handle.remove()
-            detach()
+            for handle in handles:
+                handle()
 
         return remove
 

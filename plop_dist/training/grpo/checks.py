@@ -6,6 +6,7 @@ import importlib.util
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, MissingExtraError
+from plop_dist.training.samplers.own_server import check_own_server
 
 
 def check_batch(config: Config) -> None:
@@ -24,7 +25,7 @@ def check_batch(config: Config) -> None:
             f"train.reward_weights has {len(train.reward_weights)} weights for {len(train.rewards)} rewards "
             f"({', '.join(train.rewards)}); give one for each."
         )
-    if train.vllm.dtype != "auto":
+    if train.vllm.dtype != "auto" and not starts_server(config):
         raise ConfigError(
             f"train.vllm.dtype is {train.vllm.dtype}, which neither TRL nor a server that runs already can be told; "
             "leave it at auto, and start the server with --dtype."
@@ -50,11 +51,13 @@ def check_layout(config: Config) -> None:
     vllm = config.train.vllm
     if sampler_name(config) != "vllm":
         return
-    if vllm.url is None or vllm.mode != "server":
+    if vllm.mode != "server":
         raise ConfigError(
-            f"train.sampler is vllm with train.vllm.url {vllm.url} and mode {vllm.mode}; train.engine=plop asks a "
-            "server: start one (vllm serve MODEL --enable-lora) and give its address as train.vllm.url."
+            f"train.vllm.mode is {vllm.mode}, which is TRL's (train.engine=trl); train.engine=plop asks a server: set "
+            "server, and give its address (train.vllm.url) or the Python that is to start one (train.engine_python)."
         )
+    if vllm.url is None:
+        check_own_server(config)
     if parallel.world_size > 1 and vllm.timeout_s >= config.cluster.timeout_s:
         raise ConfigError(
             f"train.vllm.timeout_s is {vllm.timeout_s:g}, but the other ranks wait no longer than cluster.timeout_s "
@@ -76,6 +79,12 @@ def check_trl(config: Config) -> None:
             "train.sampler is vllm, for which TRL needs the package 'vllm', which is not installed: pip install vllm. "
             "train.engine=plop needs a server alone."
         )
+
+
+def starts_server(config: Config) -> bool:
+    """Tell whether the run starts a vLLM server of its own."""
+    train, vllm = config.train, config.train.vllm
+    return train.engine != "trl" and train.sampler == "vllm" and vllm.url is None and vllm.mode == "server"
 
 
 def sampler_name(config: Config) -> str:

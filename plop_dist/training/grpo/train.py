@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from plop_dist.backends.hf.load import load_tokenizer
@@ -35,17 +36,17 @@ def train(
     rewards = load_rewards(settings.rewards, row_set.rows, settings.answer_field)
     tokenizer = load_tokenizer(config.model)
     prompts = prompts_of(row_set, settings, tokenizer)
-    engine = open_engine(config, placement)
-    try:
-        sampler = load(SAMPLERS, sampler_name(config))(engine, config, tokenizer)
+    new_sampler = load(SAMPLERS, sampler_name(config))
+    with (
+        closing(open_engine(config, placement)) as engine,
+        closing(new_sampler(engine, config, tokenizer)) as sampler,
+    ):
         rater = Rater(rewards, row_set, prompts, config.reward_seconds, engine.dp_rank)
         run = GRPORun(engine, Rollouts(engine, sampler, rater, config, row_set, prompts, tokenizer), config)
         history = RewardHistory(log)
         progress = run_steps(engine, run, lambda: {}, run.step, config, placement, history)
         adapter = save_adapter(engine, config)
         return {**history.summary(), **progress, "num_steps": settings.max_steps, "adapter": adapter}
-    finally:
-        engine.close()
 
 
 class GRPORun:

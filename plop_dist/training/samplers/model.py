@@ -39,6 +39,9 @@ class ModelSampler:
         rows = self._by_passes(prompts, generation) if model is None else self._by_length(model, prompts, generation)
         return [Completion(self._ended(ids)) for ids in rows]
 
+    def close(self) -> None:
+        """Do nothing: all belongs to the engine. See Sampler."""
+
     def _by_length(self, model: Any, prompts: Sequence[Prompt], generation: int) -> list[list[int]]:
         """Return what the model generates of prompts of one length at a time.
 

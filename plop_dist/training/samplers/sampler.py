@@ -36,3 +36,7 @@ class Sampler(Protocol):
         the same number of prompts.
         """
         ...
+
+    def close(self) -> None:
+        """Give back what the sampler holds outside this process. Each rank by itself; after a failure as well."""
+        ...

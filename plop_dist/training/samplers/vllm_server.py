@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import time
 import urllib.error
 import urllib.request
@@ -19,14 +18,18 @@ _LONGEST = 200  # characters of an answer that are shown
 
 
 class VLLMServer:
-    """A server's OpenAI-like interface with runtime LoRA; VLLM_API_KEY of the environment is its key.
+    """A server's OpenAI-like interface with runtime LoRA; key: what it is started with, if with any.
 
     timeout_s: how long an answer, and a server that cannot be reached, is waited for. Every method raises ConfigError
     naming the server and what it said.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
-        self._url, self._timeout_s = url.rstrip("/"), timeout_s
+    def __init__(self, url: str, timeout_s: float, key: str | None = None) -> None:
+        self._url, self._timeout_s, self._key = url.rstrip("/"), timeout_s, key
+
+    def patient_for(self, timeout_s: float) -> VLLMServer:
+        """Return the same server, waited for so long."""
+        return VLLMServer(self._url, timeout_s, self._key)
 
     def check(self, name: str, temperature: float) -> None:
         """Make sure that a loaded adapter completes with token ids and the sampled policy's log-probabilities."""
@@ -100,8 +103,8 @@ class VLLMServer:
     def _post(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
         """Return status and text of the answer; a server that is away is asked again until the time is over."""
         headers = {"Content-Type": "application/json"}
-        if os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {os.environ['VLLM_API_KEY']}"
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self._url + path, json.dumps(body).encode(), headers)
         end = time.monotonic() + self._timeout_s
         while True:

@@ -233,3 +233,33 @@ def test_an_encoder_decoder_model_needs_both_texts_and_a_layout_that_keeps_them_
     config = config_in(tmp_path, train={"method": "sft", "eval_samples": 1, "prompt_template": "{question}\n"})
     problems = build_plan(config).verdict.problems
     assert any("is a T5ForConditionalGeneration; set train.method=none" in problem for problem in problems), problems
+
+
+LONG = {
+    "GPT2LMHeadModel": ({"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4, **IDS}, 16),
+    "OPTForCausalLM": ({"max_position_embeddings": 16, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2,
+                        "num_attention_heads": 4, "word_embed_proj_dim": 32, **IDS}, 16),
+    "RobertaForCausalLM": ({**BERT, "max_position_embeddings": 18, "is_decoder": True, **IDS, "pad_token_id": 1}, 16),
+    "GPTJForCausalLM": ({"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, **IDS}, 16),
+    "BartForConditionalGeneration": ({**BART, "max_position_embeddings": 16}, 16),
+    "LlamaForCausalLM": ({**LLAMA, "max_position_embeddings": 16}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_texts_longer_than_the_table_of_places_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, name: str
+) -> None:
+    fields, most = LONG[name]
+    saved(tmp_path, name, fields)
+    config = config_in(tmp_path, train={"prompt_template": "{question}\n"})
+    if most is None:
+        assert build_plan(config).verdict.is_ok
+        assert scored(config).data.num_tokens > 3 * 16
+        return
+    for step in (lambda: build_plan(config), lambda: scored(config)):
+        with pytest.raises(DataError, match=rf"has places for {most} alone; set data\.max_length={most}, or"):
+            step()
+    shorter = config.model_copy(update={"data": config.data.model_copy(update={"max_length": most})})
+    assert build_plan(shorter).verdict.is_ok
+    assert scored(shorter).modules

@@ -38,6 +38,9 @@ class GivenSampler:
             made.append(Completion(ids))
         return made
 
+    def close(self) -> None:
+        """Hold nothing. See Sampler."""
+
 
 def variety(completions: list[str], **columns: Any) -> list[float]:
     """Rate how many different characters a completion has."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from plop_dist.checkpoints.builtin import resolve
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError
+from plop_dist.rundir.training_log import read_log
+from plop_dist.training.log import TrainingLog
 from plop_dist.training.samplers.vllm_server import VLLMServer
 from plop_dist.training.train import train
 from tests.models import save_tiny, tiny
 from tests.spawn import run_ranks
 from tests.training.cases import load_placement, make_placement
 from tests.training.grpo.cases import run_grpo
-from tests.vllm_server import needs_vllm, vllm_serving
+from tests.vllm_server import ENVIRONMENT, PYTHON, needs_vllm, vllm_serving
 
 pytestmark = [pytest.mark.rare, needs_vllm]
 # vLLM's attention on a CPU has no head of fewer features.
@@ -76,11 +79,13 @@ def _learn(rank: int, directory: str, url: str) -> dict[str, Any]:
         close(engine)
 
     PipelineEngine.close = compare_and_close  # type: ignore[method-assign]
-    log: list[dict[str, Any]] = []
-    summary = train(_config(directory, url, backend="deepspeed", pp=2), load_placement(directory), log.append)
-    return {"log": log, "summary": summary, "changed": changed}
+    config = _config(directory, url, backend="deepspeed", pp=2)
+    with TrainingLog(config, config.run_path / "train", (lambda *_, **__: None) if rank == 0 else None) as log:
+        summary = train(config, load_placement(directory), log)
+    return {"summary": summary, "changed": changed}
 
 
+@pytest.mark.timeout(1700)
 def test_smollm2_learns_in_a_pipeline_from_what_vllm_samples(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -92,7 +97,7 @@ def test_smollm2_learns_in_a_pipeline_from_what_vllm_samples(tmp_path: Path) -> 
     placement.to_file(tmp_path / "placement.json")
     with vllm_serving(model, tmp_path / "vllm.log", *LORA) as server:
         ranks = run_ranks(2, _learn, str(tmp_path), server.url, timeout_s=1500)
-    log, summary = ranks[0]["log"], ranks[0]["summary"]
+    log, _ = read_log(tmp_path / "run" / "train" / "log.jsonl")
     assert [entry["step"] for entry in log] == list(range(1, NUM_UPDATES + 1))
     last = log[-5:]
     first_error = log[0]["reward_std"] / math.sqrt(16)
@@ -103,7 +108,7 @@ def test_smollm2_learns_in_a_pipeline_from_what_vllm_samples(tmp_path: Path) -> 
     assert log[-1]["kl"] > 0
     for found in ranks:
         assert found["changed"] == []
-    adapted = PeftModel.from_pretrained(base, summary["adapter"])
+    adapted = PeftModel.from_pretrained(base, ranks[0]["summary"]["adapter"])
     weights = {name: p for name, p in adapted.named_parameters() if ".lora_" in name}
     assert {name.removeprefix("base_model.model.").split(".lora_")[0] for name in weights} == set(placement.modules)
     assert all(bool(weight.any()) for weight in weights.values())
@@ -122,6 +127,22 @@ def _run_tiny(directory: Path, url: str, **options: Any) -> dict[str, Any]:
     train = {"max_steps": 3, "gradient_accumulation_steps": 1, "max_completion_length": 4, "save_steps": 10,
              "vllm": {"url": url, "timeout_s": 10}}  # fmt: skip
     return run_grpo(directory, "run", sampler="vllm", train=train, **options)
+
+
+def test_a_run_starts_a_server_in_its_environment_and_ends_it(directory: Path) -> None:
+    vllm = {"timeout_s": 300, "max_model_len": 64}
+    train = {"max_steps": 2, "gradient_accumulation_steps": 1, "max_completion_length": 4, "temperature": 0.8,
+             "sampler": "vllm", "engine_python": str(PYTHON), "vllm": vllm}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        found = run_grpo(directory, "run", sampler="vllm", train=train)
+    assert [entry["step"] for entry in found["entries"]] == [1, 2]
+    assert all(entry["sampling/sampling_logp_difference/max"] < 1e-3 for entry in found["entries"])
+    address = re.search(r"http://127\.0\.0\.1:\d+", (directory / "run" / "train" / "vllm.log").read_text())
+    assert address is not None
+    with pytest.raises(OSError, match="Connection refused"):
+        urllib.request.urlopen(f"{address[0]}/health", timeout=5)
 
 
 def test_a_server_without_adapters_is_named_before_the_first_step(directory: Path) -> None:

@@ -1,13 +1,18 @@
-"""A simulated vLLM server: its interface of runtime LoRA adapters and completions, over transformers and PEFT."""
+"""A simulated vLLM server: its interface of runtime LoRA adapters and completions, over transformers and PEFT.
+
+As a program it takes what of vLLM's arguments it knows: `serve MODEL --port PORT ...`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ class StandIn:
     """What the server is like, and what it was asked.
 
     off_by: how much its log-probabilities differ from the model's. completions_left: how many it answers before it
-    hangs up on every request.
+    hangs up on every request. key: whom it answers; None: everyone.
     """
 
     model: Path
@@ -28,6 +33,8 @@ class StandIn:
     processed: bool = False
     off_by: float = 0.0
     completions_left: int = 10**9
+    key: str | None = None
+    port: int = 0
     url: str = ""
     loaded: dict[str, Any] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
@@ -84,13 +91,19 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
     """Let it listen on loopback while the block runs; its url is set."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with stand_in.lock:
                 if stand_in.completions_left <= 0:
                     self.close_connection = True
                     return
-                status, said = stand_in.answer(self.path, body)
+                is_known = stand_in.key in (None, self.headers.get("Authorization", "").removeprefix("Bearer "))
+                status, said = stand_in.answer(self.path, body) if is_known else (401, {"error": "Unauthorized"})
             text = json.dumps(said).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
@@ -100,7 +113,7 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
         def log_message(self, *_: Any) -> None:
             """Say nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", stand_in.port), Handler)
     stand_in.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -110,3 +123,15 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def main(arguments: list[str]) -> None:
+    """Serve until the process is ended."""
+    options = dict(pairwise(arguments))
+    stand_in = StandIn(
+        Path(options["serve"]), os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True",
+        int(options["--max-lora-rank"]), options["--logprobs-mode"] == "processed_logprobs",
+        key=os.environ["VLLM_API_KEY"], port=int(options["--port"]),
+    )  # fmt: skip
+    with serving(stand_in):
+        threading.Event().wait()
