@@ -29,6 +29,7 @@ from plop_dist.launch.cluster import close_token, connected, last_line, resource
 from plop_dist.launch.environment import worker_environment, worker_secrets
 from plop_dist.launch.fit import fit
 from plop_dist.launch.group import GroupConfig
+from plop_dist.launch.orphans import ending_with_driver
 from plop_dist.launch.rank import run_rank
 from plop_dist.launch.rank_places import Places
 from plop_dist.launch.same_files import Seen, check_same_files, seen_here, with_absolute_paths
@@ -206,7 +207,10 @@ def _work(launch: Launch) -> None:
         logging.getLogger("plop_dist").addHandler(EventHandler(notify))
     notify("worker", rank=ranks.rank(), pid=os.getpid(), host=socket.gethostname(), attempt=attempt)
     try:
-        with kept_apart(rank_log(Path(launch.log), ranks.rank())):
+        with (
+            ending_with_driver(stages.run_dir.path, launch.seen.mark),
+            kept_apart(rank_log(Path(launch.log), ranks.rank())),
+        ):
             run_rank(stages, launch.wanted, notify, force=launch.force and attempt == 1)
     except SystemExit:
         return  # asked to stop: the driver, which knows of it, ends the run
