@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -245,8 +243,7 @@ def test_an_unknown_target_command_and_option(finished: Path) -> None:
 
 
 def test_a_command_s_own_exit_status_is_the_process_s(case: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = types.SimpleNamespace(submit_job=lambda _config, _address, **_: 1)
-    monkeypatch.setitem(sys.modules, "plop_dist.launch.jobs", jobs)
+    monkeypatch.setattr("plop_dist.launch.jobs.submit_job", lambda _config, _address, **_: 1)
     assert plop_dist("submit", write_case(case, model)).status == 1
     assert plop_dist("--help").status == 0
 
