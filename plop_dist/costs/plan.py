@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -204,7 +204,7 @@ def _look_at_data(config: Config, hf_config: Any, has_pairs: bool) -> tuple[Data
     if is_on_hub(data.path):
         return DataPlan(data.path, None, None, None, None), None, None
     from plop_dist.backends.hf.load import load_tokenizer, meta_model
-    from plop_dist.backends.hf.tokens import check_tokens
+    from plop_dist.backends.hf.tokens import check_tokens, placeholders
 
     build = lambda: meta_model(config.model, hf_config)  # noqa: E731
 
@@ -229,7 +229,7 @@ def _look_at_data(config: Config, hf_config: Any, has_pairs: bool) -> tuple[Data
         check_tokens(config, hf_config, pairs, pairs.longest, build)
         return plan, DataFacts(len(every), None), tokenizer
     if has_images(rows, data):
-        plan, samples, processor = _look_at_images(config, rows)
+        plan, samples, processor = _look_at_images(config, rows, placeholders(hf_config)["image"])
         check_tokens(config, hf_config, samples, samples.longest, build, has_images=True)
         return plan, DataFacts(len(every), tuple(map(len, samples))), processor
     uncut = tokenize(rows, data.model_copy(update={"max_length": _UNCUT}), tokenizer)
@@ -241,13 +241,13 @@ def _look_at_data(config: Config, hf_config: Any, has_pairs: bool) -> tuple[Data
     return plan, DataFacts(len(every), tuple(whole)), tokenizer
 
 
-def _look_at_images(config: Config, rows: Sequence[Row]) -> tuple[DataPlan, ImageSamples, Any]:
+def _look_at_images(config: Config, rows: Sequence[Row], places: Iterable[int]) -> tuple[DataPlan, ImageSamples, Any]:
     """Return what is known of rows with images, and the processor, which has read them all as scoring will."""
     from plop_dist.backends.hf.load import load_processor
 
     check_singly(config, "images")
     data, processor = config.data, load_processor(config.model)
-    read = ImageRows(rows, data, processor, data.max_length)
+    read = ImageRows(rows, data, processor, data.max_length, places=places)
     samples = ImageSamples(read)
     first = read.text(0, len(images_of(rows[0], 1, data)))
     plan = DataPlan(data.path, len(rows), sum(map(len, samples)), samples.longest, _short(first))

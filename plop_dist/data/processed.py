@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ class ImageRows:
     """Rows with images, read one by one: how many there are at once says memory, not the number of rows.
 
     processor: the checkpoint's; max_length: what a row is cut to. first: the number of the first row, for messages.
-    dtype: the model's, which features of 16 bits are given in: models convert those of 32 alone.
+    dtype: the model's, which features of 16 bits are given in: models convert those of 32 alone. places: the tokens
+    that stand for parts of images by the model's word, where the processor has none (Ovis2, DeepSeek-VL).
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class ImageRows:
         *,
         first: int = 1,
         dtype: torch.dtype | None = None,
+        places: Iterable[int] = (),
     ) -> None:
         self.rows, self.data, self.processor, self.max_length, self.first = rows, data, processor, max_length, first
-        self._dtype = dtype
+        self._dtype, self._places = dtype, [*places, *_placeholder_ids(processor)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,14 +96,13 @@ class ImageRows:
 
     def is_placeholder(self, input_ids: Tensor) -> Tensor:
         """Return which tokens, (..., s) bool, stand for a part of an image. Raises DataError where nothing says it."""
-        ids = _placeholder_ids(self.processor)
-        if not ids:
+        if not self._places:
             raise DataError(
                 f"{self.data.path}: the rows have images, but the processor ({type(self.processor).__name__}) does not "
                 "say which tokens stand for them (image_token_id); leave data.images_field out, or score in your own "
                 "job, by plop_dist.score(model, batches)."
             )
-        return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
+        return torch.isin(input_ids, torch.tensor(self._places, device=input_ids.device))
 
     def _no_place(self, where: str) -> DataError:
         names = " or ".join(map(repr, _placeholders(self.processor))) or "its image token"

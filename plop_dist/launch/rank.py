@@ -106,7 +106,7 @@ def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
     from plop_dist.backends.hf.dtype import weights_dtype
     from plop_dist.backends.hf.load import load_hf_config, load_processor, load_tokenizer, meta_model
     from plop_dist.backends.hf.own_class import reads_pairs
-    from plop_dist.backends.hf.tokens import check_tokens
+    from plop_dist.backends.hf.tokens import check_tokens, placeholders
 
     data, hf_config = config.data, load_hf_config(config.model)
     tokenizer = load_tokenizer(config.model)
@@ -117,8 +117,8 @@ def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
         samples = PairSamples(rows, data, config.train.prompt_template, tokenizer)
     elif has_images(rows, data):
         check_singly(config, "images")
-        dtype = weights_dtype(config.model, hf_config)
-        samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length, dtype=dtype))
+        of_model = {"dtype": weights_dtype(config.model, hf_config), "places": placeholders(hf_config)["image"]}
+        samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length, **of_model))
     else:
         samples = tokenize(rows, data, tokenizer)
     longest = samples.longest if isinstance(samples, ReadSingly) else max(map(len, samples))

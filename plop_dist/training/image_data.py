@@ -11,6 +11,7 @@ import torch
 
 from plop_dist.backends.hf.dtype import weights_dtype
 from plop_dist.backends.hf.load import load_hf_config, load_processor
+from plop_dist.backends.hf.tokens import placeholders
 from plop_dist.config.schema import Config
 from plop_dist.data.images import has_images
 from plop_dist.data.processed import ImageRows
@@ -53,7 +54,8 @@ class ImageTrainingData(Endless):
         processor.tokenizer.padding_side = "right"
         self._template, self._processor = train.prompt_template, processor
         self._end = processor.tokenizer.eos_token or ""
-        self._dtype = weights_dtype(config.model, load_hf_config(config.model))
+        hf_config = load_hf_config(config.model)
+        self._dtype, self._places = weights_dtype(config.model, hf_config), placeholders(hf_config)["image"]
         self._rows = self._read_by(rows, train.max_length)
         others = self._read_by(held_out, train.max_length)
         starts = range(0, len(others), train.micro_batch_size)
@@ -70,7 +72,13 @@ class ImageTrainingData(Endless):
 
     def _read_by(self, row_set: RowSet, max_length: int) -> ImageRows:
         return ImageRows(
-            row_set.rows, row_set.data, self._processor, max_length, first=row_set.first, dtype=self._dtype
+            row_set.rows,
+            row_set.data,
+            self._processor,
+            max_length,
+            first=row_set.first,
+            dtype=self._dtype,
+            places=self._places,
         )
 
     def _batch(self, rows: ImageRows, indices: Sequence[int]) -> Batch:
@@ -96,5 +104,5 @@ class ImageTrainingData(Endless):
                 f"{prompt[:40]!r}; make data.template begin with it."
             )
         data = rows.data.model_copy(update={"template": self._template, "messages_field": None, "text_field": None})
-        alone = ImageRows(rows.rows, data, rows.processor, rows.max_length, first=rows.first)
+        alone = self._read_by(RowSet(rows.rows, data, rows.first), rows.max_length)
         return alone.read([index])["input_ids"].shape[1]

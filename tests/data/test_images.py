@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from transformers import Llama4ImageProcessor, Llama4Processor
 
-from plop_dist.backends.hf.load import load_processor
+from plop_dist.backends.hf.load import load_hf_config, load_processor
+from plop_dist.backends.hf.tokens import placeholders
 from plop_dist.config.schema import DataConfig, ModelConfig
 from plop_dist.data.images import has_images, images_of, refuse_images, with_placeholders
 from plop_dist.data.processed import ImageRows, ImageSamples
@@ -192,6 +193,22 @@ def test_a_package_that_a_processor_needs_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({**kept, "processor_class": "SmolVLMProcessor"}))
     with pytest.raises(MissingExtraError, match=r"`num2words` is required .*; install what it names \(most need"):
         load_processor(ModelConfig(name_or_path=str(tmp_path)))
+
+
+def test_where_the_processor_does_not_say_which_tokens_are_images_the_model_does(
+    tmp_path: Path, model: ModelConfig
+) -> None:
+    save_image(tmp_path / "a.png")
+    processor, data = load_processor(model), data_in(tmp_path, images_field="image")
+    rows = [{"text": "<image>what is it", "image": "a.png"}]
+    expected = ImageRows(rows, data, processor, 64)
+    del processor.image_token_id
+    with pytest.raises(DataError, match=r"the processor \(LlavaProcessor\) does not say which tokens stand for them"):
+        ImageRows(rows, data, processor, 64).read([0])
+    read = ImageRows(rows, data, processor, 64, places=placeholders(load_hf_config(model))["image"])
+    ids = read.read([0])["input_ids"]
+    assert torch.equal(read.is_placeholder(ids), expected.is_placeholder(ids))
+    assert read.is_placeholder(ids).sum() == 4
 
 
 def test_samples_know_their_images_apart(tmp_path: Path, model: ModelConfig) -> None:

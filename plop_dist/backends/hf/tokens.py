@@ -40,6 +40,17 @@ def check_tokens(
     check_positions(config, hf_config, longest, build)
 
 
+def placeholders(hf_config: Any) -> dict[str, set[int]]:
+    """Return the tokens that stand for a part of an image, a video or a sound, as the model's configuration says."""
+    text = hf_config.get_text_config()
+    others = {None, *(getattr(text, f"{name}_token_id", None) for name in ("pad", "bos"))}
+    others |= {*end} if isinstance(end := getattr(text, "eos_token_id", None), list) else {end}
+    return {
+        sense: {getattr(hf_config, f"{sense}_token_{word}", None) for word in ("id", "index")} - others
+        for sense in _SENSES
+    }
+
+
 def _check_vocabulary(config: Config, hf_config: Any, largest_id: int) -> None:
     size = getattr(hf_config.get_text_config(), "vocab_size", None)
     if size is not None and largest_id >= size:
@@ -51,11 +62,9 @@ def _check_vocabulary(config: Config, hf_config: Any, largest_id: int) -> None:
 
 def _check_placeholders(config: Config, hf_config: Any, ids: Collection[int]) -> None:
     """Raise DataError where a text has the token that stands for a part of an image: it would be read as a word."""
-    text = hf_config.get_text_config()
-    named = {getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
+    places = placeholders(hf_config)
     for sense, remedy in _SENSES.items():
-        tokens = {getattr(hf_config, f"{sense}_token_{word}", None) for word in ("id", "index")} - named
-        for token in tokens.intersection(ids):
+        for token in places[sense].intersection(ids):
             raise DataError(
                 f"{config.data.path}: texts hold the token {token}, which is a place for {sense} input in "
                 f"model.name_or_path '{config.model.name_or_path}', but no {sense} is given; {remedy}, or take its "
