@@ -185,7 +185,7 @@ def test_features_of_16_bits_are_given_in_the_models_dtype(tmp_path: Path) -> No
 def test_a_package_that_a_processor_needs_is_named(tmp_path: Path) -> None:
     save_tiny_vlm("idefics3", tmp_path)
     save_tiny_processor("idefics3", tmp_path)
-    from transformers import SmolVLMVideoProcessor  # builds on torchvision
+    from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor  # builds on torchvision
 
     SmolVLMVideoProcessor(size={"longest_edge": 28}).save_pretrained(tmp_path)
     path = tmp_path / "processor_config.json"

@@ -11,6 +11,7 @@ from plop_dist.backends.hf.positions import check_positions
 from plop_dist.config.schema import Config
 from plop_dist.errors import DataError, ModelError
 
+_NAMED = ("pad", "bos")
 _IN_OWN_JOB = "score in your own job, by plop_dist.score(model, batches)"
 _SENSES = {
     "image": "give it by data.images_field, or as a content part of data.messages_field",
@@ -43,12 +44,13 @@ def check_tokens(
 def placeholders(hf_config: Any) -> dict[str, set[int]]:
     """Return the tokens that stand for a part of an image, a video or a sound, as the model's configuration says."""
     text = hf_config.get_text_config()
-    others = {None, *(getattr(text, f"{name}_token_id", None) for name in ("pad", "bos"))}
-    others |= {*end} if isinstance(end := getattr(text, "eos_token_id", None), list) else {end}
-    return {
-        sense: {getattr(hf_config, f"{sense}_token_{word}", None) for word in ("id", "index")} - others
-        for sense in _SENSES
-    }
+    end = getattr(text, "eos_token_id", None)
+    others = {*(end if isinstance(end, list) else [end]), *(getattr(text, f"{name}_token_id", None) for name in _NAMED)}
+    found: dict[str, set[int]] = {}
+    for sense in _SENSES:
+        tokens = (getattr(hf_config, f"{sense}_token_{word}", None) for word in ("id", "index"))
+        found[sense] = {token for token in tokens if isinstance(token, int) and token not in others}
+    return found
 
 
 def _check_vocabulary(config: Config, hf_config: Any, largest_id: int) -> None:
