@@ -16,25 +16,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from plop_dist import errors, ranks
+from plop_dist import ranks
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.errors import PlopError, UserError, WorkerError
 from plop_dist.launch.capacity import living_nodes
+from plop_dist.launch.causes import before_start, cause, found_no_room
 from plop_dist.launch.cluster import close_token, connected, last_line, resources_per_worker
 from plop_dist.launch.environment import worker_environment, worker_secrets
 from plop_dist.launch.fit import fit
 from plop_dist.launch.group import GroupConfig
+from plop_dist.launch.orphans import ending_with_driver
 from plop_dist.launch.rank import run_rank
 from plop_dist.launch.rank_places import Places
 from plop_dist.launch.same_files import Seen, check_same_files, seen_here, with_absolute_paths
 from plop_dist.launch.waiting import wait_for_room
 from plop_dist.rundir import talk
-from plop_dist.rundir.attempts import begin_attempt, read_records, records_of, write_record
+from plop_dist.rundir.attempts import begin_attempt, records_of, write_record
 from plop_dist.rundir.events import EventHandler, EventWriter, shown
 from plop_dist.rundir.stages import Stages
 from plop_dist.rundir.talk import kept_apart, rank_log
@@ -135,7 +136,7 @@ class _Attempts:
             except PlopError:
                 raise
             except Exception as error:  # Ray wraps what workers raise in classes of its own, version by version
-                if _found_no_room(error):  # others were faster, or nodes have gone
+                if found_no_room(error):  # others were faster, or nodes have gone
                     if time.monotonic() < until:
                         continue
                     return WorkerError(
@@ -144,11 +145,8 @@ class _Attempts:
                         "nodes come and go, or others were faster each time (ray status)."
                     )
                 raised = getattr(error, "worker_failures", {})
-                return (
-                    _before_start(error)
-                    or _cause(self.records, raised, hosts)
-                    or WorkerError(f"the workers failed: {last_line(error)}")
-                )
+                found = before_start(error) or cause(self.records, raised, hosts)
+                return found or WorkerError(f"the workers failed: {last_line(error)}")
             return None
 
     def _trainer(self, per_worker: dict[str, float], places: Places) -> TorchTrainer:
@@ -181,18 +179,6 @@ class _Attempts:
         )
 
 
-def _before_start(error: Exception) -> UserError | None:
-    """Return what a worker has found wrong with its node before it began, which Ray has wrapped."""
-    failure = getattr(error, "controller_failure", None)
-    cause = getattr(failure, "cause", failure)
-    return cause if isinstance(cause, UserError) else None
-
-
-def _found_no_room(error: Exception) -> bool:
-    # Ray Train 2.60 does not export the class of what its controller has met.
-    return type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
-
-
 def _work(launch: Launch) -> None:
     """One attempt of one rank, inside a Ray Train worker."""
     sys.path.append(launch.directory)  # where a user's module:function lies
@@ -206,7 +192,10 @@ def _work(launch: Launch) -> None:
         logging.getLogger("plop_dist").addHandler(EventHandler(notify))
     notify("worker", rank=ranks.rank(), pid=os.getpid(), host=socket.gethostname(), attempt=attempt)
     try:
-        with kept_apart(rank_log(Path(launch.log), ranks.rank())):
+        with (
+            ending_with_driver(stages.run_dir.path, launch.seen.mark),
+            kept_apart(rank_log(Path(launch.log), ranks.rank())),
+        ):
             run_rank(stages, launch.wanted, notify, force=launch.force and attempt == 1)
     except SystemExit:
         return  # asked to stop: the driver, which knows of it, ends the run
@@ -214,34 +203,3 @@ def _work(launch: Launch) -> None:
         with suppress(PlopError):  # a full disk is likely what is being reported
             write_record(records, ranks.rank(), error, stages.config.hide)
         raise
-
-
-def _cause(records: Path, raised: dict[int, Exception], hosts: Sequence[str] = ()) -> PlopError | None:
-    """Return the first error of the last attempt as its own class.
-
-    raised: what Ray has seen, by rank. hosts: the node of each rank.
-    """
-    found = read_records(records)
-    if found and found[0]["user"]:
-        return getattr(errors, found[0]["kind"], UserError)(found[0]["message"])
-    user = next((error for _, error in sorted(raised.items()) if isinstance(error, UserError)), None)
-    if user is not None:  # of a rank that does not see the run directory
-        return user
-    dead = sorted(rank for rank, error in raised.items() if _is_of_dead_process(error))
-    if dead:
-        where = f" on {hosts[dead[0]]}" if dead[0] < len(hosts) else ""
-        return WorkerError(
-            f"rank {dead[0]}{where}: its process died without an error of its own: killed, out of memory, or a lost "
-            "node; the same command goes on from what is on disk, cluster.max_failures allows restarts"
-        )
-    if found:
-        first, message = found[0]["rank"], found[0]["message"]
-        return WorkerError(message if message.startswith("rank ") else f"rank {first}: {message}")
-    for rank, error in sorted(raised.items()):
-        return error if isinstance(error, PlopError) else WorkerError(f"rank {rank}: {last_line(error)}")
-    return None
-
-
-def _is_of_dead_process(error: Exception) -> bool:
-    # Ray Train 2.60 wraps what its health check has met into a class that it does not export.
-    return isinstance(getattr(error, "health_check_failure", error), RayError)

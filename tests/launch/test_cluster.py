@@ -21,6 +21,7 @@ from plop_dist.config.loading import parse_config
 from plop_dist.errors import ConfigError, DataError, LayoutError, RunDirError, WorkerError
 from plop_dist.launch import cluster, workers
 from plop_dist.launch import environment as environment_of
+from plop_dist.launch.causes import cause
 from plop_dist.rundir.attempts import begin_attempt
 from plop_dist.rundir.stages import Stages
 from tests.launch.cluster_case import BIN, ROOT, Case, environment, events, make_case, processes_with, run, session
@@ -146,24 +147,24 @@ def assert_nothing_left(mark: str) -> None:
 
 def test_the_oldest_record_of_the_last_attempt_is_the_cause(tmp_path: Path) -> None:
     assert begin_attempt(tmp_path) == 1
-    assert workers._cause(tmp_path, {}) is None
+    assert cause(tmp_path, {}) is None
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
     _record(tmp_path, 1, "WorkerError", "rank 1: scoring step 3 failed", age_s=2)
-    found = workers._cause(tmp_path, {})
+    found = cause(tmp_path, {})
     assert type(found) is WorkerError
     assert str(found) == "rank 1: scoring step 3 failed"
 
     assert begin_attempt(tmp_path) == 2, "an error that is not the user's is worth another attempt"
-    assert workers._cause(tmp_path, {}) is None, "records of the first attempt were kept"
+    assert cause(tmp_path, {}) is None, "records of the first attempt were kept"
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
-    assert str(workers._cause(tmp_path, {})) == "rank 0: Connection closed by peer"
+    assert str(cause(tmp_path, {})) == "rank 0: Connection closed by peer"
 
 
 def test_bad_input_is_raised_as_its_own_class(tmp_path: Path) -> None:
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
     _record(tmp_path, 1, "DataError", "row 3 has no field 'text'", user=True, age_s=2)
-    assert type(workers._cause(tmp_path, {0: RuntimeError("collateral")})) is DataError
-    found = workers._cause(tmp_path / "elsewhere", {0: RuntimeError("collateral"), 1: RunDirError("another folder")})
+    assert type(cause(tmp_path, {0: RuntimeError("collateral")})) is DataError
+    found = cause(tmp_path / "elsewhere", {0: RuntimeError("collateral"), 1: RunDirError("another folder")})
     assert type(found) is RunDirError
 
 
@@ -172,7 +173,7 @@ def test_a_dead_process_is_named_before_what_its_peers_saw(tmp_path: Path) -> No
 
     _record(tmp_path, 0, "RuntimeError", "Connection closed by peer", age_s=1)
     raised = {0: RuntimeError("Connection closed by peer"), 1: RayActorError()}
-    found = workers._cause(tmp_path, raised, ["node1", "node2 (10.77.0.2)"])
+    found = cause(tmp_path, raised, ["node1", "node2 (10.77.0.2)"])
     assert type(found) is WorkerError
     assert str(found).startswith("rank 1 on node2 (10.77.0.2): its process died")
 

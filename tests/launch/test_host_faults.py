@@ -197,7 +197,7 @@ def test_a_disk_that_is_full_on_one_node(whole: RayHosts, case: Case) -> None:
 def test_a_node_whose_clock_is_an_hour_ahead(whole: RayHosts, case: Case) -> None:
     whole.hosts.do("kill", "3")
     whole.hosts.do("start", "3")
-    later = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "+3600s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    later = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "+3600s"}
     whole.start(3, **later)
     with start(whole, case, "later", dp=3) as driver:
         out, err = driver.communicate(timeout=200)
@@ -207,7 +207,7 @@ def test_a_node_whose_clock_is_an_hour_ahead(whole: RayHosts, case: Case) -> Non
 
 def test_a_head_that_dies_ends_the_run_and_other_hosts_go_on(whole: RayHosts, case: Case) -> None:
     run_dir = case.directory / "headless"
-    with start(whole, case, "headless", on=2) as driver:
+    with start(whole, case, "headless", "run", on=2) as driver:
         used = wait_for(run_dir, "scoring", 8, driver)
         whole.hosts.do("kill", "1")
         began = time.monotonic()
@@ -222,10 +222,10 @@ def test_a_head_that_dies_ends_the_run_and_other_hosts_go_on(whole: RayHosts, ca
     for host in (1, *others):
         whole.hosts.do("start", str(host))
         whole.start(host)
-    with start(whole, case, "headless", on=others[0]) as driver:
+    with start(whole, case, "headless", "run", on=others[0]) as driver:
         out, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, out + err
-    assert "resumed: " in err
+    assert "resumed: " in err or "score: done before, kept" in err, "nothing was kept of what was computed"
     case.assert_same_scores("headless", rtol=1e-6)
 
 

@@ -14,9 +14,10 @@ import pytest
 
 from plop_dist.config.loading import parse_config
 from plop_dist.errors import DataError, WorkerError
+from plop_dist.launch.causes import cause
 from plop_dist.launch.rank_places import Places, find_places
 from plop_dist.launch.same_files import Seen
-from plop_dist.launch.workers import Launch, _Attempts, _cause
+from plop_dist.launch.workers import Launch, _Attempts
 from plop_dist.rundir.attempts import begin_attempt, write_record
 from plop_dist.rundir.events import EventWriter, shown
 
@@ -51,7 +52,7 @@ def collect(directory: Path, num_ranks: int) -> None:
     begin_attempt(records)
     for rank in range(num_ranks):
         write_record(records, rank, WorkerError(f"rank {rank}: the connection was closed"))
-    assert isinstance(_cause(records, {}), WorkerError)
+    assert isinstance(cause(records, {}), WorkerError)
     write_record(records, 0, DataError("no rows"))
 
 
