@@ -130,7 +130,7 @@ def _run_tiny(directory: Path, url: str, **options: Any) -> dict[str, Any]:
 
 
 def test_a_run_starts_a_server_in_its_environment_and_ends_it(directory: Path) -> None:
-    vllm = {"timeout_s": 300, "max_model_len": 64}
+    vllm = {"timeout_s": 300, "max_model_len": 128}
     train = {"max_steps": 2, "gradient_accumulation_steps": 1, "max_completion_length": 4, "temperature": 0.8,
              "sampler": "vllm", "engine_python": str(PYTHON), "vllm": vllm}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
