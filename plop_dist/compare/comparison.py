@@ -86,17 +86,19 @@ class _Trainer:
             text=f"compare: {len(self._candidates)} arms, {num_runs} trainings of {max_steps} steps{more}; "
             f"{'those that are done already are kept' if any(known) else 'none is done yet'}",
         )
-        measure, values = self.runs.method.measure, self._store.find_base(config, first)
-        if values is None:
+        measure, base = self.runs.method.measure, self._store.find_base(config, first)
+        if base is None:
             self._notify("phase", text=f"measuring the {measure} without adapters")
-            values, measuring, stepping = self.runs.measure_base(first)
-            self._store.keep_base(config, first, values)
-            # The trainings that search a rate measure one half after half of the steps, and all at the end.
-            per_arm = compare.rates * (stepping + 1.5 * measuring) + (compare.seeds - 1) * (stepping + 0.5 * measuring)
-            self._notify("status", text=f"compare: about {_minutes(num_arms * per_arm)} for {num_runs} trainings")
-        if not all(map(math.isfinite, values)):
-            raise WorkerError(f"the model's {measure} is not finite even without adapters.")
-        return values
+            base = self.runs.measure_base(first)
+            if not all(map(math.isfinite, base.values)):
+                raise WorkerError(f"the model's {measure} is not finite even without adapters.")
+            self._store.keep_base(config, first, base)
+        # The trainings that search a rate measure one half after half of the steps, and all at the end.
+        searching, further_seeds = compare.rates, compare.seeds - 1
+        seconds = num_runs * base.stepping_seconds
+        seconds += num_arms * (1.5 * searching + 0.5 * further_seeds) * base.measuring_seconds
+        self._notify("status", text=f"compare: about {_minutes(seconds)} for {num_runs} trainings")
+        return list(base.values)
 
     def train_arm(self, candidate: Candidate) -> Trained:
         """Return the trainings of one arm: rates until the best is bracketed, then further seeds. Collective."""

@@ -48,6 +48,14 @@ class Record(Value):
     seconds: float
 
 
+class Base(Value):
+    """What held-out rows are worth without adapters, how long that took, and what the steps of a training will take."""
+
+    values: tuple[float, ...]
+    measuring_seconds: float
+    stepping_seconds: float
+
+
 class Runs:
     """The trainings of a comparison, over one base model that is loaded when the first of them begins."""
 
@@ -57,11 +65,8 @@ class Runs:
         self._open: Callable[[Config, Placement], Engine] | None = None
         self.method: Method = method_of(config)
 
-    def measure_base(self, placement: Placement) -> tuple[list[float], float, float]:
-        """Return what every held-out row is worth without adapters, and the seconds that two things will take.
-
-        Measuring all held-out rows, and the steps of a training.
-        """
+    def measure_base(self, placement: Placement) -> Base:
+        """Return what every held-out row is worth without adapters. Collective over all ranks."""
         engine = self._opened(self._config, placement)
         try:
             began, values = time.perf_counter(), [0.0] * len(self.method.targets_R)
@@ -70,7 +75,8 @@ class Runs:
             seconds = time.perf_counter() - began
         finally:
             engine.close()
-        return values, seconds, seconds * self.method.measurements_in(self._config, engine.dp_size)
+        stepping = seconds * self.method.measurements_in(self._config, engine.dp_size)
+        return ranks.agree(lambda: Base(values=tuple(values), measuring_seconds=seconds, stepping_seconds=stepping))
 
     def train(self, config: Config, placement: Placement, rivals: Sequence[np.ndarray] | None) -> Record:
         """Train from the beginning and return the record. Collective over all ranks.

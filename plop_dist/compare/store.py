@@ -9,17 +9,15 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from plop_dist import ranks
-from plop_dist.compare.runs import Record
+from plop_dist.compare.runs import Base, Record
 from plop_dist.config.schema import Config
 from plop_dist.errors import ScoresError
 from plop_dist.training.checkpoint import fingerprint
 from plop_dist.values.files import make_folder, read_json, write_json
 from plop_dist.values.placement import Placement
-
-_VALUES = TypeAdapter(tuple[float, ...])
 
 
 class Store:
@@ -43,20 +41,20 @@ class Store:
         """Write the record of a training. Raises RunDirError."""
         self._write(fingerprint(config, placement), record.model_dump(mode="json"))
 
-    def find_base(self, config: Config, placement: Placement) -> list[float] | None:
+    def find_base(self, config: Config, placement: Placement) -> Base | None:
         """Return what was measured without adapters, or None."""
         path = self._path(self._of_base(config, placement))
 
-        def read() -> list[float] | None:
+        def read() -> Base | None:
             with suppress(ScoresError, ValidationError):
-                return list(_VALUES.validate_python(read_json(path, "values", "they are measured again")))
+                return Base.model_validate(read_json(path, "values", "they are measured again"))
             return None
 
         return ranks.agree(read)
 
-    def keep_base(self, config: Config, placement: Placement, values: list[float]) -> None:
+    def keep_base(self, config: Config, placement: Placement, base: Base) -> None:
         """Write what was measured without adapters. Raises RunDirError."""
-        self._write(self._of_base(config, placement), values)
+        self._write(self._of_base(config, placement), base.model_dump(mode="json"))
 
     def _of_base(self, config: Config, placement: Placement) -> str:
         return f"base-{fingerprint(config, placement)}"

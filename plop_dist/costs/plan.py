@@ -80,7 +80,6 @@ def build_plan(config: Config) -> Plan:
     from plop_dist.backends.hf.load import load_hf_config, meta_model, needs_head
     from plop_dist.backends.hf.own_class import reads_pairs
     from plop_dist.backends.hf.placing import is_placed, plan_placing
-    from plop_dist.backends.hf.positions import check_positions
     from plop_dist.backends.hf.quantized.loadable import check_quantized
     from plop_dist.backends.hf.stored_weights import check_stored_weights
     from plop_dist.backends.hf.whole import whole_sites
@@ -91,10 +90,8 @@ def build_plan(config: Config) -> Plan:
     check_quantized(config, hf_config)
     notes: list[str] = []
     has_pairs = reads_pairs(config.model, hf_config)
-    data, facts, tokenizer = _look_at_data(config, has_pairs)
+    data, facts, tokenizer = _look_at_data(config, hf_config, has_pairs)
     model = meta_model(config.model, hf_config)
-    if facts is not None and facts.longest is not None:
-        check_positions(config, hf_config, facts.longest, lambda: model)
     stored = check_stored_weights(config.model, model)
     absent = [note for note in stored if note.startswith("No weights")]
     notes += [note for note in stored if note not in absent]
@@ -198,12 +195,18 @@ def _types(projections: list[Projection], config: Config, shape: Shape) -> tuple
     )
 
 
-def _look_at_data(config: Config, has_pairs: bool) -> tuple[DataPlan, DataFacts | None, Any]:
-    """Return what is known of the data, and the tokenizer, None where there is none or nothing to tokenise."""
+def _look_at_data(config: Config, hf_config: Any, has_pairs: bool) -> tuple[DataPlan, DataFacts | None, Any]:
+    """Return what is known of the data, and the tokenizer, None where there is none or nothing to tokenise.
+
+    Raises DataError or ModelError for tokens that the model cannot read.
+    """
     data = config.data
     if is_on_hub(data.path):
         return DataPlan(data.path, None, None, None, None), None, None
-    from plop_dist.backends.hf.load import load_tokenizer
+    from plop_dist.backends.hf.load import load_tokenizer, meta_model
+    from plop_dist.backends.hf.tokens import check_tokens
+
+    build = lambda: meta_model(config.model, hf_config)  # noqa: E731
 
     every = load_rows(data.path, data.split)
     rows = select_rows(every, data)
@@ -223,27 +226,32 @@ def _look_at_data(config: Config, has_pairs: bool) -> tuple[DataPlan, DataFacts 
         check_singly(config, "two texts, the encoder's and the decoder's")
         pairs = PairSamples(rows, data, config.train.prompt_template, tokenizer)
         plan = DataPlan(data.path, len(rows), sum(map(len, pairs)), max(map(len, pairs)), render(rows[0], 1, data))
-        return plan, DataFacts(len(every), None, pairs.longest), tokenizer
+        check_tokens(config, hf_config, pairs, pairs.longest, build)
+        return plan, DataFacts(len(every), None), tokenizer
     if has_images(rows, data):
-        return _look_at_images(config, rows, len(every))
-    whole = [len(sample) for sample in tokenize(rows, data.model_copy(update={"max_length": _UNCUT}), tokenizer)]
+        plan, samples, processor = _look_at_images(config, rows)
+        check_tokens(config, hf_config, samples, samples.longest, build, has_images=True)
+        return plan, DataFacts(len(every), tuple(map(len, samples))), processor
+    uncut = tokenize(rows, data.model_copy(update={"max_length": _UNCUT}), tokenizer)
+    whole = [len(sample) for sample in uncut]
     lengths = [min(length, data.max_length) for length in whole]
+    check_tokens(config, hf_config, uncut, max(lengths), build)
     first = render(rows[0], 1, data, tokenizer)
     plan = DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
-    return plan, DataFacts(len(every), tuple(whole), max(lengths)), tokenizer
+    return plan, DataFacts(len(every), tuple(whole)), tokenizer
 
 
-def _look_at_images(config: Config, rows: Sequence[Row], num_rows: int) -> tuple[DataPlan, DataFacts, Any]:
+def _look_at_images(config: Config, rows: Sequence[Row]) -> tuple[DataPlan, ImageSamples, Any]:
     """Return what is known of rows with images, and the processor, which has read them all as scoring will."""
     from plop_dist.backends.hf.load import load_processor
 
     check_singly(config, "images")
     data, processor = config.data, load_processor(config.model)
     read = ImageRows(rows, data, processor, data.max_length)
-    lengths = tuple(map(len, ImageSamples(read)))
+    samples = ImageSamples(read)
     first = read.text(0, len(images_of(rows[0], 1, data)))
-    plan = DataPlan(data.path, len(rows), sum(lengths), max(lengths), _short(first))
-    return plan, DataFacts(num_rows, lengths, max(lengths)), processor
+    plan = DataPlan(data.path, len(rows), sum(map(len, samples)), samples.longest, _short(first))
+    return plan, samples, processor
 
 
 def _short(text: str, most: int = 100) -> str:

@@ -38,13 +38,11 @@ from plop_dist.values.scores import ModelInfo, Projection
 class DataFacts:
     """The rows to be scored, as far as they are known.
 
-    num_rows: all that there are; lengths: their tokens before anything is cut off (None: not tokenised); longest: the
-    tokens that the model reads in one piece, at most.
+    num_rows: all that there are; lengths: their tokens before anything is cut off (None: not tokenised).
     """
 
     num_rows: int
     lengths: tuple[int, ...] | None
-    longest: int | None = None
 
     def cut(self, most: int) -> tuple[int, float]:
         """Return how many samples are longer than so many tokens, and the share of all tokens that they lose."""

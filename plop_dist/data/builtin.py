@@ -49,7 +49,8 @@ def random_tokens(number: str, seed: int, tokenizer: Any, max_length: int) -> li
     Begins as the tokenizer has each text begin (with a token for the beginning, where it has one).
     """
     draw = random.Random(f"{seed}:{number}")
-    vocabulary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    special = {token for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items() if added.special}
+    vocabulary = sorted(set(tokenizer.get_vocab().values()) - special.union(tokenizer.all_special_ids))
     begin = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
     return [*begin, *draw.choices(vocabulary, k=_NUM_RANDOM)][:max_length]
 

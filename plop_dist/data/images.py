@@ -71,6 +71,17 @@ def with_placeholders(messages: Sequence[Mapping[str, Any]], num_images: int) ->
     return found
 
 
+def content_parts(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the content parts of messages in order; a content that is one text has none."""
+    contents = [message.get("content") for message in messages]
+    return [part for content in contents if isinstance(content, list) for part in content]
+
+
+def kind_of_part(part: Any) -> str:
+    """Return the type that a content part says it has."""
+    return str(part.get("type")) if isinstance(part, Mapping) else ""
+
+
 def joined_texts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return messages with contents of text parts alone as one text, which every chat template takes."""
     return [{**message, "content": _joined(message.get("content"))} for message in messages]
@@ -94,12 +105,11 @@ def _messages(row: Row, data: DataConfig) -> Sequence[Mapping[str, Any]]:
 
 
 def _image_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    contents = [message.get("content") for message in messages]
-    return [part for content in contents if isinstance(content, list) for part in content if _is_image(part)]
+    return [part for part in content_parts(messages) if _is_image(part)]
 
 
 def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+    return kind_of_part(part) in ("image", "image_url")
 
 
 def _source(part: Mapping[str, Any]) -> Any:
@@ -139,6 +149,8 @@ def _opened(image: Any, number: int, data: DataConfig) -> Any:
             raise DataError(f"{where} is at {image[:80]}, and nothing is fetched; put it into a file beside the rows.")
         with Image.open(Path(data.path).parent / image) as opened:
             return opened.convert("RGB")
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(
             f"{where} '{image}' does not exist; paths are looked for in the folder of {data.path}."

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plop_dist.config.schema import DataConfig
-from plop_dist.data.images import joined_texts
+from plop_dist.data.images import content_parts, joined_texts, kind_of_part
 from plop_dist.data.rows import BUILTIN_FIELD, kind_of
 from plop_dist.errors import DataError, first_line
 
 _BRACES = re.compile(r"\{([^{}]+)\}")
+_UNREAD = re.compile(r"video|audio")  # of types of content parts, in chat templates and in OpenAI's API
 _NAME = re.compile(r"\w(?:[\w .-]*\w)?")
 
 Row = Mapping[str, Any]
@@ -62,6 +63,12 @@ def messages_of(row: Row, number: int, data: DataConfig) -> list[Mapping[str, An
             f"{data.path}: row {number}: column '{field}' must be a list of "
             f'{{"role": ..., "content": ...}}, but it is {str(value)[:60]!r}.'
         )
+    for kind in map(kind_of_part, content_parts(value)):
+        if _UNREAD.search(kind):  # a chat template passes over it, or writes a place that nothing fills
+            raise DataError(
+                f"{data.path}: row {number}: column '{field}' has a content part of type '{kind}', and only texts and "
+                "images are read here; score in your own job, by plop_dist.score(model, batches)."
+            )
     return value
 
 

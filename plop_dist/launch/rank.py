@@ -104,9 +104,9 @@ def score(stages: Stages, notify: Notify) -> Scores:
 
 def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
     from plop_dist.backends.hf.dtype import weights_dtype
-    from plop_dist.backends.hf.load import check_vocabulary, load_hf_config, load_processor, load_tokenizer, meta_model
+    from plop_dist.backends.hf.load import load_hf_config, load_processor, load_tokenizer, meta_model
     from plop_dist.backends.hf.own_class import reads_pairs
-    from plop_dist.backends.hf.positions import check_positions
+    from plop_dist.backends.hf.tokens import check_tokens
 
     data, hf_config = config.data, load_hf_config(config.model)
     tokenizer = load_tokenizer(config.model)
@@ -121,9 +121,9 @@ def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
         samples = ImageSamples(ImageRows(rows, data, load_processor(config.model), data.max_length, dtype=dtype))
     else:
         samples = tokenize(rows, data, tokenizer)
-    check_vocabulary(config.model, max(map(max, filter(None, samples))))
     longest = samples.longest if isinstance(samples, ReadSingly) else max(map(len, samples))
-    check_positions(config, hf_config, longest, lambda: meta_model(config.model, hf_config))
+    build = lambda: meta_model(config.model, hf_config)  # noqa: E731
+    check_tokens(config, hf_config, samples, longest, build, has_images=isinstance(samples, ImageSamples))
     return tokenizer, samples
 
 

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +122,14 @@ def test_a_broken_model(case: Path, model: Path, spoil: Callable[[Path], None], 
     assert not Path("executed").exists()
 
 
+def test_check_sees_a_tokenizer_of_another_vocabulary(case: Path, model: Path) -> None:
+    broken = case / "broken"
+    shutil.copytree(model, broken)
+    config = write_case(case, broken)
+    give_a_larger_vocabulary(broken)
+    assert_one_message(plop_dist("check", config), str(broken), "its tokenizer gives the token id")
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
@@ -237,8 +243,7 @@ def test_an_unknown_target_command_and_option(finished: Path) -> None:
 
 
 def test_a_command_s_own_exit_status_is_the_process_s(case: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = types.SimpleNamespace(submit_job=lambda _config, _address, **_: 1)
-    monkeypatch.setitem(sys.modules, "plop_dist.launch.jobs", jobs)
+    monkeypatch.setattr("plop_dist.launch.jobs.submit_job", lambda _config, _address, **_: 1)
     assert plop_dist("submit", write_case(case, model)).status == 1
     assert plop_dist("--help").status == 0
 

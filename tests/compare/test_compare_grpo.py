@@ -164,7 +164,7 @@ def test_an_arm_that_earns_more_is_better_in_words_of_reward(
     scores = Scores.from_file(config.run_path / "scores.json")
     candidate, _ = build_arms(scores, ARMS, config.placement, 0)
     still = replace(candidate, name="still", placement=candidate.placement.model_copy(update={"alpha": 1e-6}))
-    base, _, _ = runs.measure_base(candidate.placement)
+    base = runs.measure_base(candidate.placement)
     arms = []
     for one in (candidate, still):
         trained = Trained(one)
@@ -173,13 +173,13 @@ def test_an_arm_that_earns_more_is_better_in_words_of_reward(
             trained.by_seed.append(runs.train(held_out.model_copy(update={"train": train}), one.placement, []))
         trained.by_rate[0] = trained.by_seed[0]
         arms.append((one, trained))
-    found = sum_up(config, scores, arms, runs.method, base)
+    found = sum_up(config, scores, arms, runs.method, base.values)
     (against,) = found.comparisons
     assert against.verdict == "better"
     assert against.difference is not None
     assert against.difference > 0.2
     assert found.arms[1].value == pytest.approx(found.base, abs=0.05)
-    turned = sum_up(config, scores, arms[::-1], runs.method, base).comparisons[0]
+    turned = sum_up(config, scores, arms[::-1], runs.method, base.values).comparisons[0]
     assert (turned.verdict, turned.difference) == ("worse", pytest.approx(-against.difference))
     print_comparison(found, VisibleConsole(width=80))
     shown = capsys.readouterr().out.splitlines()

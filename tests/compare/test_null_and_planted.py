@@ -66,13 +66,13 @@ def test_rank_64_everywhere_is_better_than_rank_1_on_one_type(
     scores = plop_dist.Scores.from_file(config.run_path / "scores.json")
     large = plop_dist.place(scores, policy="all", rank=64, alpha=8)
     small = plop_dist.place(scores, k=1, rank=1, alpha=8)
-    base, _, _ = runs.measure_base(large)
+    base = runs.measure_base(large)
     arms = []
     for name, placement in (("large", large), ("small", small)):
         records = [trained(placement, seed) for seed in range(3)]
         candidate = Candidate(name, placement, deviation=0.0)
         arms.append((candidate, Trained(candidate, by_rate={0: records[0]}, by_seed=records)))
-    found = sum_up(config, scores, arms, runs.method, base)
+    found = sum_up(config, scores, arms, runs.method, base.values)
     large_arm, small_arm = found.arms
     assert large_arm.value is not None
     assert small_arm.value is not None
@@ -80,5 +80,5 @@ def test_rank_64_everywhere_is_better_than_rank_1_on_one_type(
     (against,) = found.comparisons
     assert against.difference == pytest.approx(small_arm.value - large_arm.value)
     assert against.verdict == "better"
-    (turned,) = sum_up(config, scores, arms[::-1], runs.method, base).comparisons
+    (turned,) = sum_up(config, scores, arms[::-1], runs.method, base.values).comparisons
     assert turned.verdict == "worse"

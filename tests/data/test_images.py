@@ -92,6 +92,19 @@ def test_content_parts_say_where_images_are_and_which(tmp_path: Path) -> None:
     assert [image.size[0] for image in images_of(linked, 1, open_ended)] == [30]
 
 
+@pytest.mark.parametrize("kind", ["video", "video_url", "audio", "input_audio"])
+def test_parts_that_are_not_read_are_refused_whatever_the_template_makes_of_them(kind: str) -> None:
+    data = DataConfig(path="rows.jsonl", messages_field="messages")
+    row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": kind}]}, ANSWER]}
+    with pytest.raises(DataError, match=rf"row 1: column 'messages' has a content part of type '{kind}', and only"):
+        render(row, 1, data, tiny_tokenizer())
+    thinking = [
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "text", "text": "see"},
+    ]  # Magistral's template reads it
+    assert render({"messages": [{**USER, "content": thinking}, ANSWER]}, 1, data, tiny_tokenizer())
+
+
 def test_images_without_a_part_come_first_in_the_first_message_of_the_user() -> None:
     found = with_placeholders([{"role": "system", "content": "be kind"}, USER, ANSWER, USER], 2)
     kinds = [[part["type"] for part in message["content"]] for message in found]

@@ -129,18 +129,18 @@ def adapted(model: Any, scores: Scores) -> Outcome:
     return Outcome("wrong", f"PEFT adapts other modules: {odd[:3]}") if odd else Outcome("exact")
 
 
-def build(model_type: str, class_name: str) -> Any:
-    """Return a tiny float32 model with uneven weights."""
+def build(model_type: str, class_name: str, **fields: Any) -> Any:
+    """Return a tiny float32 model with uneven weights. fields: over those of its tiny configuration."""
     import transformers
 
     model_class = getattr(transformers, class_name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in model_class(tiny_config(model_type)).parameters())
+            size = sum(parameter.numel() for parameter in model_class(tiny_config(model_type, **fields)).parameters())
         if size > MAX_PARAMETERS:
             raise ValueError(f"its smallest configuration here still has {size:,} parameters")
-        model = model_class(tiny_config(model_type)).float().eval()
+        model = model_class(tiny_config(model_type, **fields)).float().eval()
     spoil_all(model)
     for name, table in model.named_buffers():
         if name.endswith(

@@ -100,6 +100,7 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "ministral3": {"rope_parameters": _MINISTRAL_YARN},
     "minimax_m3_vl": {"merged_hidden_size": 128, "projector_hidden_size": 32},
+    "nemotron_h": {"n_groups": 2},
     "hy_v3": {"first_k_dense_replace": 1},
     "qwen3_vl_vision": {"deepstack_visual_indexes": [0]},
     "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0]},

@@ -98,16 +98,6 @@ def load_processor(model: ModelConfig) -> Any:
     return processor
 
 
-def check_vocabulary(model: ModelConfig, largest_id: int) -> None:
-    """Raise ModelError if the tokenizer gives ids that the model has no embedding for."""
-    size = getattr(load_hf_config(model).get_text_config(), "vocab_size", None)
-    if size is not None and largest_id >= size:
-        raise ModelError(
-            f"model.name_or_path '{model.name_or_path}': its tokenizer gives the token id {largest_id}, but the model "
-            f"has embeddings for {size} tokens only; put the tokenizer there that the model was trained with."
-        )
-
-
 def load_model(model: ModelConfig, drop: Callable[[Any], None] | None = None, **options: Any) -> torch.nn.Module:
     """Return the model with its weights, in eval mode. Extra options go to from_pretrained.
 

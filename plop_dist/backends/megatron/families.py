@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.megatron.transformer_engine import has_transformer_engine
+from plop_dist.backends.megatron.unread_fields import check_fields
 from plop_dist.config.schema import Config
 from plop_dist.errors import MissingExtraError, ModelError
 
@@ -37,18 +36,7 @@ _WRONG = {
     "GlmMoeDsaForCausalLM": "it multiplies with the weight of kv_b_proj in another order, without calling it",
     "MiniMaxM3SparseForConditionalGeneration": "it leaves out the indexer's projections",
 }
-# Fields that Bridge does not read, and what it builds whatever they say: the values of the published models.
-_FIXED: dict[str, dict[str, Any]] = {
-    "Exaone4_5_ForConditionalGeneration": {"hidden_act": "silu"},
-    "FalconH1ForCausalLM": {"mamba_norm_before_gate": False, "time_step_limit": (0.0, math.inf)},
-    "Gemma4ForCausalLM": {"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": None},
-    "Gemma4ForConditionalGeneration": {"hidden_activation": "gelu_pytorch_tanh"},
-    "Glm4vMoeForConditionalGeneration": {"hidden_act": "silu", "n_group": 1, "norm_topk_prob": True},
-    "Mistral3ForConditionalGeneration": {"hidden_act": "silu", "rms_norm_eps": 1e-5, "sliding_window": None},
-}
-# Every how many layers Bridge builds one of full attention, whatever layer_types says; Gemma 3 turns those otherwise.
-_FULL_LAYERS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6, "Gemma3ForConditionalGeneration": 6}
-# Field of a configuration with such layers -> the package of their kernels, for which Megatron has no other code, and
+# Field of a configuration -> the package of its layers' kernels, for which Megatron has no other code, and
 # what pip calls it. Releases of transformers call the kinds of layers otherwise, the fields alike.
 _MAMBA = ("mamba_ssm", "mamba-ssm")
 _KERNELS = {
@@ -76,12 +64,7 @@ def check_family(hf_config: Any, config: Config) -> None:
             f"model.name_or_path '{name}' is a {family}: Megatron's layers without Transformer Engine (not installed "
             f"here) are known to be right for {', '.join(LOCAL_FAMILIES)} alone; {_ELSEWHERE}."
         )
-    if config.parallel.cp > 1 and hf_config.get_text_config() is not hf_config:
-        raise ModelError(
-            f"parallel.cp is {config.parallel.cp}, and model.name_or_path '{name}' is a {family}, which sees images "
-            "beside its text and deals its tokens out by itself; set parallel.cp=1."
-        )
-    _check_fields(hf_config, family, config)
+    check_fields(hf_config, family, config)
     _check_kernels(hf_config, name)
     why = None if config.train.method != "sft" else _untrained(hf_config, family, config)
     if why is not None:
@@ -110,72 +93,6 @@ def _untrained(hf_config: Any, family: str, config: Config) -> str | None:
             "set that"
         )
     return None
-
-
-def _check_fields(hf_config: Any, family: str, config: Config) -> None:
-    """Raise ModelError for what Bridge builds otherwise in some models of a family that it mostly builds right."""
-    name, text = config.model.name_or_path, hf_config.get_text_config()
-    for field, built in _FIXED.get(family, {}).items():
-        found = getattr(text, field, built)
-        if (tuple(found) if isinstance(found, list) else found) != built:
-            raise ModelError(
-                f"model.name_or_path '{name}': {field} is {found}, where Megatron-Bridge builds {built}, as in the "
-                f"published models; {_ELSEWHERE}."
-            )
-    period = _FULL_LAYERS.get(family)
-    if period is not None:
-        _check_period(text.layer_types, period, name)
-    if family.startswith("Gemma4"):
-        _check_gemma4(text, hf_config is text, config)
-    if family.startswith("Exaone4_5") and not text.sliding_window and "full_attention" in text.layer_types:
-        raise ModelError(
-            f"model.name_or_path '{name}': without sliding_window its layers of full attention see positions, but "
-            f"Megatron-Bridge's do not; {_ELSEWHERE}."
-        )
-    if family == "Exaone4ForCausalLM" and hf_config.sliding_window and "full_attention" in hf_config.layer_types:
-        raise ModelError(
-            f"model.name_or_path '{name}': with sliding_window {hf_config.sliding_window} its layers of full attention "
-            f"see no positions, but Megatron-Bridge's do; {_ELSEWHERE}."
-        )
-    if family == "GptOssForCausalLM" and 2 * hf_config.intermediate_size == hf_config.hidden_size:
-        raise ModelError(
-            f"model.name_or_path '{name}': intermediate_size {hf_config.intermediate_size} is half of hidden_size "
-            f"{hf_config.hidden_size}, so that Megatron-Bridge cannot tell the rows of experts.gate_up_proj from its "
-            f"columns, and does not turn it; {_ELSEWHERE}."
-        )
-
-
-def _check_gemma4(text: Any, is_text_alone: bool, config: Config) -> None:
-    name, parallel = config.model.name_or_path, config.parallel
-    if parallel.pp > 1 and not text.enable_moe_block:
-        raise ModelError(
-            f"parallel.pp is {parallel.pp}, and model.name_or_path '{name}' is a Gemma 4 without experts, for which "
-            "Megatron-Bridge has no pipeline; set parallel.pp=1."
-        )
-    if parallel.sequence_parallel and text.hidden_size_per_layer_input and not is_text_alone:
-        raise ModelError(
-            f"parallel.sequence_parallel is true, and model.name_or_path '{name}' is a Gemma 4 with images and inputs "
-            "per layer, which Megatron-Bridge does not deal out; set parallel.sequence_parallel=false."
-        )
-    heads = (text.num_key_value_heads, text.num_global_key_value_heads)
-    if not text.attention_k_eq_v and heads[0] != heads[1]:
-        raise ModelError(
-            f"model.name_or_path '{name}': num_global_key_value_heads is {heads[1]} without attention_k_eq_v, where "
-            f"transformers takes num_key_value_heads, {heads[0]}, and Megatron-Bridge the former; {_ELSEWHERE}."
-        )
-    if text.enable_moe_block:  # elsewhere it reads layer_types
-        kinds = list(text.layer_types)
-        _check_period(kinds, kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1, name)
-
-
-def _check_period(layer_types: Sequence[str], period: int, name: str) -> None:
-    for layer, found in enumerate(layer_types):
-        built = "sliding_attention" if (layer + 1) % period else "full_attention"
-        if found != built:
-            raise ModelError(
-                f"model.name_or_path '{name}': layer_types[{layer}] is '{found}', where Megatron-Bridge builds "
-                f"'{built}', as in the published models (every {period}th layer is of full attention); {_ELSEWHERE}."
-            )
 
 
 def _check_kernels(hf_config: Any, name: str) -> None:

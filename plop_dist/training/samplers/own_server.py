@@ -20,9 +20,8 @@ from plop_dist.exporters.serving import VLLM
 from plop_dist.training.external.interpreter import Interpreter, interpreter_of
 from plop_dist.values.files import write_bytes
 
-_ASKED_SECONDS = 1.0
-_HEALTH_WAIT_S = 5.0
-_ENDED_WAIT_S = 30.0
+_ASKED_SECONDS, _ANSWER_SECONDS = 1.0, 3.0
+_END_WAIT_S = 40.0
 # What tells a program which rank of ours it is, and the packages of our own environment.
 _NOT_ITS_OWN = ("PYTHONPATH", "PYTHONHOME", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Runs between us and the server: when its standard input ends, with us or because we say so, the server ends too.
@@ -105,7 +104,7 @@ class OwnServer:
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         try:
-            self._keeper.wait(_ENDED_WAIT_S)
+            self._keeper.wait(_END_WAIT_S)
         except subprocess.TimeoutExpired:
             self._keeper.kill()
 
@@ -118,7 +117,7 @@ class OwnServer:
                     f"train.sampler is vllm: the server that was started ended with status {status} "
                     f"({self._last_line()}); what it said is in {self._log}."
                 )
-            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=_HEALTH_WAIT_S):
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=_ANSWER_SECONDS):
                 return
             time.sleep(_ASKED_SECONDS)
         raise ConfigError(

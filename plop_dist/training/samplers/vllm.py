@@ -26,7 +26,7 @@ from plop_dist.training.samplers.sampler import Completion, Prompt
 from plop_dist.training.samplers.vllm_server import VLLMServer
 
 _MOST_REQUESTS = 64  # at a time and replica; the server batches them
-_FAREWELL_SECONDS = 5.0
+_FAREWELL_WAIT_S = 5.0
 
 
 class VLLMSampler:
@@ -80,7 +80,7 @@ class VLLMSampler:
             self._own.close()
         elif self._loaded is not None:
             with suppress(UserError):  # it may be what has failed
-                self._server.patient_for(_FAREWELL_SECONDS).unload(self._loaded)
+                self._server.patient_for(_FAREWELL_WAIT_S).unload(self._loaded)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _find_server(self, config: Config, adapter: Path) -> VLLMServer:

@@ -16,7 +16,7 @@ from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.costs.plan import build_plan
 from plop_dist.data.processed import ImageRows
-from plop_dist.errors import LayoutError, ModelError
+from plop_dist.errors import DataError, LayoutError, ModelError
 from plop_dist.launch import pipeline
 from plop_dist.values.scores import Scores
 from tests.data.test_images import save_image
@@ -137,6 +137,26 @@ def test_layouts_that_may_not_see_a_tower_whole_are_refused(
     config = config_in(tmp_path, "llava", parallel=parallel)
     with pytest.raises((LayoutError, ModelError), match=message):
         build_plan(config)
+
+
+@pytest.mark.parametrize("name", ["image_token_index", "audio_token_id"])
+def test_a_place_for_an_image_in_rows_of_text_is_refused_by_check_and_by_score(tmp_path: Path, name: str) -> None:
+    save_tiny_vlm("llava", tmp_path / "model")
+    save_tiny_processor("llava", tmp_path / "model")
+    if name != "image_token_index":
+        path = tmp_path / "model" / "config.json"
+        kept = json.loads(path.read_text())
+        path.write_text(json.dumps({**kept, "image_token_index": 131, name: kept["image_token_index"]}))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "<image>what is it"}) + "\n")
+    config = parse_config({
+        "run_dir": str(tmp_path / "run"),
+        "model": {"name_or_path": str(tmp_path / "model"), "dtype": "float32"},
+        "data": {"path": str(tmp_path / "rows.jsonl")},
+    })  # fmt: skip
+    sense, remedy = name.partition("_")[0], "by data.images_field" if name.startswith("image") else "in your own job"
+    for step in (lambda: build_plan(config), lambda: pipeline.score(config, "test")):
+        with pytest.raises(DataError, match=rf"token 128, which is a place for {sense} input in .*{remedy}"):
+            step()
 
 
 def test_images_are_refused_where_they_would_be_dropped(tmp_path: Path) -> None:

@@ -223,11 +223,16 @@ class Gemma2OutputLayer(TELinear):
         return torch.tanh(y), bias
 
 
+class OddLinear(nn.Linear):
+    """Torch's linear, and something besides."""
+
+
 def test_what_is_not_known_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"'layers\.0\.o' is a .*\.SquaredLinear, which computes more than its TERow"):
         linear_kind(SquaredLinear(INNER, HIDDEN), "layers.0.o")
-    with pytest.raises(ModelError, match=r"'layers\.0\.mlp\.up' is a .*Linear, which holds a matrix \('weight', "):
-        linear_kind(nn.Linear(HIDDEN, 6), "layers.0.mlp.up")
+    with pytest.raises(ModelError, match=r"'layers\.0\.mlp\.up' is a .*OddLinear, which holds a matrix"):
+        linear_kind(OddLinear(HIDDEN, 6), "layers.0.mlp.up")
+    assert linear_kind(nn.Linear(HIDDEN, 6), "layers.0.per_layer_input_gate") == "duplicated"
     assert linear_kind(nn.Linear(HIDDEN, 1), "value_head") is None
     with pytest.raises(ModelError, match=r"'mlp\.router' is a .*\.ScaledRouter, whose gating is not known to be W z"):
         check_router(ScaledRouter(), "mlp.router")

@@ -40,6 +40,14 @@ CASES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("FalconH1ForCausalLM", "falcon_h1", {"time_step_limit": [0.0, 0.1]}, "time_step_limit is .*0.1.*, where Megatron"),
 ]  # fmt: skip
 
+# Layouts that Bridge does not build, the axis at fault last.
+LAYOUTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("Qwen3VLForConditionalGeneration", "qwen3_vl", {"cp": 2}),
+    ("Qwen2AudioForConditionalGeneration", "qwen2_audio", {"tp": 2, "sequence_parallel": True}),
+    ("Gemma4ForConditionalGeneration", "gemma4", {"tp": 2, "sequence_parallel": True}),
+    ("Gemma4ForCausalLM", "gemma4_text", {"pp": 2}),
+]
+
 
 def _said(rank: int) -> list[str | None]:
     from plop_dist.backends.megatron.families import check_family
@@ -54,10 +62,11 @@ def _said(rank: int) -> list[str | None]:
         for name, value in fields.items():
             setattr(hf_config.get_text_config(), name, value)
         said.append(_message(check_family, hf_config, plain))
-    shared = plain.model_copy(update={"parallel": plain.parallel.model_copy(update={"cp": 2})})
-    hf_config = tiny_config("qwen3_vl")
-    hf_config.architectures = ["Qwen3VLForConditionalGeneration"]
-    said.append(_message(check_family, hf_config, shared))
+    for class_name, model_type, layout in LAYOUTS:
+        shared = plain.model_copy(update={"parallel": plain.parallel.model_copy(update=layout)})
+        hf_config = tiny_config(model_type)
+        hf_config.architectures = [class_name]
+        said.append(_message(check_family, hf_config, shared))
     said.append(_message(check_family, SimpleNamespace(architectures=["Step3p5ForCausalLM"]), plain))
     return said
 
@@ -77,5 +86,9 @@ def test_each_is_named_with_what_is_built() -> None:
             assert found is None, f"{class_name} {fields}: {found}"
         else:
             assert re.search(expected, found or ""), f"{class_name} {fields}: {found}"
-    assert said[-2].startswith("parallel.cp is 2, and model.name_or_path 'model' is a Qwen3VLForConditionalGeneration")
+    for (class_name, _, layout), found in zip(LAYOUTS, said[len(CASES) :], strict=False):
+        axis, value = next(reversed(layout.items()))
+        assert re.search(f"^parallel.{axis} is {str(value).lower()}, .* is a ({class_name}|Gemma 4)", found or ""), (
+            found
+        )
     assert "is a Step3p5ForCausalLM, of which nobody has compared what Megatron-Bridge" in said[-1]

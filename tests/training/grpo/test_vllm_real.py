@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.rare, needs_vllm]
 SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "1", "--max-model-len", "128")
 TYPES = ("v_proj", "up_proj", "down_proj")
-NUM_UPDATES = 30
+NUM_UPDATES, NUM_COMPLETIONS = 30, 8
 
 
 def digits(completions: list[str], **columns: Any) -> list[float]:
@@ -48,8 +48,8 @@ def _config(directory: str | Path, url: str, **parallel: Any) -> Config:
             "parallel": parallel,
             "train": {
                 "method": "grpo", "engine": "plop", "max_steps": NUM_UPDATES, "learning_rate": 2e-3,
-                "lr_scheduler": "constant", "micro_batch_size": 8, "gradient_accumulation_steps": 2,
-                "num_generations": 8, "max_completion_length": 16, "save_steps": 100, "seed": 3, "beta": 0.01,
+                "lr_scheduler": "constant", "micro_batch_size": 4, "gradient_accumulation_steps": 2,
+                "num_generations": 4, "max_completion_length": 16, "save_steps": 100, "seed": 3, "beta": 0.01,
                 "prompt_template": "{question}\nAnswer:", "answer_field": "number",
                 "rewards": ["builtin:number", "tests.training.grpo.test_vllm_real:digits"],
                 "vllm": {"url": url, "timeout_s": 200},
@@ -100,8 +100,8 @@ def test_smollm2_learns_in_a_pipeline_from_what_vllm_samples(tmp_path: Path) -> 
     log, _ = read_log(tmp_path / "run" / "train" / "log.jsonl")
     assert [entry["step"] for entry in log] == list(range(1, NUM_UPDATES + 1))
     last = log[-5:]
-    first_error = log[0]["reward_std"] / math.sqrt(16)
-    last_error = math.sqrt(sum(entry["reward_std"] ** 2 for entry in last)) / len(last) / math.sqrt(16)
+    first_error = log[0]["reward_std"] / math.sqrt(NUM_COMPLETIONS)
+    last_error = math.sqrt(sum(entry["reward_std"] ** 2 for entry in last)) / len(last) / math.sqrt(NUM_COMPLETIONS)
     rise = sum(entry["reward"] for entry in last) / len(last) - log[0]["reward"]
     assert rise > math.hypot(first_error, last_error)
     assert max(entry["sampling/sampling_logp_difference/max"] for entry in log) < 1e-3
