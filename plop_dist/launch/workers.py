@@ -139,11 +139,11 @@ class _Attempts:
                 if found_no_room(error):  # others were faster, or nodes have gone
                     if time.monotonic() < until:
                         continue
-                    return WorkerError(
+                    raise WorkerError(
                         f"Ray has not placed {len(hosts)} workers on {', '.join(dict.fromkeys(hosts))} within "
                         f"cluster.start_timeout_s ({self.config.cluster.start_timeout_s:g} s), where they had room: "
                         "nodes come and go, or others were faster each time (ray status)."
-                    )
+                    ) from error
                 raised = getattr(error, "worker_failures", {})
                 found = before_start(error) or cause(self.records, raised, hosts)
                 return found or WorkerError(f"the workers failed: {last_line(error)}")

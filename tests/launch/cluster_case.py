@@ -98,13 +98,12 @@ def run(*command: str | Path, timeout_s: float = 330, **more: str) -> subprocess
 
 @contextmanager
 def session(
-    command: list[str], variables: dict[str, str], output: IO[str] | int = subprocess.PIPE, *, stdin: bool = False
+    command: list[str], variables: dict[str, str], output: IO[str] | int = subprocess.PIPE
 ) -> Iterator[subprocess.Popen[str]]:
     """Start a command as the leader of its own process group; afterwards end it, and what is left of the group."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=output, stderr=output, text=True, start_new_session=True,
-        stdin=subprocess.PIPE if stdin else None,
-    )  # fmt: skip
+        command, cwd=ROOT, env=variables, stdout=output, stderr=output, text=True, start_new_session=True
+    )
     try:
         yield process
     finally:

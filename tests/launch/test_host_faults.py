@@ -17,7 +17,6 @@ from tests.launch.cluster_case import BIN, ROOT, Case, environment, events, make
 from tests.launch.hosts import hosts
 from tests.launch.ray_head import wait_for
 from tests.launch.ray_hosts import ADDRESS, RayHosts, ray_on
-from tests.launch.test_launched_faults import FAKETIME
 
 pytestmark = [pytest.mark.rare, pytest.mark.timeout(900)]
 NOTICED_S = (
@@ -193,18 +192,6 @@ def test_a_disk_that_is_full_on_one_node(whole: RayHosts, case: Case) -> None:
     assert "No space left on device; make run_dir writable, free space" in said
 
 
-@pytest.mark.skipif(not FAKETIME.is_file(), reason="libfaketime is not installed")
-def test_a_node_whose_clock_is_an_hour_ahead(whole: RayHosts, case: Case) -> None:
-    whole.hosts.do("kill", "3")
-    whole.hosts.do("start", "3")
-    later = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "+3600s"}
-    whole.start(3, **later)
-    with start(whole, case, "later", dp=3) as driver:
-        out, err = driver.communicate(timeout=200)
-    assert driver.returncode == 0, out + err
-    case.assert_same_scores("later", rtol=1e-6)
-
-
 def test_a_head_that_dies_ends_the_run_and_other_hosts_go_on(whole: RayHosts, case: Case) -> None:
     run_dir = case.directory / "headless"
     with start(whole, case, "headless", "run", on=2) as driver:
@@ -225,7 +212,8 @@ def test_a_head_that_dies_ends_the_run_and_other_hosts_go_on(whole: RayHosts, ca
     with start(whole, case, "headless", "run", on=others[0]) as driver:
         out, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, out + err
-    assert "resumed: " in err or "score: done before, kept" in err, "nothing was kept of what was computed"
+    written = [event for event in events(run_dir) if event.get("text") == "writing the scores"]
+    assert len(written) == 1, "what ranks had computed without their head was not kept"
     case.assert_same_scores("headless", rtol=1e-6)
 
 
