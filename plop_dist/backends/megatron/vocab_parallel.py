@@ -4,19 +4,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from plop_dist.backends.megatron.language import language_model
 
 
 @dataclass(frozen=True)
 class VocabParallelLogits:
-    """Logits (b, s, V_local) whose vocabulary is cut over `group` in the order of its ranks."""
+    """Logits (b, s, V_local) whose vocabulary is cut over `group` in the order of its ranks.
+
+    vocab_size: without the padding to a multiple of tp, which hide_padding has answered with -inf.
+    """
 
     values: Tensor
     group: dist.ProcessGroup
+    vocab_size: int
 
     def log_probabilities(self, targets_bs: Tensor, temperature: float) -> Tensor:
         """Return the log-probability of each target, (b, s), float32, of logits / temperature; 0 for negative ones.
@@ -34,4 +43,28 @@ class VocabParallelLogits:
         local = self.values[torch.arange(len(places_b), device=places_b.device), places_b].float().contiguous()
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, local, group=self.group)
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1)[:, : self.vocab_size]
+
+
+def hide_padding(chunks: Iterable[nn.Module], vocab_size: int) -> None:
+    """Let what pads the vocabulary to a multiple of tp answer with -inf, so that no softmax counts it.
+
+    Its weights are zero, and so were its logits: as likely as a token that is neither likely nor unlikely.
+    """
+    for chunk in chunks:
+        head = getattr(language_model(chunk), "output_layer", None)
+        if head is not None:
+            head.register_forward_hook(partial(_hidden, vocab_size))
+
+
+def _hidden(vocab_size: int, module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
+    from megatron.core import parallel_state as state
+
+    logits, bias = output
+    width = logits.shape[-1]
+    first = 0 if width >= vocab_size else state.get_tensor_model_parallel_rank() * width  # gathered, or this rank's
+    num_real = min(max(vocab_size - first, 0), width)
+    if num_real == width:
+        return None
+    is_padding = torch.arange(width, device=logits.device) >= num_real
+    return logits.masked_fill(is_padding, -torch.inf), bias

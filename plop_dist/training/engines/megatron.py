@@ -15,14 +15,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from plop_dist.backends.hf.load import meta_model
+from plop_dist.backends.hf.load import load_hf_config, meta_model
 from plop_dist.backends.megatron.backend import describe_chunks, load_chunks
 from plop_dist.backends.megatron.batch import Batching, Prepared
 from plop_dist.backends.megatron.chunks import unwrap
 from plop_dist.backends.megatron.groups import read_place
 from plop_dist.backends.megatron.latent import sum_rotary_gradients
 from plop_dist.backends.megatron.schedule import run_schedule
-from plop_dist.backends.megatron.vocab_parallel import VocabParallelLogits
+from plop_dist.backends.megatron.vocab_parallel import VocabParallelLogits, hide_padding
 from plop_dist.config.schema import Config
 from plop_dist.errors import PlacementError
 from plop_dist.measure.protocols import MicroBatch
@@ -56,6 +56,7 @@ class MegatronEngine:
         self._config, self._placement = config, placement
         self._peft = placement.to_megatron(engine="canonical", dropout=config.train.lora_dropout)
         self._chunks: list[Any] = chunks
+        self._vocab_size = _vocab_size(config)
         self._hook = add_bridge_adapters([unwrap(chunk) for chunk in chunks], self._peft)
         self._peft.set_params_to_save(self._chunks)
         first = unwrap(self._chunks[0])
@@ -197,7 +198,7 @@ class MegatronEngine:
         return self._batching.prepare(micro_batch, next_tokens(batch["labels"]), further)
 
     def _logits(self, output_bsV: Tensor) -> VocabParallelLogits:
-        return VocabParallelLogits(output_bsV, self._tp_group)
+        return VocabParallelLogits(output_bsV, self._tp_group, self._vocab_size)
 
     def _find_shards(self) -> tuple[list[AdapterShard], set[str]]:
         """Return this rank's adapters, and the logical names of all ranks'. Collective."""
@@ -267,7 +268,12 @@ def _load(config: Config, *, experts_apart: bool = True) -> Base:
     """Return the chunks and what made them; apart, because one of several placements may adapt routed experts."""
     chunks, bridge = load_chunks(config, experts_apart=experts_apart)
     sum_rotary_gradients(chunks)
+    hide_padding(chunks, _vocab_size(config))
     return chunks, bridge
+
+
+def _vocab_size(config: Config) -> int:
+    return load_hf_config(config.model).get_text_config().vocab_size
 
 
 ENGINE = StepEngine(MegatronEngine, _load, methods=("sft", "grpo"))
