@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -41,13 +43,15 @@ class Screen(io.StringIO):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished() -> Iterator[Path]:
     """A directory with a configuration whose run is done."""
-    directory = tmp_path_factory.mktemp("prints")
-    write_case(directory, save_tiny("llama", directory / "model"))
-    with contextlib.chdir(directory):
-        assert say_all(["run", "config.yaml"], False)[0] == 0
-    return directory
+    # pytest's directories are numbered: where lines break would depend on how often it has run.
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        write_case(directory, save_tiny("llama", directory / "model"))
+        with contextlib.chdir(directory):
+            assert say_all(["run", "config.yaml"], False)[0] == 0
+        yield directory
 
 
 def say_all(arguments: list[str], is_terminal: bool) -> tuple[int, str, str]:
