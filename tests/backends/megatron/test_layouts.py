@@ -13,6 +13,7 @@ from plop_dist.measure.baseline import compute_baselines
 from plop_dist.measure.collectives import Reducer
 from plop_dist.measure.norms import control_variate, directions
 from tests.backends.megatron.models import config, fresh, gains, logits, samples, true_gains, true_logits, worst
+from tests.backends.megatron.test_checkpoint import LATENT
 from tests.installed import needs_bridge
 from tests.models import save_tiny
 from tests.spawn import run_ranks
@@ -45,6 +46,7 @@ FOUR_RANKS = [
     ("qwen3_moe", {"tp": 2, "dp": 2, "ep": 4, **SP}, "right"),
     ("qwen3_moe", {"pp": 2, "dp": 2, "ep": 2}, "left"),
     ("qwen3_moe", {"tp": 2, "pp": 2, "ep": 2, **SP}, "right"),
+    ("deepseek_v3", {"tp": 2, "pp": 2, "ep": 2, **SP}, "left"),
 ]
 
 
@@ -53,6 +55,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("megatron")
     for family in ("llama", "qwen2", "qwen3", "qwen3_moe"):
         save_tiny(family, root / family)
+    save_tiny("deepseek_v3", root / "deepseek_v3", **LATENT)
     save_tiny("llama", root / "tied", tie_word_embeddings=True)
     save_tiny("llama", root / "odd_vocab", vocab_size=129)
     return root
@@ -100,7 +103,7 @@ def _true_baselines(directory: Path) -> dict[str, float]:
     weights: dict[str, torch.Tensor] = {}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
     for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) or type(module).__name__.endswith("TopKRouter"):
+        if isinstance(module, torch.nn.Linear) or type(module).__name__.lower().endswith("topkrouter"):
             weights[path] = module.weight.detach()
     for path, parameter in model.named_parameters():
         if parameter.dim() == 3 and path.endswith("experts.gate_up_proj"):
