@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from logging import ERROR, getLogger
 from typing import Any
 
@@ -122,7 +123,7 @@ def _tokenized(config: Config) -> tuple[Any, Sequence[list[int]]]:
     else:
         samples = tokenize(rows, data, tokenizer)
     longest = samples.longest if isinstance(samples, ReadSingly) else max(map(len, samples))
-    build = lambda: meta_model(config.model, hf_config)  # noqa: E731
+    build = partial(meta_model, config.model, hf_config)
     check_tokens(config, hf_config, samples, longest, build, has_images=isinstance(samples, ImageSamples))
     return tokenizer, samples
 
