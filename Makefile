@@ -19,6 +19,8 @@ help: ## this text
 	@echo "  make test-AREA       the tests of one folder: $(sort $(AREAS))"
 
 setup: $(STAMP) ## .venv with everything that the tests need
+	@# Who is killed while DeepSpeed's operator is built leaves a file on which all that come later wait.
+	@find $(TORCH_EXTENSIONS_DIR) -name lock -mmin +10 -delete 2>/dev/null || true
 
 # A pyenv shim exists also where its version is not selected, so each candidate must really run.
 $(STAMP): pyproject.toml constraints.txt
