@@ -110,7 +110,11 @@ def _recording(address: str, sampled: dict[tuple[int, int], list[int]]) -> Any:
 
 
 def check_equal(
-    found: dict[str, Any], expected: dict[str, Any], load_base: Callable[[], nn.Module], keys: Sequence[str] = KEYS
+    found: dict[str, Any],
+    expected: dict[str, Any],
+    load_base: Callable[[], nn.Module],
+    keys: Sequence[str] = KEYS,
+    adapter_tolerance: float = 1e-3,
 ) -> None:
     """Assert that entries are those of the other run, and that the adapter, loaded in plain PEFT, is its adapter.
 
@@ -136,5 +140,5 @@ def check_equal(
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         assert bool(weight.any()), f"{name} is zero"
-        assert_equal(name, weights[1][name], weight, tolerance=1e-3)
+        assert_equal(name, weights[1][name], weight, tolerance=adapter_tolerance)
     assert torch.isfinite(torch.cat([w.flatten() for w in weights[0].values()])).all()

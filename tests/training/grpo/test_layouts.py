@@ -78,16 +78,13 @@ def test_every_layout_equals_one_process(
 ) -> None:
     save_tiny(family, tmp_path / "model")
     types = ("q_proj", "v_proj", "o_proj") if family == "qwen3_moe" else ("v_proj", "up_proj", "down_proj")
-    _check_layouts(tmp_path, make_placement(tiny(family), types), lambda: tiny(family), world_size, layouts)
+    _check_layouts(tmp_path, make_placement(tiny(family), types), lambda: tiny(family), world_size, layouts, {})
 
 
-@pytest.mark.rare
-@pytest.mark.parametrize(
-    ("world_size", "layouts"),
-    [(2, SMOLLM2_2), (3, SMOLLM2_3)],
-    ids=["2", "3"],
-)
 @needs_bridge
+@pytest.mark.rare
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("world_size", "layouts"), [(2, SMOLLM2_2), (3, SMOLLM2_3)], ids=["2", "3"])
 def test_smollm2_trains_for_reward_in_every_layout_as_in_one_process(
     tmp_path: Path, world_size: int, layouts: dict[str, dict[str, Any]]
 ) -> None:
@@ -98,7 +95,9 @@ def test_smollm2_trains_for_reward_in_every_layout_as_in_one_process(
         return AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
 
     placement = make_placement(load_base(), rank=6)  # a multiple of tp
-    _check_layouts(tmp_path, placement, load_base, world_size, layouts, learning_rate=1e-3)
+    # Adam divides by the root of the second moment: where a gradient is hardly more than its rounding, it shows.
+    options = {"learning_rate": 1e-3}
+    _check_layouts(tmp_path, placement, load_base, world_size, layouts, options, adapter_tolerance=1e-2)
 
 
 def _check_layouts(
@@ -107,7 +106,8 @@ def _check_layouts(
     load_base: Callable[[], Any],
     world_size: int,
     layouts: dict[str, dict[str, Any]],
-    **more: Any,
+    more: dict[str, Any],
+    adapter_tolerance: float = 1e-3,
 ) -> None:
     placement.source.to_file(directory / "scores.json")
     placement.to_file(directory / "placement.json")
@@ -116,11 +116,11 @@ def _check_layouts(
         "sampled": run_grpo(directory, "sampled", sampler="model", train={**SAMPLED, **more}),
     }
     assert len({len(ids) for ids in expected["given"]["sampled"].values()}) > 3
-    ranks = run_ranks(world_size, _run, str(directory), layouts, more, timeout_s=900)
+    ranks = run_ranks(world_size, _run, str(directory), layouts, more, timeout_s=1500)
     for name in layouts:
         for kind, whole in expected.items():
             tokens: dict[tuple[int, int], list[int]] = {}
             for found in ranks:
-                check_equal(found[f"{name}-{kind}"], whole, load_base)
+                check_equal(found[f"{name}-{kind}"], whole, load_base, adapter_tolerance=adapter_tolerance)
                 tokens |= found[f"{name}-{kind}"]["sampled"]
             assert tokens == whole["sampled"], f"{name}: other tokens than in one process"
