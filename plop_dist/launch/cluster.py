@@ -68,7 +68,14 @@ def _start_or_join(config: Config, takes_jobs: bool) -> None:
     if address is None:
         options = _local_options(config)
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=takes_jobs, **options)
+            # Without an address Ray joins one that `ray start` has left running, or lying, on this machine.
+            ray.init(
+                address="local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=takes_jobs,
+                **options,
+            )
         except (OSError, RuntimeError, ValueError) as error:
             raise WorkerError(
                 f"a local Ray could not be started: {last_line(error)}; its logs are in /tmp/ray/session_latest/logs."

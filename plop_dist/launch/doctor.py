@@ -63,7 +63,7 @@ sys.exit(codes != [0, 0])
 """
 _RAY = """
 import logging, ray
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 assert ray.get(ray.remote(lambda: 3).remote()) == 3
 ray.shutdown()
 print("a local Ray ran a task")

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -243,6 +244,30 @@ def test_a_ray_that_a_thread_is_inside_of_is_ended_without_asking_it(monkeypatch
     with cluster.connected(config):
         pass
     assert ended == ["killed", "asked"]
+
+
+@pytest.mark.slow
+def test_a_local_ray_is_started_beside_one_that_ray_start_has_left() -> None:
+    code = """
+import ray
+from plop_dist.config.loading import parse_config
+from plop_dist.launch import cluster, doctor
+with cluster.connected(parse_config({"model": {"name_or_path": "m"}, "data": {"path": "d"}})):
+    print(ray.get_runtime_context().gcs_address)
+print(doctor.probe("Ray", doctor._RAY, limit_s=100).status)
+"""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # a socket's path has 107 characters
+        Path(folder, "ray").mkdir()
+        Path(folder, "ray", "ray_current_cluster").write_text("127.0.0.1:1")
+        variables = {name: value for name, value in environment().items() if name != "RAY_ADDRESS"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**variables, "RAY_TMPDIR": folder}, capture_output=True, text=True,
+            timeout=150, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    address, status = done.stdout.split()
+    assert address != "127.0.0.1:1"
+    assert status == "ok"
 
 
 def test_what_a_local_ray_has_started_is_ended_to_the_last() -> None:
