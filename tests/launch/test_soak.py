@@ -112,11 +112,12 @@ def test_nothing_grows_with_the_number_of_runs(case: Case, head: Head) -> None:
             driver.append(json.loads(line))
             if number == min(WARM, RUNS - 1):
                 warm = settled(None)
-            last = settled(warm) if number == RUNS - 1 else {}
-            print(number, driver[-1], warm, last)
+            print(number, driver[-1], warm)
             process.stdin.write("\n")
             process.stdin.flush()
         process.communicate(timeout=60)
+    last = settled(warm)  # without the sockets of Ray's own that a driver keeps until it ends, and what serves them
+    print(last)
     case.assert_same_scores(f"soak-{RUNS - 1}")
     own = ("threads", "files", "sockets")
     assert all(not held[name] for held in driver for name in held if name not in own), driver
