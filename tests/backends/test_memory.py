@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 import time
@@ -22,7 +23,6 @@ SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
          "num_key_value_heads": 8}  # fmt: skip
 LARGEST = 1024 * 2816
 SLACK = 24 << 20  # activations, directions, threads
-OWN = {("autotp", "bfloat16"): 40 << 20}  # 37 MB of code that deepspeed.initialize imports: torch's compiler
 LAYOUTS = {
     "tp_plan": {"tp": 2},
     "autotp": {"backend": "deepspeed", "tp": 2},
@@ -46,6 +46,7 @@ def peak_on_rank(rank: int, tree: dict[str, Any]) -> int:
     kind, plain = type(record), type(record).load
     if config.parallel.backend != "transformers":  # what a framework's own modules take is not the model's
         import_package({"megatron": "megatron.bridge", "deepspeed": "deepspeed"}[config.parallel.backend])
+        importlib.import_module("torch._inductor.compile_fx")  # by deepspeed.initialize, for bfloat16
     seen: list[int] = []
     ended = threading.Event()
 
@@ -83,6 +84,4 @@ def test_a_rank_holds_little_more_than_its_share(layout: str, dtype: str, tmp_pa
         "parallel": LAYOUTS[layout],
     }
     peaks = run_ranks(2, peak_on_rank, tree, timeout_s=200)
-    assert max(peaks) <= 1.3 * share + LARGEST * size + SLACK + OWN.get((layout, dtype), 0), [
-        peak / share for peak in peaks
-    ]
+    assert max(peaks) <= 1.3 * share + LARGEST * size + SLACK, [peak / share for peak in peaks]
