@@ -98,11 +98,21 @@ def run(*command: str | Path, timeout_s: float = 330, **more: str) -> subprocess
 
 @contextmanager
 def session(
-    command: list[str], variables: dict[str, str], output: IO[str] | int = subprocess.PIPE
+    command: list[str],
+    variables: dict[str, str],
+    output: IO[str] | int = subprocess.PIPE,
+    stdin: int | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """Start a command as the leader of its own process group; afterwards end it, and what is left of the group."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=output, stderr=output, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=variables,
+        stdin=stdin,
+        stdout=output,
+        stderr=output,
+        text=True,
+        start_new_session=True,
     )
     try:
         yield process
