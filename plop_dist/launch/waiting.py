@@ -42,7 +42,7 @@ def wait_for_room(config: Config, per_worker: Mapping[str, float], notify: Any, 
             if grows and not asked:
                 request_resources(bundles=[dict(per_worker)] * world_size)
                 asked = True
-            if now >= min(began + _PATIENCE_S, until):
+            if grows or now >= min(began + _PATIENCE_S, until):  # what is asked of the cluster is said at once
                 text = _missing(config, per_worker, nodes, grows)
                 if now >= until:
                     raise WorkerError(
