@@ -11,7 +11,7 @@ from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUs
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
 from plop_dist.training import rewards
-from plop_dist.training.data import RowSet, prompts_of, split_rows
+from plop_dist.training.data import RowSet, check_prompts, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
 from plop_dist.training.grpo.checks import check_trl, sampler_name
 from plop_dist.training.reward_calls import checked
@@ -37,6 +37,7 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     functions = trl_rewards(row_set, own, config.reward_seconds)
     tokenizer = load_tokenizer(config.model)
     prompts = prompts_of(row_set, settings, tokenizer)
+    check_prompts(config, row_set, ids_of_prompts(row_set, prompts, tokenizer))
     resume = last_checkpoint(config, placement)
     arguments = _arguments(config)
     history = rewards.RewardHistory(log)
