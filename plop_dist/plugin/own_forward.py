@@ -34,17 +34,27 @@ class OwnForward:
     def __init__(self, model: ScorableModel, host: Any, forward: Forward) -> None:
         self.sites, self.groups, self.device = model.sites, model.groups, model.device
         self._model, self._host, self._forward = model, host, forward
+        self._reads_pairs = getattr(model, "reads_pairs", False)
 
     def check(self, micro_batch: MicroBatch) -> None:
-        """Take every micro-batch: what a row sees is for the host's function to say."""
+        """Take every micro-batch: what a row sees is for the host's function to say.
+
+        Raises DataError for padding in an encoder-decoder model's: which of its two texts is padded there is not told.
+        """
+        if self._reads_pairs and (bool((micro_batch.attention_mask == 0).any()) or _pads(micro_batch.extra[_BATCH])):
+            raise DataError(
+                "a batch has padding, and the model has an encoder and a decoder, whose tokens no mask tells from the "
+                "padding of the other's text; pass samples without padding, one per batch where their lengths differ."
+            )
 
     def takes(self, key: str) -> bool | None:
         """Take every key: the host's function has the whole batch."""
         return True
 
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
-        """Return sample_ids: (b, s), or (b,) where every position counts."""
-        return micro_batch.sample_ids.to(self.device)
+        """Return sample_ids: (b, s), or (b,) where every position counts, as it does where two texts are read."""
+        sample_ids = micro_batch.sample_ids.to(self.device)
+        return sample_ids.amax(dim=1) if self._reads_pairs and sample_ids.dim() == 2 else sample_ids
 
     def routed_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids, flat."""
@@ -98,6 +108,14 @@ class RawReader:
         sample_ids = given.get("sample_ids", rows if mask.dim() == 1 else rows[:, None].expand_as(mask))
         sample_ids = sample_ids.clamp_min(-1).where(mask, -1)
         return MicroBatch(mask.long(), mask.long(), sample_ids, None, {_BATCH: batch}), "sample_ids" in given
+
+
+def _pads(batch: Any) -> bool:
+    """Tell whether a batch says of the decoder's text that it has padding."""
+    if not isinstance(batch, Mapping):
+        return False
+    marks = ((batch.get("labels"), -100), (batch.get("decoder_attention_mask"), 0))
+    return any(bool((torch.as_tensor(given) == mark).any()) for given, mark in marks if given is not None)
 
 
 def _has_tokens(batch: Any) -> bool:

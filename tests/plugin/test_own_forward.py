@@ -11,11 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import ViTConfig, ViTModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
 import plop_dist
 from plop_dist.backends.record import Found
-from plop_dist.errors import ConfigError, DataError, LayoutError
+from plop_dist.errors import ConfigError, DataError, LayoutError, ModelError
 from plop_dist.plugin.score import _check_call
 from plop_dist.ranks import LAUNCHERS
 from plop_dist.values.scores import Scores
@@ -225,3 +232,43 @@ def test_a_model_under_zero_init_is_scored_without_an_engine(tmp_path: Path) -> 
         assert gains == pytest.approx({fqn: module.gain for fqn, module in expected.items()}, rel=1e-5)
         assert baselines == pytest.approx({fqn: module.baseline for fqn, module in expected.items()}, rel=1e-6)
         assert is_released
+
+
+T5 = {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4,
+      "decoder_start_token_id": 0}  # fmt: skip
+
+
+def test_of_two_texts_every_token_counts_and_padding_is_refused() -> None:
+    model = T5ForConditionalGeneration(T5Config(**T5)).eval()
+    batch = {"input_ids": random_tokens(2, 9), "labels": random_tokens(2, 6)}
+    run = lambda model, batch: model(**batch)  # noqa: E731
+    scores = plop_dist.score(model, [batch], forward=run)
+    expected = truth(model, lambda batch: model(**batch), [batch])
+    assert_gains(scores, {path: gain for path, gain in expected.items() if path != "lm_head"}, at_least=16)
+    # As long as the encoder's text, so that its mask would fit the decoder's tokens.
+    labels = random_tokens(2, 9)
+    mask = torch.ones_like(labels)
+    mask[0, 5:] = 0
+    ends = {"attention_mask": mask}, {"labels": labels.where(mask == 1, -100)}, {"decoder_attention_mask": mask}
+    for padding in ends:
+        with pytest.raises(DataError, match=r"encoder and a decoder, .* without padding, one per batch where"):
+            plop_dist.score(model, [{**batch, "labels": labels, **padding}], forward=run)
+
+
+def test_an_encoder_decoder_model_inside_a_hosts_own_needs_its_labels() -> None:
+    class Host(nn.Module):
+        """Trains by the loss of a model inside."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = BartForConditionalGeneration(
+                BartConfig(vocab_size=256, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+                           decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40)
+            )  # fmt: skip
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Any = None) -> Any:
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
+
+    batch = {"input_ids": random_tokens(1, 9), "labels": random_tokens(1, 6)}
+    with pytest.raises(ModelError, match=r"Host is an encoder-decoder model, .*score it by score\(model, .*forward="):
+        plop_dist.score(Host(), [batch])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.hf.offload import execution_device
-from plop_dist.backends.hf.padding import TIMES_NOISE, sees_padding
+from plop_dist.backends.hf.padding import TIMES_NOISE, sees_neighbours, sees_padding
 from plop_dist.backends.hf.unscored import watching
 from plop_dist.errors import DataError, ModelError, first_line
 from plop_dist.measure.protocols import Groups, MicroBatch, PassingWeights, Site
@@ -56,8 +56,10 @@ class HFModel:
         self._call = call or (module if with_head else headless(module))
         self._whole = call or module
         self._with_head = with_head
-        self._longest_known = sys.maxsize if knows_padding else 0  # up to which length padding is known not to be seen
-        self._reads_pairs = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+        # Up to which length of a row it is known that padding, and other samples in the row, are not seen.
+        longest_known = sys.maxsize if knows_padding else 0
+        self._longest_known = {sees_padding: longest_known, sees_neighbours: longest_known}
+        self.reads_pairs = reads_labels(module)
         self._takes_positions = "position_ids" in _parameters_of(self._call)
         self._taken: dict[str, bool | None] = {}  # asked of every batch, and the answer looks at every module
         self._num_parameters = num_parameters or count_parameters(module)
@@ -65,10 +67,11 @@ class HFModel:
     def check(self, micro_batch: MicroBatch) -> None:
         """Raise DataError for a micro-batch in which transformers would let a sample see more than itself.
 
-        Packed rows with padding, or in a model without position_ids; rows with padding in a model whose tokens see it.
+        Packed rows with padding, or in a model without position_ids; rows with padding, or packed ones, in a model
+        whose tokens see it.
         Raises ModelError for an encoder-decoder model's without both of its texts.
         """
-        if self._reads_pairs and (len(micro_batch.input_ids) > 1 or not micro_batch.extra.keys() >= {"labels"}):
+        if self.reads_pairs and (len(micro_batch.input_ids) > 1 or not micro_batch.extra.keys() >= {"labels"}):
             raise ModelError(
                 f"{type(self.module).__name__} is an encoder-decoder model, whose two token streams one batch of texts "
                 "does not give; score it by score(model, batches, forward=...), or from the command line where "
@@ -76,8 +79,8 @@ class HFModel:
             )
         justified = _right_padded(micro_batch)
         mask, positions = justified.attention_mask, justified.position_ids
-        if mask.shape[1] > self._longest_known and (mask.any(-1) & ~mask.bool().all(-1)).any():
-            self._check_padding(justified.input_ids[mask != 0], mask.shape[1])
+        if (mask.any(-1) & ~mask.bool().all(-1)).any():
+            self._check_alone(justified, sees_padding, "padding", "pass one sample per micro-batch (data.batch_size=1)")
         if positions is None or not is_packed(positions, mask):
             return
         packed = "a micro-batch has packed rows (position_ids that start again within a row)"
@@ -88,27 +91,31 @@ class HFModel:
                 f"{packed} and padding; transformers keeps packed samples apart only without padding: fill the rows, "
                 "or pass one sample per row."
             )
+        self._check_alone(justified, sees_neighbours, "another sample in a row", "pass one sample a row")
 
-    def _check_padding(self, tokens: Tensor, length: int) -> None:
-        """Raise DataError if tokens see padding in rows of this length, or that cannot be told."""
+    def _check_alone(self, micro_batch: MicroBatch, sees: Callable[..., float], what: str, remedy: str) -> None:
+        """Raise DataError if tokens see what else is in rows as long as these, or that cannot be told."""
+        length = micro_batch.input_ids.shape[1]
+        if length <= self._longest_known[sees]:
+            return
         config: Any = getattr(self.module, "config", None)
         kind = getattr(config, "model_type", None) or type(self.module).__name__
         rounded = 1 << (length - 1).bit_length()  # not anew for every longer batch
         length = rounded if rounded <= getattr(config, "max_position_embeddings", rounded) else length
-        alone = "pass one sample per micro-batch (data.batch_size=1)."
+        tokens = micro_batch.input_ids[micro_batch.attention_mask != 0]
         try:
-            found = sees_padding(self.module, tokens, length, self.device, self._alike)
+            found = sees(self.module, tokens, length, self.device, self._alike)
         except Exception as error:  # transformers, and whatever code comes with a model
             raise DataError(
-                f"a micro-batch has padding, and whether it changes {kind}'s activations cannot be found out "
-                f"({type(error).__name__}: {first_line(error)}); {alone}"
+                f"a micro-batch has {what}, and whether it changes {kind}'s activations cannot be found out "
+                f"({type(error).__name__}: {first_line(error)}); {remedy}."
             ) from error
         if found > 1:
             raise DataError(
-                f"a micro-batch has padding, beside which transformers computes other activations for {kind} (their "
-                f"gains differ by {found * TIMES_NOISE:.0f} times what rounding does); {alone}"
+                f"a micro-batch has {what}, beside which transformers computes other activations for {kind} (their "
+                f"gains differ by {found * TIMES_NOISE:.0f} times what rounding does); {remedy}."
             )
-        self._longest_known = length
+        self._longest_known[sees] = length
 
     def _alike(self, module: nn.Module, sites: Sequence[Site]) -> HFModel:
         """Return another module as this one is run, whose padding is taken as it comes."""
@@ -133,7 +140,7 @@ class HFModel:
         """Return sample_ids, (b, s), in the order in which forward() passes the tokens; (1,) where it reads pairs."""
         sample_ids = _as_passed(micro_batch).sample_ids.to(self.device)
         # Of one sample every vector counts: whether encoder or decoder sees it need not be asked.
-        return sample_ids.amax(dim=1) if self._reads_pairs else sample_ids
+        return sample_ids.amax(dim=1) if self.reads_pairs else sample_ids
 
     def routed_layout(self, micro_batch: MicroBatch) -> Tensor:
         """Return sample_ids, flat: every token is seen by this rank's routers."""
@@ -148,7 +155,7 @@ class HFModel:
             self.check(given)
             begin(index)
             micro_batch = _as_passed(given)
-            extra = self._with_decoder_ids(micro_batch.extra) if self._reads_pairs else micro_batch.extra
+            extra = self._with_decoder_ids(micro_batch.extra) if self.reads_pairs else micro_batch.extra
             inputs = {
                 "input_ids": micro_batch.input_ids,
                 "attention_mask": _mask(micro_batch),
@@ -200,13 +207,23 @@ class HFModel:
         dtype = next(parameter.dtype for parameter in self.module.parameters() if parameter.is_floating_point())
         method = quantization_of(self.module)
         return {
-            **({"is_encoder_decoder": True} if self._reads_pairs else {}),
+            **({"is_encoder_decoder": True} if _is_encoder_decoder(self.module) else {}),
             **({} if method is None else {"quantization": method}),
             "architecture": type(self.module).__name__,
             "model_type": getattr(getattr(self.module, "config", None), "model_type", None),
             "num_parameters": self._num_parameters,
             "dtype": str(dtype).removeprefix("torch."),
         }
+
+
+def reads_labels(module: nn.Module) -> bool:
+    """Tell whether a model, or one inside a host's own module, has an encoder and a decoder, which reads the labels."""
+    inner = (one for one in module.modules() if hasattr(one, "prepare_decoder_input_ids_from_labels"))
+    return _is_encoder_decoder(module) or any(map(_is_encoder_decoder, inner))
+
+
+def _is_encoder_decoder(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def quantization_of(module: nn.Module) -> str | None:

@@ -1,7 +1,7 @@
-"""Whether a model's tokens see the padding beside their row: found out by computing on a few layers of it.
+"""Whether a model's tokens see the padding, or the packed samples, in their row: found out by computing on few layers.
 
 The copy has the model's class and widths, one layer of each kind, float32, and random weights whose rows overlap in
-memory, so that it costs next to none. Each of its rows is scored alone and beside a longer one.
+memory, so that it costs next to none. Each of its rows is scored alone, and beside or behind a longer one.
 """
 
 # O out_features, I in_features, E experts
@@ -31,6 +31,7 @@ from plop_dist.measure.protocols import MicroBatch, ScorableModel, Site
 log = logging.getLogger(__name__)
 
 AsScorable = Callable[[nn.Module, Sequence[Site]], ScorableModel]
+Arrange = Callable[[Sequence[Tensor]], MicroBatch]  # of rows of ids
 
 TIMES_NOISE = 10.0
 _LEAST = 1e-6  # where two batch shapes give the same bits, rounding is still no difference
@@ -46,6 +47,27 @@ def sees_padding(model: Any, tokens: Tensor, length: int, device: torch.device, 
     collector runs, asking nothing of its batches. Takes seconds; draws from no global random state. Raises TypeError
     for a model that is none of transformers', and whatever transformers raises where it cannot make or run the copy.
     """
+    return _found_out("padding", (length, max(1, length // 2)), _padded, model, tokens, device, as_scorable)
+
+
+def sees_neighbours(model: Any, tokens: Tensor, length: int, device: torch.device, as_scorable: AsScorable) -> float:
+    """Return how much the gains of samples change that share a row, told apart by positions alone. See sees_padding.
+
+    length: of the row.
+    """
+    second = max(1, length // 3)
+    return _found_out("packing", (max(1, length - second), second), _packed, model, tokens, device, as_scorable)
+
+
+def _found_out(
+    what: str,
+    lengths: tuple[int, int],
+    arrange: Arrange,
+    model: Any,
+    tokens: Tensor,
+    device: torch.device,
+    as_scorable: AsScorable,
+) -> float:
     if not hasattr(type(model), "from_pretrained"):
         raise TypeError(f"{type(model).__name__} is no model of transformers' that could be built from a configuration")
     ids = tokens[~torch.isin(tokens, torch.tensor(_special_ids(model.config)))]
@@ -54,7 +76,7 @@ def sees_padding(model: Any, tokens: Tensor, length: int, device: torch.device, 
     def measure(config: Any) -> float:
         small = _build(model, config, device)
         sites = [*map(LinearSite, find_linears(small)), *find_expert_sites(small)]
-        return _measure(Collector(as_scorable(small, sites)), ids, length)
+        return _measure(Collector(as_scorable(small, sites)), ids, lengths, arrange)
 
     with _in_float32(device):
         try:
@@ -62,35 +84,51 @@ def sees_padding(model: Any, tokens: Tensor, length: int, device: torch.device, 
         except Exception:  # a configuration that counts its layers in a manner of its own: then with all of them
             found = measure(copy.deepcopy(model.config))
     log.debug(
-        "%s at %d tokens: padding %s (%.2g of what would count).",
-        type(model).__name__, length, "is seen" if found > 1 else "is not seen", found,
+        "%s at %d tokens: %s %s (%.2g of what would count).",
+        type(model).__name__, lengths[0], what, "is seen" if found > 1 else "is not seen", found,
     )  # fmt: skip
     return found
 
 
-def _measure(collector: Collector, ids: Tensor, length: int) -> float:
+def _measure(collector: Collector, ids: Tensor, lengths: tuple[int, int], arrange: Arrange) -> float:
     with collector.attached():
-        found = _compare(collector, ids, length, seed=0)
-        return min(found, _compare(collector, ids, length, seed=1)) if found > 1 else found  # a router may waver once
+        found = _compare(collector, ids, lengths, arrange, seed=0)
+        # A router may waver once.
+        return min(found, _compare(collector, ids, lengths, arrange, seed=1)) if found > 1 else found
 
 
-def _compare(collector: Collector, ids: Tensor, length: int, seed: int) -> float:
+def _compare(collector: Collector, ids: Tensor, lengths: tuple[int, int], arrange: Arrange, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
-    whole, half = (ids[torch.randint(len(ids), (one,), generator=generator)] for one in (length, max(1, length // 2)))
-    alone = [_gains(collector, [row])[0] for row in (whole, half)]
-    noise = max(_LEAST, _difference(alone[1], _gains(collector, [half, half.flip(0)])[0]))
-    return max(map(_difference, alone, _gains(collector, [whole, half]))) / (TIMES_NOISE * noise)
+    first, second = (ids[torch.randint(len(ids), (length,), generator=generator)] for length in lengths)
+    alone = [_gains(collector, _padded([row]))[0] for row in (first, second)]
+    noise = max(_LEAST, _difference(alone[1], _gains(collector, _padded([second, second.flip(0)]))[0]))
+    return max(map(_difference, alone, _gains(collector, arrange([first, second])))) / (TIMES_NOISE * noise)
 
 
-def _gains(collector: Collector, rows: Sequence[Tensor]) -> np.ndarray:
-    """Return the mean gain of every module in each row of one batch: (rows, M), float64, 0 without a token."""
+def _gains(collector: Collector, micro_batch: MicroBatch) -> np.ndarray:
+    """Return the mean gain of every module in each sample of a batch: (samples, M), float64, 0 without a token.
+
+    Raises ValueError where there is next to none.
+    """
+    totals = collector.step([micro_batch])
+    if totals.num_skipped.sum() > totals.num_tokens.sum():
+        raise ValueError("most activations of the copy that was asked are zero, or no numbers")
+    return (totals.gain_total / np.maximum(totals.num_tokens, 1)).T
+
+
+def _padded(rows: Sequence[Tensor]) -> MicroBatch:
     longest = max(map(len, rows))
     ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
     for index, row in enumerate(rows):
         ids[index, : len(row)], mask[index, : len(row)] = row, 1
-    sample_ids = torch.arange(len(rows))[:, None].expand_as(ids).where(mask != 0, -1)
-    totals = collector.step([MicroBatch(ids, mask, sample_ids)])
-    return (totals.gain_total / np.maximum(totals.num_tokens, 1)).T
+    return MicroBatch(ids, mask, torch.arange(len(rows))[:, None].expand_as(ids).where(mask != 0, -1))
+
+
+def _packed(rows: Sequence[Tensor]) -> MicroBatch:
+    ids = torch.cat(list(rows))[None]
+    samples = torch.cat([torch.full_like(row, index) for index, row in enumerate(rows)])[None]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    return MicroBatch(ids, torch.ones_like(ids), samples, positions)
 
 
 def _difference(one: np.ndarray, other: np.ndarray) -> float:
@@ -106,13 +144,39 @@ def _build(model: Any, config: Any, device: torch.device) -> nn.Module:
     for one in _configs(config):
         vars(one).pop("quantization_config", None)
         one.dtype = torch.float32
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        # Flash attention computes in 16 bits alone; what keeps samples apart in torch's keeps them apart there.
+        config._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), unpartitioned(), unheard():
         torch.manual_seed(0)
         with torch.device("meta"):
             twin = model_class(config)
         weights = _random_weights(twin, device)
-        small = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+        with _marked():
+            small = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+        for parameter in small.parameters():
+            if parameter.is_floating_point() and bool(parameter.detach().reshape(-1)[:1].isnan().any()):
+                nn.init.normal_(parameter, std=0.1)
     return small.to(device).eval()
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    """Have memory that nothing is written to hold NaN within the block, as torch does beside deterministic algorithms.
+
+    transformers 5.12 leaves biases of some families (OpenAI GPT's) in whatever memory they got.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _own_class(model: Any) -> Any:
@@ -144,7 +208,7 @@ def _in_float32(device: torch.device) -> Iterator[None]:
 
 
 def _random_weights(twin: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Return a weight for every matrix of linears, embeddings and experts; transformers makes the other parameters."""
+    """Return a weight for every matrix of linears, embeddings and experts; transformers makes most others."""
     found = {}
     for path, module in named_modules(twin).items():
         is_matrix = isinstance(module, nn.Linear | Conv1D | nn.Embedding)

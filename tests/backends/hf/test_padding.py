@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import plop_dist
 from plop_dist.backends.hf import padding
+from plop_dist.backends.hf.model import HFModel
 from plop_dist.errors import DataError, ModelError
 from tests.models import random_tokens, tiny
 from tests.sweep.family import build
@@ -155,3 +156,45 @@ def test_a_square_batch_is_scored_as_its_rows_alone() -> None:
     assert [(one.fqn, one.num_tokens, pytest.approx(one.gain, rel=1e-5)) for one in alone.modules] == [
         (one.fqn, one.num_tokens, one.gain) for one in square.modules
     ]
+
+
+def packed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    rows = [row["input_ids"][0] for row in alone(batch)]
+    return {
+        "input_ids": torch.cat(rows)[None],
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_packed_rows_are_taken_where_their_samples_are_kept_apart(family: str) -> None:
+    model, batch = build(family, architectures()[family]), padded(24, 9)
+    assert gains(model, [packed(batch)]) == pytest.approx(gains(model, alone(batch)), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["albert", "openai-gpt", "qwen3_next"])
+def test_packed_rows_are_refused_where_their_samples_see_each_other(family: str) -> None:
+    model, batch = build(family, architectures()[family]), padded(24, 9)
+    said = rf"another sample in a row, beside which .* for {family} \(their gains differ by \d+ times.*\); pass one"
+    with pytest.raises(DataError, match=said):
+        plop_dist.score(model, [packed(batch)])
+
+
+@pytest.mark.parametrize("sees", [padding.sees_padding, padding.sees_neighbours])
+def test_a_host_with_flash_attention_is_asked_in_float32(sees: Any) -> None:
+    model = build("llama", architectures()["llama"])
+    model.config._attn_implementation_internal = "flash_attention_2"
+    found = sees(model, random_tokens(1, 24)[0], 24, torch.device("cpu"), HFModel(model, [])._alike)
+    assert found <= 1
+
+
+def test_the_copy_has_no_weight_that_nothing_was_written_to() -> None:
+    """Biases of OpenAI GPT, which transformers 5.12 does not make: what they held decided whether padding is seen."""
+    model = build("openai-gpt", architectures()["openai-gpt"])
+    is_filled = torch.utils.deterministic.fill_uninitialized_memory
+    copies = [padding._build(model, model.config, torch.device("cpu")) for _ in range(2)]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == is_filled
+    for (name, one), other in zip(copies[0].named_parameters(), copies[1].parameters(), strict=True):
+        assert torch.equal(one, other), name
+        assert one.abs().max() < 10, name
