@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from plop_dist import ranks
+from plop_dist.backends.hf.own_modules import refuse_adapted_parameters
 from plop_dist.backends.hosts import bare, check_forward
 from plop_dist.backends.record import Found
 from plop_dist.config.loading import parse_section
@@ -73,6 +74,8 @@ def score(
     ranks.let_gloo_end()
     found = find(model)
     _check_call(found, forward, mask, local)
+    for root in found.roots:
+        refuse_adapted_parameters(root)
     with undisturbed(found.roots), found.keep():
         scorable = found.wrap(exclude)
         if local:

@@ -19,7 +19,7 @@ def has_own_forward(module: nn.Module) -> bool:
     accelerate's, which brings weights and then calls the one that was there before, is none of its own.
     """
     put_on = vars(module).get("_old_forward", vars(module).get("forward"))
-    own = getattr(put_on, "__func__", None) or type(module).forward
+    own = type(module).forward if put_on is None else getattr(put_on, "__func__", put_on)
     return isinstance(module, nn.Linear) and own is not nn.Linear.forward
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from plop_dist.errors import ModelError
 from plop_dist.values.names import unwrapped
@@ -56,6 +57,31 @@ def without_adapters(model: Any) -> nn.Module:
             "linears return; score the model before it is wrapped."
         )
     return tuner.model
+
+
+def refuse_adapted_parameters(model: nn.Module) -> None:
+    """Raise ModelError where PEFT adds an adapter to a parameter itself (target_parameters), while its module runs.
+
+    What the module then returns is not that of the base weight, which is scored. Collective where parameters are
+    sharded.
+    """
+    layers: Any = sys.modules.get("peft.tuners.lora.layer")
+    for path, module in model.named_modules() if layers is not None else ():
+        if not isinstance(module, layers.ParamWrapper) or module.disable_adapters or module.merged:
+            continue
+        if any(_adds(module.lora_B[name]) for name in module.active_adapters if name in module.lora_B):
+            raise ModelError(
+                f"Module '{unwrapped(path)}' carries a trained adapter of PEFT's on its parameter "
+                f"'{module.parameter_name}', which is added to the weight itself, so that the base weight's gains are "
+                "not seen; score the model inside model.disable_adapter()."
+            )
+
+
+def _adds(lora_B: Any) -> bool:
+    """Tell whether the second matrix of an adapter is other than zero, or cannot be seen (ZeRO-3)."""
+    weight = lora_B.weight
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return not whole.numel() or bool(whole.any())
 
 
 def _walk(outer: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module, nn.Module]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.hf.computed_weights import Product, has_own_forward, is_computed, note_products
@@ -153,12 +154,24 @@ class LinearSite:
     @contextmanager
     def weights(self) -> Iterator[Iterator[LocalWeight]]:
         """Give access to one LocalWeight per projection. Collective where parameters are partitioned."""
+        if self._gather is None:
+            _make_anew(self._base)
         with self._gather([self._base.weight]) if self._gather else nullcontext([None]) as (whole,):
             weight = find_weight(Stored(self._base, whole=whole, path=self.path))
             yield (
                 LocalWeight(block.projection, block.take_weight(weight), self._is_sharded, self._in_index)
                 for block in self.blocks
             )
+
+
+def _make_anew(module: Any) -> None:
+    """Have a weight made that hooks make of other parameters before each forward pass (pruning, old weight_norm).
+
+    Until then it is that of the pass before, whatever has been loaded or learnt since.
+    """
+    if "weight" in vars(module) and module._forward_pre_hooks:
+        with torch.no_grad():
+            module(module.weight.new_zeros(1, module.in_features))
 
 
 def _seen_through(adapter: nn.Module, module: nn.Module, path: str) -> list[Any]:

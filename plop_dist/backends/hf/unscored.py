@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from plop_dist.backends.hf.expert_kinds import experts_module
@@ -22,7 +23,8 @@ from plop_dist.values.scores import Projection
 # What sums over a dimension of both its arguments.
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm",
                        "addmv", "einsum", "tensordot", "bilinear", "inner", "_grouped_mm", "grouped_mm", "_scaled_mm",
-                       "scaled_mm"})  # fmt: skip
+                       "scaled_mm", "linalg_matmul", "linalg_multi_dot", "multi_head_attention_forward", "lstm", "gru",
+                       "rnn_tanh", "rnn_relu"})  # fmt: skip
 # What gives the values of its first argument in other memory.
 _COPIES = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone"})
 
@@ -108,6 +110,9 @@ def _unknown_weights(model: nn.Module, scored: Sequence[nn.Module]) -> dict[str,
     modules = named_modules(model)
     linears = [*scored, *(module for module in modules.values() if is_linear(module))]
     held = {id(one) for module in linears for one in module.parameters(recurse=False)}
+    # What a linear's weight is made of (torch.nn.utils.parametrize) is multiplied by on the way to it.
+    made_of = [module.get_submodule("parametrizations") for module in linears if is_parametrized(module)]
+    held |= {id(one) for parts in made_of for one in parts.parameters()}
     return {
         f"{path}.{name}".removeprefix("."): (module, name)
         for path, module in modules.items()

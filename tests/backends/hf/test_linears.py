@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+import plop_dist
 from plop_dist.backends.hf.linears import LinearModule, find_linears
 from plop_dist.backends.hf.sites import LinearSite
 from plop_dist.errors import ModelError
 from plop_dist.measure.blocks import Rows
 from tests.models import random_tokens, tiny, tiny_config
 
+BATCHES = [{"input_ids": random_tokens(2, 9)}]
 LLAMA = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 MLP = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 NEOX_MLP = ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
@@ -275,3 +278,35 @@ def test_quantised_weights_are_refused() -> None:
         ModelError, match=r"'model\.layers\.1\.mlp\.up_proj' holds quantised weights \(Linear4bit, .*uint8"
     ):
         find_linears(model)
+
+
+def test_a_function_in_the_place_of_a_linears_forward_is_scored_by_what_it_multiplies_by() -> None:
+    model: Any = tiny("llama")
+    linear = model.model.layers[0].mlp.down_proj
+    plain = {module.fqn: module.nfn for module in plop_dist.score(model, BATCHES).modules}
+    linear.forward = lambda z: nn.functional.linear(z, linear.weight * 3)
+    scores = {module.fqn: module.nfn for module in plop_dist.score(model, BATCHES).modules}
+    assert scores["model.layers.0.mlp.down_proj"] == pytest.approx(plain["model.layers.0.mlp.down_proj"], rel=1e-5)
+    linear.forward = lambda z: z @ linear.weight.T * 3
+    with pytest.raises(
+        ModelError, match=r"down_proj' \(Linear\) returns something else than its weight times its input"
+    ):
+        plop_dist.score(model, BATCHES)
+
+
+@pytest.mark.parametrize("method", ["pruned", "weight_norm"])
+def test_a_weight_that_a_hook_makes_is_the_one_of_the_next_forward_pass(method: str) -> None:
+    model: Any = tiny("llama")
+    linear = model.model.layers[0].mlp.down_proj
+    if method == "pruned":
+        prune.random_unstructured(linear, "weight", 0.5)
+        made_of = linear.weight_orig
+    else:
+        nn.utils.weight_norm(linear)
+        made_of = linear.weight_g
+    with torch.no_grad():
+        made_of.mul_(3)  # as an optimizer's step, or a checkpoint that is loaded, leaves it
+        found = {module.fqn: module for module in plop_dist.score(model, BATCHES, baseline="closed_form").modules}
+        model(**BATCHES[0])
+    expected = float(linear.weight.norm()) / linear.in_features**0.5
+    assert found["model.layers.0.mlp.down_proj"].baseline == pytest.approx(expected, rel=1e-5)

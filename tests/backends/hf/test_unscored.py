@@ -25,6 +25,7 @@ from peft import (
     get_peft_model,
 )
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import plop_dist
 from plop_dist.backends.hf.linears import find_linears
@@ -340,3 +341,51 @@ def test_routers_and_recurrent_layers_are_told_by_structure(family: str, roles: 
         if block.projection.role or block.projection.type in roles
     }
     assert found == roles
+
+
+class Attends(nn.Module):
+    """A host's own model: torch's attention keeps q, k and v in one bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.up = nn.Linear(32, 48)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        z = self.embed(input_ids)
+        return self.up(z + self.attention(z, z, z, need_weights=False)[0])
+
+
+def test_what_torchs_own_attention_multiplies_by_is_reported() -> None:
+    scores = plop_dist.score(Attends(), BATCHES)
+    assert {module.fqn: module.reason for module in scores.left_out} == {
+        "attention.in_proj_weight": "unknown_kind",
+        "attention.out_proj": "no_tokens",
+    }
+
+
+def test_what_a_linears_weight_is_made_of_is_not_reported() -> None:
+    model: Any = tiny("llama")
+    parametrizations.spectral_norm(model.model.layers[0].mlp.down_proj)
+    scores = plop_dist.score(model, BATCHES)
+    assert not scores.left_out
+    assert "model.layers.0.mlp.down_proj" in {module.fqn for module in scores.modules}
+
+
+@pytest.mark.parametrize("parameter", ["mlp.experts.down_proj", "self_attn.v_proj.weight"])
+def test_a_trained_adapter_on_a_parameter_is_refused(parameter: str) -> None:
+    config = LoraConfig(r=4, target_modules=[], target_parameters=[parameter])
+    adapted: Any = get_peft_model(tiny("mixtral"), config)
+    fresh = {module.fqn: module.nfn for module in plop_dist.score(adapted, BATCHES).modules}
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    with pytest.raises(ModelError, match=r"adapter of PEFT's on its parameter '\w+', .*model\.disable_adapter"):
+        plop_dist.score(adapted, BATCHES)
+    with adapted.disable_adapter():
+        base = {module.fqn: module.nfn for module in plop_dist.score(adapted, BATCHES).modules}
+    assert base == pytest.approx(fresh, rel=1e-6)
+    plain = {module.fqn: module.nfn for module in plop_dist.score(tiny("mixtral"), BATCHES).modules}
+    assert base == pytest.approx(plain, rel=1e-6)
