@@ -20,11 +20,11 @@ from plop_dist.data.texts import Row
 from plop_dist.errors import ConfigError, DataError, RunDirError
 from plop_dist.exporters.text import hydra_overrides
 from plop_dist.exporters.write import write_export
-from plop_dist.training.data import split_rows
+from plop_dist.training.data import RowSet, split_rows
 from plop_dist.training.engine import Data, Log
 from plop_dist.training.external.interpreter import Interpreter, interpreter_of
 from plop_dist.training.external.nodes import nodes_of
-from plop_dist.training.external.prompts import Prompts, chat_template, prompts_for
+from plop_dist.training.external.prompts import Prompts, chat_template, check_lengths, prompts_for
 from plop_dist.training.external.remote_code import check_remote_code
 from plop_dist.training.external.train_keys import check_keys
 from plop_dist.training.rewards import load_rewards
@@ -218,16 +218,30 @@ def _write(config: Config, placement: Placement, engine: ExternalEngine, directo
     kind = "megatron" if is_megatron else None
     export = write_export(placement, engine.name, directory.parent, engine=kind, widen=config.export.widen)
     train, tokenizer = config.train, load_tokenizer(config.model)
-    for split, row_set in zip(("train", "held_out"), split_rows(config), strict=True):
-        load_rewards(train.rewards, row_set.rows, train.answer_field)
+    row_sets = split_rows(config)
+    _check_fills_a_step(row_sets[0], config)
+    for split, row_set in zip(("train", "held_out"), row_sets, strict=True):
+        load_rewards(train.rewards, row_set.rows, train.answer_field, first=row_set.first)
         for number, row in row_set.numbered():
             if train.answer_field not in row:
                 raise DataError(
                     f"row {number} has no column '{train.answer_field}'; set train.answer_field to the answers' column."
                 )
-        engine.write_rows(directory, split, row_set.rows, prompts_for(row_set, config, tokenizer), config)
+        prompts = prompts_for(row_set, config, tokenizer)
+        check_lengths(row_set, prompts.texts, config, tokenizer)
+        engine.write_rows(directory, split, row_set.rows, prompts, config)
     launch = engine.launch(config, directory.resolve(), is_megatron, chat_template(config, tokenizer))
     write_text(script, _script(launch, export.flags))
+
+
+def _check_fills_a_step(rows: RowSet, config: Config) -> None:
+    """Raise DataError for fewer rows than a step asks: engines leave out what is left of an epoch, here all of it."""
+    if len(rows.rows) < prompts_per_step(config):
+        raise DataError(
+            f"{rows.data.path} has {len(rows.rows)} rows to train on, but a step of train.engine "
+            f"'{config.train.engine}' asks {prompts_per_step(config)} prompts of one epoch (train.micro_batch_size * "
+            "gradient_accumulation_steps * parallel.dp / num_generations); give it more rows, or lower one of these."
+        )
 
 
 def _script(launch: Launch, flags: Sequence[str]) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 from plop_dist.config.schema import Config
 from plop_dist.data.images import joined_texts
-from plop_dist.data.texts import messages_of
-from plop_dist.errors import ConfigError
+from plop_dist.data.texts import messages_of, token_ids
+from plop_dist.errors import ConfigError, DataError
 from plop_dist.training.data import RowSet, prompts_of
 
 _AS_IT_IS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -21,9 +21,13 @@ _AS_IT_IS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 @dataclass(frozen=True)
 class Prompts:
-    """chats: the messages of each row's prompt. template: the chat template that they need; None: the checkpoint's."""
+    """What every row asks: the messages, and the text that these become.
+
+    template: the chat template that they need; None: the checkpoint's.
+    """
 
     chats: Sequence[list[dict[str, str]]]
+    texts: Sequence[str]
     template: str | None
 
 
@@ -44,14 +48,30 @@ def chat_template(config: Config, tokenizer: Any) -> str | None:
     return ("{{ bos_token }}" if begins else "") + _AS_IT_IS
 
 
+def check_lengths(row_set: RowSet, texts: Sequence[str], config: Config, tokenizer: Any) -> None:
+    """Raise DataError naming the row for a prompt longer than train.max_length: engines leave such out in silence.
+
+    texts: of each row's prompt.
+    """
+    most = config.train.max_length
+    lengths = [len(ids) for ids in token_ids(texts, row_set.data, tokenizer, first=row_set.first)]
+    for number, length in enumerate(lengths, start=row_set.first):
+        if length > most:
+            raise DataError(
+                f"{row_set.data.path}: row {number}: the prompt has {length} tokens, but train.max_length is {most}, "
+                f"and train.engine '{config.train.engine}' asks none that is longer; set it to {max(lengths)}, or "
+                "leave such rows out."
+            )
+
+
 def prompts_for(row_set: RowSet, config: Config, tokenizer: Any) -> Prompts:
     """Return the rows' prompts as chats: a text is one message of the user. Raises DataError naming the row."""
     template = chat_template(config, tokenizer)
     texts = prompts_of(row_set, config.train, tokenizer)  # renders, and so checks, every row
     if template is not None:
-        return Prompts([[{"role": "user", "content": text}] for text in texts], template)
+        return Prompts([[{"role": "user", "content": text}] for text in texts], texts, template)
     chats = []
     for number, row in row_set.numbered():
         messages = [dict(message) for message in joined_texts(messages_of(row, number, row_set.data))]
         chats.append(messages[:-1] if messages[-1].get("role") == "assistant" else messages)
-    return Prompts(chats, None)
+    return Prompts(chats, texts, None)
