@@ -13,7 +13,7 @@ import numpy as np
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
 from plop_dist.training.batch import IGNORED, Batch
-from plop_dist.training.data import Example, TrainingData, collate
+from plop_dist.training.data import Example, TrainingData, check_lengths, collate
 from plop_dist.training.engine import Engine
 from plop_dist.training.loop import losses_of_rows, train_step
 
@@ -29,7 +29,9 @@ class HeldOutLoss:
     def __init__(self, config: Config) -> None:
         self._data: dict[int, TrainingData] = {}
         self._tokenizer = load_tokenizer(config.model)
-        rows = _examples(self._of(config).held_out)
+        data = self._of(config)
+        check_lengths(config, data.longest)
+        rows = _examples(data.held_out)
         targets = [sum(label != IGNORED for label in row.labels[1:]) for row in rows]
         self.targets_R = np.array(targets, dtype=np.float64)
         size, pad_id = config.train.micro_batch_size, self._tokenizer.pad_token_id

@@ -14,10 +14,9 @@ import numpy as np
 
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
-from plop_dist.data.texts import token_ids
 from plop_dist.errors import ConfigError, DataError
 from plop_dist.registry import SAMPLERS, load
-from plop_dist.training.data import RowSet, prompts_of, split_rows
+from plop_dist.training.data import RowSet, check_prompts, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.engine import RewardedEngine
 from plop_dist.training.grpo.advantages import total_rewards
 from plop_dist.training.grpo.checks import check_layout, sampler_name
@@ -61,20 +60,17 @@ class HeldOutReward:
         self._prompts = prompts_of(self._rows, config.train, self._tokenizer)
         self._held_out_rewards = _rewards_of(self._held_out, config)
         self._held_out_prompts = prompts_of(self._held_out, config.train, self._tokenizer)
-        self._ids = token_ids(self._held_out_prompts, self._held_out.data, self._tokenizer, first=self._held_out.first)
-        empty = next((number for number, ids in enumerate(self._ids, start=self._held_out.first) if not ids), None)
-        if empty is not None:
-            raise DataError(
-                f"{self._held_out.data.path}: row {empty}: the prompt has no token, so that nothing predicts a "
-                "completion's first; give it text (train.prompt_template), or leave the row out."
-            )
+        self._prompt_ids = ids_of_prompts(self._rows, self._prompts, self._tokenizer)
+        self._ids = ids_of_prompts(self._held_out, self._held_out_prompts, self._tokenizer)
+        for row_set, prompt_ids in ((self._rows, self._prompt_ids), (self._held_out, self._ids)):
+            check_prompts(config, row_set, prompt_ids)
         self.targets_R = np.ones(len(self._ids))
 
     def stepper(self, engine: RewardedEngine, config: Config) -> Callable[[int], dict[str, Any]]:
         """Return what takes a step. See Method."""
         sampler = load(SAMPLERS, sampler_name(config))(engine, config, self._tokenizer)
         rater = Rater(self._rewards, self._rows, self._prompts, config.reward_seconds, engine.dp_rank)
-        rollouts = Rollouts(engine, sampler, rater, config, self._rows, self._prompts, self._tokenizer)
+        rollouts = Rollouts(engine, sampler, rater, config, self._prompt_ids, self._tokenizer)
         return GRPORun(engine, rollouts, config).step
 
     def values(self, engine: RewardedEngine, half: int) -> list[float]:

@@ -24,9 +24,9 @@ from plop_dist.errors import (
     UserError,
 )
 from plop_dist.exporters.exporter import find_exporter
-from plop_dist.registry import BACKENDS, load
+from plop_dist.registry import BACKENDS, EXTERNAL_ENGINES, load, names
 from plop_dist.rundir.stages import Stages
-from plop_dist.training.data import check_lengths, encode, split_rows
+from plop_dist.training.data import check_lengths, check_prompts, encode, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.image_data import check_keys
 from plop_dist.training.train import check_task, check_trainable
 from plop_dist.values.adapter_ranks import oversized_ranks
@@ -187,9 +187,14 @@ def _judge_training_rows(
         if any(has_images(row_set.rows, row_set.data) for row_set in (rows, held_out)):
             _judge_images(config)
             return
-        if tokenizer is not None and config.train.method == "sft":
+        if tokenizer is None:
+            return
+        if config.train.method == "sft":
             examples = [example for one in (rows, held_out) for example in encode(one, config.train, tokenizer)]
             check_lengths(config, max(len(example.input_ids) for example in examples))
+        elif config.train.engine not in names(EXTERNAL_ENGINES):  # these hold prompts against lengths of their own
+            prompt_ids = ids_of_prompts(rows, prompts_of(rows, config.train, tokenizer), tokenizer)
+            check_prompts(config, rows, prompt_ids)
     except (DataError, ConfigError, LayoutError) as error:
         problems.append(str(error))
 

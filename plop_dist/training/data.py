@@ -14,7 +14,7 @@ import torch
 
 from plop_dist import ranks
 from plop_dist.backends.hf.load import load_hf_config, meta_model
-from plop_dist.backends.hf.positions import check_positions
+from plop_dist.backends.hf.positions import check_completions, check_positions
 from plop_dist.config.schema import Config, DataConfig, TrainConfig
 from plop_dist.data.images import refuse_images
 from plop_dist.data.rows import load_rows
@@ -116,6 +116,29 @@ def prompts_of(row_set: RowSet, train: TrainConfig, tokenizer: Any) -> list[str]
     return [
         render_prompt(row, number, row_set.data, train.prompt_template, tokenizer) for number, row in row_set.numbered()
     ]
+
+
+def ids_of_prompts(row_set: RowSet, prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Return the tokens of each row's prompt. Raises DataError naming the row for one without a token."""
+    every = token_ids(prompts, row_set.data, tokenizer, first=row_set.first)
+    empty = next((number for number, ids in enumerate(every, start=row_set.first) if not ids), None)
+    if empty is not None:
+        raise DataError(
+            f"{row_set.data.path}: row {empty}: the prompt has no token, so that nothing predicts a completion's "
+            "first; give it text (train.prompt_template), or leave the row out."
+        )
+    return every
+
+
+def check_prompts(config: Config, row_set: RowSet, prompt_ids: Sequence[Sequence[int]]) -> None:
+    """Raise DataError where the model has fewer places than the longest prompt and a completion have tokens.
+
+    Reads no weights. prompt_ids: of each row.
+    """
+    hf_config = load_hf_config(config.model)
+    longest, index = max((len(ids), -index) for index, ids in enumerate(prompt_ids))
+    build = lambda: meta_model(config.model, hf_config)  # noqa: E731
+    check_completions(config, hf_config, longest, row_set.first - index, row_set.data.path, build)
 
 
 def _count_prompts(row_set: RowSet, texts: Sequence[str], train: TrainConfig, tokenizer: Any) -> list[int]:

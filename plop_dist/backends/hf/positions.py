@@ -27,17 +27,33 @@ def check_positions(
     build: gives the model, of which no weight is read; asked only where the configuration's own number is near.
     section: that of the max_length by which the texts are cut.
     """
-    said = _said_positions(hf_config)
-    if said is None or longest <= said - _RESERVED:
-        return
-    model = build()
-    most = num_positions(model)
-    if most is not None and longest > most:
+    most = _exceeded(hf_config, longest, build)
+    if most is not None:
         raise DataError(
             f"{section}.max_length is {getattr(config, section).max_length} and the longest text has {longest} tokens, "
-            f"but model.name_or_path '{config.model.name_or_path}' ({type(model).__name__}) has places for {most} "
-            f"alone; set {section}.max_length={most}, or choose a model that takes longer texts."
+            f"but {_has_places(config, most)}; set {section}.max_length={most}, or choose a model that takes longer "
+            "texts."
         )
+
+
+def check_completions(
+    config: Config, hf_config: Any, longest_prompt: int, number: int, source: str, build: Callable[[], nn.Module]
+) -> None:
+    """Raise DataError if the longest prompt and a completion of train.max_completion_length have too many tokens.
+
+    longest_prompt: its tokens; number, source: of its row, and where the rows are from; build: as check_positions has.
+    """
+    longest_completion = config.train.max_completion_length
+    most = _exceeded(hf_config, longest_prompt + longest_completion, build)
+    if most is None:
+        return
+    left = most - longest_prompt
+    remedy = f"set train.max_completion_length={left}" if left > 0 else "leave out rows with such prompts"
+    raise DataError(
+        f"{source}: row {number}: the prompt has {longest_prompt} tokens and train.max_completion_length is "
+        f"{longest_completion}, together {longest_prompt + longest_completion}, but {_has_places(config, most)}; "
+        f"{remedy}, or choose a model that takes longer texts."
+    )
 
 
 def num_positions(model: nn.Module) -> int | None:
@@ -57,6 +73,19 @@ def num_positions(model: nn.Module) -> int | None:
         if (num_places := _num_places(module, said)) is not None and part_of(path) == "language"
     ]
     return min(found, default=None)
+
+
+def _exceeded(hf_config: Any, longest: int, build: Callable[[], nn.Module]) -> int | None:
+    """Return how many places the model has, where these are fewer than the longest text has tokens."""
+    said = _said_positions(hf_config)
+    if said is None or longest <= said - _RESERVED:
+        return None
+    most = num_positions(build())
+    return most if most is not None and longest > most else None
+
+
+def _has_places(config: Config, most: int) -> str:
+    return f"model.name_or_path '{config.model.name_or_path}' has places for {most} alone"
 
 
 def _num_places(module: nn.Module, said: int) -> int | None:

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from plop_dist.config.schema import Config
-from plop_dist.data.texts import token_ids
-from plop_dist.errors import DataError
 from plop_dist.training.adapters.shards import AdapterShard
 from plop_dist.training.batch import IGNORED, Batch, to_device
-from plop_dist.training.data import Endless, RowSet
+from plop_dist.training.data import Endless
 from plop_dist.training.engine import RewardedEngine
 from plop_dist.training.grpo.advantages import advantages_of, deviations, total_rewards
 from plop_dist.training.grpo.loss import token_weights
@@ -41,25 +39,19 @@ class Rollout:
 class Rollouts:
     """Makes the generations of a run: each has the completions of one optimizer step, over all replicas.
 
-    prompts: of each training row, as text. Raises DataError for one without a token.
+    prompt_ids: of each training row.
     """
 
     def __init__(
-        self, engine: RewardedEngine, sampler: Sampler, rater: Rater, config: Config, row_set: RowSet,
-        prompts: Sequence[str], tokenizer: Any,
+        self, engine: RewardedEngine, sampler: Sampler, rater: Rater, config: Config,
+        prompt_ids: Sequence[list[int]], tokenizer: Any,
     ) -> None:  # fmt: skip
         self._engine, self._sampler, self._rater = engine, sampler, rater
         self._train, self._dp = config.train, config.parallel.dp
-        self._ids = token_ids(prompts, row_set.data, tokenizer, first=row_set.first)
-        empty = next((number for number, ids in enumerate(self._ids, start=row_set.first) if not ids), None)
-        if empty is not None:
-            raise DataError(
-                f"{row_set.data.path}: row {empty}: the prompt has no token, so that nothing predicts a completion's "
-                "first; give it text (train.prompt_template), or leave the row out."
-            )
+        self._ids = prompt_ids
         self._tokenizer, self._tally = tokenizer, Tally()
         per_step = self._train.micro_batch_size * self._train.gradient_accumulation_steps * self._dp
-        self._order = Endless(range(len(prompts)), self._train.seed, per_step // self._train.num_generations)
+        self._order = Endless(range(len(prompt_ids)), self._train.seed, per_step // self._train.num_generations)
 
     def make(self, generation: int) -> Rollout:
         """Return the rollout of a generation, counted from 0. Collective over all ranks. Raises StepRefusedError."""

@@ -11,7 +11,7 @@ from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
 from plop_dist.registry import SAMPLERS, load
 from plop_dist.training.batch import to_device
-from plop_dist.training.data import prompts_of, split_rows
+from plop_dist.training.data import check_prompts, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.engine import Log, RewardedEngine
 from plop_dist.training.grpo.checks import sampler_name
 from plop_dist.training.grpo.loss import GRPOObjective
@@ -36,13 +36,15 @@ def train(
     rewards = load_rewards(settings.rewards, row_set.rows, settings.answer_field)
     tokenizer = load_tokenizer(config.model)
     prompts = prompts_of(row_set, settings, tokenizer)
+    prompt_ids = ids_of_prompts(row_set, prompts, tokenizer)
+    check_prompts(config, row_set, prompt_ids)
     new_sampler = load(SAMPLERS, sampler_name(config))
     with (
         closing(open_engine(config, placement)) as engine,
         closing(new_sampler(engine, config, tokenizer)) as sampler,
     ):
         rater = Rater(rewards, row_set, prompts, config.reward_seconds, engine.dp_rank)
-        run = GRPORun(engine, Rollouts(engine, sampler, rater, config, row_set, prompts, tokenizer), config)
+        run = GRPORun(engine, Rollouts(engine, sampler, rater, config, prompt_ids, tokenizer), config)
         history = RewardHistory(log)
         progress = run_steps(engine, run, lambda: {}, run.step, config, placement, history)
         adapter = save_adapter(engine, config)

@@ -13,7 +13,7 @@ from plop_dist.config.schema import Config
 from plop_dist.data.texts import token_ids
 from plop_dist.errors import ConfigError
 from plop_dist.training import rewards
-from plop_dist.training.data import RowSet, prompts_of, split_rows
+from plop_dist.training.data import RowSet, check_prompts, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
 from plop_dist.training.grpo.checks import check_trl, sampler_name
 from plop_dist.training.reward_calls import checked
@@ -38,8 +38,10 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     own = rewards.load_rewards(settings.rewards, row_set.rows, settings.answer_field)
     tokenizer = load_tokenizer(config.model)
     prompts = prompts_of(row_set, settings, tokenizer)
+    prompt_ids = ids_of_prompts(row_set, prompts, tokenizer)
+    check_prompts(config, row_set, prompt_ids)
     functions = trl_rewards(row_set, prompts, own, config.reward_seconds)
-    asked = as_tokenized_by_default(row_set, prompts, tokenizer)
+    asked = as_tokenized_by_default(row_set, prompts, prompt_ids, tokenizer)
     resume = last_checkpoint(config, placement)
     arguments = _arguments(config)
     history = rewards.RewardHistory(log)
@@ -59,19 +61,20 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     return {**history.summary(), "num_steps": trainer.state.global_step, "adapter": str(adapter)}
 
 
-def as_tokenized_by_default(row_set: RowSet, prompts: Sequence[str], tokenizer: Any) -> Sequence[str]:
-    """Return texts with the prompts' tokens where the tokenizer adds its special ones by itself, as TRL has it do.
+def as_tokenized_by_default(
+    row_set: RowSet, prompts: Sequence[str], prompt_ids: Sequence[list[int]], tokenizer: Any
+) -> Sequence[str]:
+    """Return texts that have the prompts' tokens where the tokenizer adds its special ones, as TRL lets it.
 
     A chat template has written them into a chat already, and a beginning of text would stand there twice. Raises
     ConfigError where no text has just these tokens.
     """
     if row_set.data.messages_field is None:
         return prompts
-    wanted = token_ids(prompts, row_set.data, tokenizer, first=row_set.first)
     plain = row_set.data.model_copy(update={"messages_field": None})
     begins = tokenizer.bos_token or ""
     for texts in (prompts, [prompt.removeprefix(begins) for prompt in prompts]):
-        if token_ids(texts, plain, tokenizer, first=row_set.first) == wanted:
+        if token_ids(texts, plain, tokenizer, first=row_set.first) == prompt_ids:
             return texts
     raise ConfigError(
         f"data.messages_field is '{row_set.data.messages_field}', and the tokenizer adds special tokens to a chat that "

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from plop_dist.compare.method import method_of
+from plop_dist.config.schema import Config
 from plop_dist.costs.plan import build_plan
 from plop_dist.errors import DataError
 from plop_dist.training.image_data import training_data
+from plop_dist.training.train import engine_name, load_engine
 from tests.backends.hf.test_heads import BART, BERT, IDS, LLAMA, config_in, saved, scored
 from tests.models import tiny_tokenizer
 
@@ -58,3 +62,42 @@ def test_training_rows_longer_than_the_table_of_places_are_refused_by_check_and_
     shorter = config.model_copy(update={"train": config.train.model_copy(update={"max_length": most})})
     assert not [problem for problem in build_plan(shorter).verdict.problems if "max_length" in problem]
     assert training_data(shorter, tiny_tokenizer()).held_out
+
+
+def test_prompts_whose_completions_have_no_places_are_refused_by_check_and_before_the_model_is_loaded(
+    tmp_path: Path,
+) -> None:
+    fields, most = LONG["GPT2LMHeadModel"]
+    saved(tmp_path, "GPT2LMHeadModel", fields)
+    longest = len(tiny_tokenizer()("hello")["input_ids"])
+
+    def rewarded(length: int, engine: str = "plop") -> Config:
+        (tmp_path / "rows.jsonl").write_text('{"question": "hello", "answer": "1"}\n' * 17)
+        train = {"method": "grpo", "rewards": ["builtin:number"], "max_completion_length": length, "eval_samples": 8,
+                 "num_generations": 2, "micro_batch_size": 2, "engine": engine}  # fmt: skip
+        data = {"path": str(tmp_path / "rows.jsonl"), "template": "{question}", "max_length": most}
+        return config_in(tmp_path, data=data, train=train)
+
+    placement: Any = None
+    left = most - longest
+    message = (
+        rf"rows.jsonl: row 1: the prompt has {longest} tokens and train.max_completion_length is {left + 1}, together "
+        rf"{most + 1}, but .* has places for {most} alone; set train\.max_completion_length={left}, or"
+    )
+    assert any(re.search(message, problem) for problem in build_plan(rewarded(left + 1)).verdict.problems)
+    assert not [problem for problem in build_plan(rewarded(left)).verdict.problems if "places" in problem]
+    for engine in ("plop", "trl"):
+        with pytest.raises(DataError, match=message):
+            load_engine(engine_name(rewarded(left + 1, engine))).train(rewarded(left + 1, engine), placement, print)
+    with pytest.raises(DataError, match=message):
+        method_of(rewarded(left + 1))
+    assert method_of(rewarded(left)).targets_R.sum() == 8
+
+
+def test_held_out_rows_longer_than_the_table_of_places_are_not_compared(tmp_path: Path) -> None:
+    fields, most = LONG["GPT2LMHeadModel"]
+    saved(tmp_path, "GPT2LMHeadModel", fields)
+    data = {"path": str(tmp_path / "rows.jsonl"), "template": "{question}\n{answer}", "max_length": most}
+    config = config_in(tmp_path, data=data, train={"method": "sft", "eval_samples": 1})
+    with pytest.raises(DataError, match=rf"has places for {most} alone; set train\.max_length={most}, or"):
+        method_of(config)
