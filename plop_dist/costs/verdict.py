@@ -27,6 +27,7 @@ from plop_dist.exporters.exporter import find_exporter
 from plop_dist.registry import BACKENDS, EXTERNAL_ENGINES, load, names
 from plop_dist.rundir.stages import Stages
 from plop_dist.training.data import check_lengths, check_prompts, encode, ids_of_prompts, prompts_of, split_rows
+from plop_dist.training.external.handover import check_rows
 from plop_dist.training.image_data import check_keys
 from plop_dist.training.train import check_task, check_trainable
 from plop_dist.values.adapter_ranks import oversized_ranks
@@ -192,7 +193,9 @@ def _judge_training_rows(
         if config.train.method == "sft":
             examples = [example for one in (rows, held_out) for example in encode(one, config.train, tokenizer)]
             check_lengths(config, max(len(example.input_ids) for example in examples))
-        elif config.train.engine not in names(EXTERNAL_ENGINES):  # these hold prompts against lengths of their own
+        elif config.train.engine in names(EXTERNAL_ENGINES):
+            check_rows(config, rows, held_out, tokenizer)
+        else:
             prompt_ids = ids_of_prompts(rows, prompts_of(rows, config.train, tokenizer), tokenizer)
             check_prompts(config, rows, prompt_ids)
     except (DataError, ConfigError, LayoutError) as error:

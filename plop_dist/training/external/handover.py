@@ -20,11 +20,11 @@ from plop_dist.data.texts import Row
 from plop_dist.errors import ConfigError, DataError, RunDirError
 from plop_dist.exporters.text import hydra_overrides
 from plop_dist.exporters.write import write_export
-from plop_dist.training.data import RowSet, split_rows
+from plop_dist.training.data import RowSet, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
 from plop_dist.training.external.interpreter import Interpreter, interpreter_of
 from plop_dist.training.external.nodes import nodes_of
-from plop_dist.training.external.prompts import Prompts, chat_template, check_lengths, prompts_for
+from plop_dist.training.external.prompts import Prompts, chat_template, prompts_for
 from plop_dist.training.external.remote_code import check_remote_code
 from plop_dist.training.external.train_keys import check_keys
 from plop_dist.training.rewards import load_rewards
@@ -176,6 +176,26 @@ def prompts_per_step(config: Config) -> int:
     return completions_per_step(config) // config.train.num_generations
 
 
+def check_rows(config: Config, rows: RowSet, held_out: RowSet, tokenizer: Any) -> None:
+    """Raise DataError for what an engine leaves out in silence: prompts over train.max_length, half-filled steps."""
+    most, name = config.train.max_length, config.train.engine
+    if len(rows.rows) < prompts_per_step(config):
+        raise DataError(
+            f"{rows.data.path} has {len(rows.rows)} rows to train on, but a step of train.engine '{name}' asks "
+            f"{prompts_per_step(config)} prompts of one epoch (train.micro_batch_size * gradient_accumulation_steps * "
+            "parallel.dp / num_generations); give it more rows, or lower one of these."
+        )
+    for row_set in (rows, held_out):
+        lengths = [len(ids) for ids in ids_of_prompts(row_set, prompts_of(row_set, config.train, tokenizer), tokenizer)]
+        long = next((number for number, length in enumerate(lengths) if length > most), None)
+        if long is not None:
+            raise DataError(
+                f"{row_set.data.path}: row {row_set.first + long}: the prompt has {lengths[long]} tokens, but "
+                f"train.max_length is {most}, and train.engine '{name}' asks none that is longer; set it to "
+                f"{max(lengths)}, or leave such rows out."
+            )
+
+
 def _check_config(config: Config, name: str) -> None:
     parallel = config.parallel
     for key in ("model.name_or_path", "train.engine_python"):
@@ -219,7 +239,7 @@ def _write(config: Config, placement: Placement, engine: ExternalEngine, directo
     export = write_export(placement, engine.name, directory.parent, engine=kind, widen=config.export.widen)
     train, tokenizer = config.train, load_tokenizer(config.model)
     row_sets = split_rows(config)
-    _check_fills_a_step(row_sets[0], config)
+    check_rows(config, *row_sets, tokenizer)
     for split, row_set in zip(("train", "held_out"), row_sets, strict=True):
         load_rewards(train.rewards, row_set.rows, train.answer_field, first=row_set.first)
         for number, row in row_set.numbered():
@@ -227,21 +247,9 @@ def _write(config: Config, placement: Placement, engine: ExternalEngine, directo
                 raise DataError(
                     f"row {number} has no column '{train.answer_field}'; set train.answer_field to the answers' column."
                 )
-        prompts = prompts_for(row_set, config, tokenizer)
-        check_lengths(row_set, prompts.texts, config, tokenizer)
-        engine.write_rows(directory, split, row_set.rows, prompts, config)
+        engine.write_rows(directory, split, row_set.rows, prompts_for(row_set, config, tokenizer), config)
     launch = engine.launch(config, directory.resolve(), is_megatron, chat_template(config, tokenizer))
     write_text(script, _script(launch, export.flags))
-
-
-def _check_fills_a_step(rows: RowSet, config: Config) -> None:
-    """Raise DataError for fewer rows than a step asks: engines leave out what is left of an epoch, here all of it."""
-    if len(rows.rows) < prompts_per_step(config):
-        raise DataError(
-            f"{rows.data.path} has {len(rows.rows)} rows to train on, but a step of train.engine "
-            f"'{config.train.engine}' asks {prompts_per_step(config)} prompts of one epoch (train.micro_batch_size * "
-            "gradient_accumulation_steps * parallel.dp / num_generations); give it more rows, or lower one of these."
-        )
 
 
 def _script(launch: Launch, flags: Sequence[str]) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 from plop_dist.config.schema import Config
 from plop_dist.data.images import joined_texts
-from plop_dist.data.texts import messages_of, token_ids
-from plop_dist.errors import ConfigError, DataError
+from plop_dist.data.texts import messages_of
+from plop_dist.errors import ConfigError
 from plop_dist.training.data import RowSet, prompts_of
 
 _AS_IT_IS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -46,22 +46,6 @@ def chat_template(config: Config, tokenizer: Any) -> str | None:
     ids = tokenizer("x")["input_ids"]
     begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     return ("{{ bos_token }}" if begins else "") + _AS_IT_IS
-
-
-def check_lengths(row_set: RowSet, texts: Sequence[str], config: Config, tokenizer: Any) -> None:
-    """Raise DataError naming the row for a prompt longer than train.max_length: engines leave such out in silence.
-
-    texts: of each row's prompt.
-    """
-    most = config.train.max_length
-    lengths = [len(ids) for ids in token_ids(texts, row_set.data, tokenizer, first=row_set.first)]
-    for number, length in enumerate(lengths, start=row_set.first):
-        if length > most:
-            raise DataError(
-                f"{row_set.data.path}: row {number}: the prompt has {length} tokens, but train.max_length is {most}, "
-                f"and train.engine '{config.train.engine}' asks none that is longer; set it to {max(lengths)}, or "
-                "leave such rows out."
-            )
 
 
 def prompts_for(row_set: RowSet, config: Config, tokenizer: Any) -> Prompts:
