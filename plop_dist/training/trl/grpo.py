@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]  # TRL exports them lazily
 
+from plop_dist import ranks
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
 from plop_dist.data.texts import token_ids
@@ -16,6 +17,7 @@ from plop_dist.training import rewards
 from plop_dist.training.data import RowSet, check_prompts, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
 from plop_dist.training.grpo.checks import check_trl, sampler_name
+from plop_dist.training.loop import StepRefusedError
 from plop_dist.training.reward_calls import checked
 from plop_dist.training.trl.callbacks import LogCallback
 from plop_dist.training.trl.checkpoints import finish, last_checkpoint
@@ -85,7 +87,10 @@ def as_tokenized_by_default(
 def trl_rewards(
     row_set: RowSet, prompts: Sequence[str], own: Mapping[str, rewards.Reward], timeout_s: float | None = None
 ) -> list[Any]:
-    """Return the rewards as TRL calls them: it hands over the rows' indices, they see the rows' prompts and columns."""
+    """Return the rewards as TRL calls them: it hands over the rows' indices, they see the rows' prompts and columns.
+
+    Every rank rates its own completions. Collective over all ranks, which raise StepRefusedError alike.
+    """
     rows, columns = row_set.rows, rewards.columns_of(row_set.rows)
 
     def adapt(name: str, reward: rewards.Reward) -> Callable[..., list[float | None]]:
@@ -95,7 +100,15 @@ def trl_rewards(
             chosen = [rows[index] for index in given[_ROW]]
             asked = [prompts[index] for index in given[_ROW]]
             numbers = [row_set.first + index for index in given[_ROW]]
-            return call(asked, completions, numbers, **{key: [row.get(key) for row in chosen] for key in columns})
+            own, failed = list[float | None](), None
+            try:
+                own = call(asked, completions, numbers, **{key: [row.get(key) for row in chosen] for key in columns})
+            except ConfigError as error:
+                failed = str(error)
+            first = next((text for text in ranks.gathered(failed) if text is not None), None)
+            if first is not None:
+                raise StepRefusedError(first)
+            return own
 
         on_rows.__name__ = name
         return on_rows
