@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -80,7 +81,7 @@ def _in_time(name: str, reward: Callable[..., Any], timeout_s: float | None, arg
         try:
             returned = reward(**arguments)
             if inspect.isawaitable(returned):
-                awaited.append(asyncio.run_coroutine_threadsafe(_awaited(returned), _event_loop()))
+                awaited.append(asyncio.run_coroutine_threadsafe(_awaited(returned), _event_loop(os.getpid())))
                 returned, error = awaited[0].result()
                 if error is not None:
                     raise error
@@ -103,8 +104,11 @@ def _in_time(name: str, reward: Callable[..., Any], timeout_s: float | None, arg
 
 
 @functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return the one loop that awaits all rewards: the client of a server that one keeps is of no use in another."""
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """Return the one loop that awaits all rewards: the client of a server that one keeps is of no use in another.
+
+    process: this one's id; what it was forked from keeps the thread of its own loop.
+    """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards that are awaited", daemon=True).start()
     return loop
