@@ -135,8 +135,8 @@ def _imported(name: str) -> Any:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever the module does while it is imported: a script reads arguments
         raise ConfigError(
-            f"train.rewards: '{name}': module '{module}' cannot be imported ({type(error).__name__}: {error}); install "
-            "it, or put its directory on PYTHONPATH, on every node."
+            f"train.rewards: '{name}': module '{module}' cannot be imported ({type(error).__name__}: {error}); name it "
+            "as `import` does, not as a file, and install it, or put its directory on PYTHONPATH, on every node."
         ) from error
     function = getattr(found, attribute, None)
     if function is None:

@@ -130,6 +130,7 @@ def test_builtin_rewards_compare_with_the_rows_answers() -> None:
     ("names", "message"),
     [
         (["no_such_module:f"], "module 'no_such_module' cannot be imported (ModuleNotFoundError"),
+        (["./rewards.py:f"], "name it as `import` does, not as a file, and install it, or put its directory on PYTHON"),
         (["tests.training.test_grpo:vareity"], "has no 'vareity'. Did you mean 'variety'?"),
         (["tests.training.test_grpo:ROWS"], "'tests.training.test_grpo:ROWS' is not a function"),
     ],
@@ -239,6 +240,7 @@ def test_a_prompts_template_is_no_chat_where_the_rows_have_one_as_well(tmp_path:
         ({"num_generations": 3}, {}, ConfigError, "= 4 completions per step, which train.num_generations = 3 does not"),
         ({"engine": "trl"}, {"backend": "megatron"}, ConfigError, "train.engine is 'trl', but parallel.backend is"),
         ({"engine": "verl"}, {"backend": "deepspeed", "pp": 2}, ConfigError, "only parallel.backend=megatron hands tp"),
+        ({"micro_batch_size": 8000}, {}, DataError, "a step of train.engine 'trl' asks 2000 prompts of one epoch"),
         ({"sampler": "vllm"}, {}, ConfigError, "train.sampler is vllm, but train.vllm.url names no server"),
     ],
 )

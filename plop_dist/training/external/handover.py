@@ -27,6 +27,7 @@ from plop_dist.training.external.nodes import nodes_of
 from plop_dist.training.external.prompts import Prompts, chat_template, prompts_for
 from plop_dist.training.external.remote_code import check_remote_code
 from plop_dist.training.external.train_keys import check_keys
+from plop_dist.training.grpo.checks import check_fills_a_step
 from plop_dist.training.rewards import load_rewards
 from plop_dist.values.files import write_text
 from plop_dist.values.placement import Placement
@@ -177,14 +178,9 @@ def prompts_per_step(config: Config) -> int:
 
 
 def check_rows(config: Config, rows: RowSet, held_out: RowSet, tokenizer: Any) -> None:
-    """Raise DataError for what an engine leaves out in silence: prompts over train.max_length, half-filled steps."""
+    """Raise DataError for what an engine leaves out in silence: prompts over train.max_length, steps not filled."""
     most, name = config.train.max_length, config.train.engine
-    if len(rows.rows) < prompts_per_step(config):
-        raise DataError(
-            f"{rows.data.path} has {len(rows.rows)} rows to train on, but a step of train.engine '{name}' asks "
-            f"{prompts_per_step(config)} prompts of one epoch (train.micro_batch_size * gradient_accumulation_steps * "
-            "parallel.dp / num_generations); give it more rows, or lower one of these."
-        )
+    check_fills_a_step(config, rows, name)
     for row_set in (rows, held_out):
         lengths = [len(ids) for ids in ids_of_prompts(row_set, prompts_of(row_set, config.train, tokenizer), tokenizer)]
         long = next((number for number, length in enumerate(lengths) if length > most), None)

@@ -16,7 +16,7 @@ from plop_dist.errors import ConfigError
 from plop_dist.training import rewards
 from plop_dist.training.data import RowSet, check_prompts, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
-from plop_dist.training.grpo.checks import check_trl, sampler_name
+from plop_dist.training.grpo.checks import check_fills_a_step, check_trl, sampler_name
 from plop_dist.training.loop import StepRefusedError
 from plop_dist.training.reward_calls import checked
 from plop_dist.training.trl.callbacks import LogCallback
@@ -37,6 +37,7 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     check_trl(config)
     settings = config.train
     row_set, _ = split_rows(config)
+    check_fills_a_step(config, row_set, "trl")
     own = rewards.load_rewards(settings.rewards, row_set.rows, settings.answer_field)
     tokenizer = load_tokenizer(config.model)
     prompts = prompts_of(row_set, settings, tokenizer)
