@@ -44,7 +44,10 @@ class TrainConfig(Section):
     max_grad_norm: Positive = Field(default=1.0, description="Gradient clipping by global norm.")
     micro_batch_size: Count = Field(default=4, description="Samples per forward pass and data-parallel rank.")
     gradient_accumulation_steps: Count = Field(default=1, description="Micro-batches per optimizer step.")
-    max_length: Count = Field(default=512, description="Longest training sample, in tokens (sft).")
+    max_length: Count = Field(
+        default=512,
+        description="Longest training sample, in tokens (sft), or prompt (grpo, engines that run by themselves).",
+    )
     packing: bool = Field(default=False, description="Pack several samples into one sequence (sft).")
     prompt_template: str | None = Field(
         default=None, description='Prompt part of a row, "{question}"; its tokens are left out of the loss (sft).'

@@ -27,8 +27,10 @@ from plop_dist.exporters.exporter import find_exporter
 from plop_dist.registry import BACKENDS, EXTERNAL_ENGINES, load, names
 from plop_dist.rundir.stages import Stages
 from plop_dist.training.data import check_lengths, check_prompts, encode, ids_of_prompts, prompts_of, split_rows
+from plop_dist.training.external.handover import check_rows
+from plop_dist.training.grpo.checks import check_fills_a_step
 from plop_dist.training.image_data import check_keys
-from plop_dist.training.train import check_task, check_trainable
+from plop_dist.training.train import check_task, check_trainable, engine_name
 from plop_dist.values.adapter_ranks import oversized_ranks
 from plop_dist.values.placement import Placement
 from plop_dist.values.scores import ModelInfo, Projection
@@ -192,11 +194,15 @@ def _judge_training_rows(
         if config.train.method == "sft":
             examples = [example for one in (rows, held_out) for example in encode(one, config.train, tokenizer)]
             check_lengths(config, max(len(example.input_ids) for example in examples))
-        elif config.train.engine not in names(EXTERNAL_ENGINES):  # these hold prompts against lengths of their own
+        elif config.train.engine in names(EXTERNAL_ENGINES):
+            check_rows(config, rows, held_out, tokenizer)
+        else:
+            if engine_name(config) == "trl":
+                check_fills_a_step(config, rows, "trl")
             prompt_ids = ids_of_prompts(rows, prompts_of(rows, config.train, tokenizer), tokenizer)
             check_prompts(config, rows, prompt_ids)
     except (DataError, ConfigError, LayoutError) as error:
-        problems.append(str(error))
+        problems += [str(error)] if str(error) not in problems else []
 
 
 def _judge_images(config: Config) -> None:

@@ -15,6 +15,7 @@ from plop_dist.rundir.training_log import read_log
 # Title of a panel -> what of the log it shows, by label; TRL's names
 _REWARDED = {
     "reward": {"reward": "reward"},
+    "entropy per token of completions": {"entropy": "entropy"},
     "KL to the model without adapters, per token": {"kl": "KL"},
     "share of tokens whose ratio is clipped": {
         "clip_ratio/low_mean": "too low",

@@ -62,6 +62,8 @@ def split_rows(config: Config) -> tuple[RowSet, RowSet]:
     """
     train = config.train
     data = config.data.model_copy(update={"path": train.data_path or config.data.path})
+    if train.method == "grpo" and train.prompt_template is not None:
+        data = data.model_copy(update={"messages_field": None})  # what is asked is the template's text, and no chat
     rows = load_rows(data.path, data.split)
     if train.eval_path is not None:
         held_out = load_rows(train.eval_path, data.split)[: train.eval_samples]

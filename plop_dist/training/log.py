@@ -18,6 +18,7 @@ from plop_dist.values.files import append_line, make_folder, remove, write_text
 _SHOWN = {
     "loss": "loss",
     "reward": "reward",
+    "entropy": "entropy",
     "kl": "KL",
     "clip_ratio/region_mean": "clipped",
     "cispo_clip_ratio": "clipped",

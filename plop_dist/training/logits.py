@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from plop_dist.backends.entropy import token_entropies
+
 Batch = dict[str, Tensor]  # see batch.Batch
 IGNORED = -100  # the label that a loss skips
 
@@ -25,6 +27,10 @@ class Logits(Protocol):
         targets_bs: int64, the token that comes next. Of logits / temperature. Collective over the ranks that hold parts
         of the vocabulary.
         """
+        ...
+
+    def entropies(self, targets_bs: Tensor, temperature: float) -> Tensor:
+        """Return how undecided each target's prediction is, as entropy.token_entropies does. Collective likewise."""
         ...
 
     def at(self, places_b: Tensor) -> Tensor:
@@ -49,6 +55,10 @@ class WholeLogits:
         flat = (self.values.float() / temperature).flatten(0, 1)
         losses = cross_entropy(flat, targets_bs.flatten(), ignore_index=IGNORED, reduction="none")
         return -losses.view_as(targets_bs)
+
+    def entropies(self, targets_bs: Tensor, temperature: float) -> Tensor:
+        """Return the entropies of the targets' predictions. See Logits."""
+        return token_entropies(self.values, targets_bs != IGNORED, temperature)
 
     def at(self, places_b: Tensor) -> Tensor:
         """Return the logits at one place of each row. See Logits."""

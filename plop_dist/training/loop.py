@@ -133,9 +133,7 @@ def run_steps(
             except StepRefusedError as error:
                 if step > saved:
                     checkpoints.save(step, stateful.state(), progress)
-                raise StepRefusedError(
-                    f"{error} The steps before this one are kept: run again to go on from them."
-                ) from error
+                raise StepRefusedError.keeping_others(error) from error
             if tracker is not None and (step + 1) % (train.track_nfn_every or 1) == 0:
                 log({"step": step + 1, "nfn": tracker.score()})
             is_last, is_asked = step + 1 == train.max_steps, stopping.is_asked(engine.device)
@@ -150,6 +148,11 @@ def run_steps(
 
 class StepRefusedError(ConfigError):
     """A step that could not be taken for a reason that is the user's to mend; raised on all ranks alike."""
+
+    @classmethod
+    def keeping_others(cls, error: StepRefusedError) -> StepRefusedError:
+        """Return the same once a checkpoint holds the steps before it."""
+        return cls(f"{error} The steps before this one are kept: run again to go on from them.")
 
 
 def save_adapter(engine: Engine, config: Config) -> str:

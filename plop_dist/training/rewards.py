@@ -99,13 +99,13 @@ def compute_score(
 ) -> float:
     """Return the sum of the rewards of one completion; the signature by which verl calls a reward.
 
-    extra_info: rewards, answer_field and row (JSON), as plop_dist.training.external.verl writes them.
+    extra_info: rewards, answer_field, prompt and row (JSON), as plop_dist.training.external.verl writes them.
     """
     row = json.loads(extra_info["row"])
     total = 0.0
     for name, reward in load_rewards(extra_info["rewards"], [row], extra_info["answer_field"]).items():
         columns = {key: [value] for key, value in row.items() if key not in ("prompts", "completions")}
-        total += checked(name, reward)([""], [solution_str], **columns)[0] or 0.0
+        total += checked(name, reward)([extra_info["prompt"]], [solution_str], **columns)[0] or 0.0
     return total
 
 
@@ -133,10 +133,10 @@ def _imported(name: str) -> Any:
         sys.path.append(os.getcwd())  # an installed program does not look into the current directory by itself
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever the module does while it is imported
+    except (Exception, SystemExit) as error:  # whatever the module does while it is imported: a script reads arguments
         raise ConfigError(
-            f"train.rewards: '{name}': module '{module}' cannot be imported ({type(error).__name__}: {error}); install "
-            "it, or put its directory on PYTHONPATH, on every node."
+            f"train.rewards: '{name}': module '{module}' cannot be imported ({type(error).__name__}: {error}); name it "
+            "as `import` does, not as a file, and install it, or put its directory on PYTHONPATH, on every node."
         ) from error
     function = getattr(found, attribute, None)
     if function is None:

@@ -13,6 +13,8 @@ from tests.models import save_tiny
 
 SFT = {"method": "sft", "max_steps": 1, "eval_samples": 2, "micro_batch_size": 2, "max_length": 32}
 
+VERL = ["train.method=grpo", "train.engine=verl", "train.num_generations=2", "train.lr_scheduler=constant"]
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -52,6 +54,9 @@ def test_what_is_decided_before_scoring_is_shown_and_it_is_ok(config: Path) -> N
         (["export.targets=[openrlhf]", "placement.alpha=2.5"], "takes a whole number as alpha"),
         (["export.targets=[torchtune]", "placement.k=1"], "export target torchtune cannot express"),
         (["train.eval_samples=8"], "train.eval_samples holds out 8"),
+        ([*VERL, "train.max_length=2"], "tokens, but train.max_length is 2, and train.engine 'verl' asks none"),
+        ([VERL[0], "train.micro_batch_size=40"], "a step of train.engine 'trl' asks 10 prompts of one epoch"),
+        ([*VERL, "train.micro_batch_size=20"], "a step of train.engine 'verl' asks 10 prompts of one epoch"),
         (["train.prompt_template=Q {answer}"], "does not begin with train.prompt_template"),
     ],
 )

@@ -271,7 +271,7 @@ def test_a_long_training_is_drawn_with_as_many_points_as_a_screen_shows() -> Non
 
 def test_a_training_for_reward_shows_how_far_it_strays(tmp_path: Path) -> None:
     make_run(tmp_path)
-    numbers = {"reward": 0.5, "kl": 0.01, "clip_ratio/low_mean": 0.02, "clip_ratio/high_mean": 0.25}
+    numbers = {"reward": 0.5, "entropy": 1.5, "kl": 0.01, "clip_ratio/low_mean": 0.02, "clip_ratio/high_mean": 0.25}
     numbers |= {f"sampling/sampling_logp_difference/{end}": 1e-4 for end in ("mean", "max")}
     numbers |= {f"sampling/importance_sampling_ratio/{end}": 1.0 for end in ("min", "mean", "max")}
     log = [{"step": step, "loss": 0.1, **numbers} for step in range(1, 4)]
@@ -279,6 +279,7 @@ def test_a_training_for_reward_shows_how_far_it_strays(tmp_path: Path) -> None:
     panels = {panel.title: [line.name for line in panel.lines] for panel in training_of(RunDir(tmp_path)).panels}
     assert list(panels.items())[1:] == [
         ("reward", ["reward"]),
+        ("entropy per token of completions", ["entropy"]),
         ("KL to the model without adapters, per token", ["KL"]),
         ("share of tokens whose ratio is clipped", ["too low", "too high"]),
         ("log-probability of a token: sampler against trainer", ["mean difference", "largest difference"]),

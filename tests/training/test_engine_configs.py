@@ -222,6 +222,21 @@ def test_what_an_engine_has_no_words_for_is_refused_before_anything_is_scored(
         handed.check(make_config(model, tmp_path, engine, model=quantised))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_that_an_engine_would_leave_out_in_silence_are_refused(engine: str, model: Path, tmp_path: Path) -> None:
+    rows = [*arithmetic_rows()[:39], {**arithmetic_rows()[0], "question": "1 + " * 60}]
+    data = {"path": str(tmp_path / "rows.jsonl")}
+    Path(data["path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"max_length": 150, "prompt_template": "{question}"}
+    config = make_config(model, tmp_path, engine, data=data, train=train)
+    with pytest.raises(DataError, match=r"row 40: the prompt has 2\d\d tokens, but train\.max_length is 150, and"):
+        hand_over(config)
+    train = {"gradient_accumulation_steps": 9, "prompt_template": "{question}"}
+    config = make_config(model, tmp_path, engine, data=data, train=train)
+    with pytest.raises(DataError, match=r"has 8 rows to train on, but a step of .* asks 9 prompts of one epoch"):
+        hand_over(config)
+
+
 def test_a_python_is_named_with_what_it_lacks(model: Path, tmp_path: Path) -> None:
     handed = load(EXTERNAL_ENGINES, "verl")
     missing = make_config(model, tmp_path, "verl", train={"engine_python": str(tmp_path / "none")})

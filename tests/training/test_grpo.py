@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.data.builtin import arithmetic_rows
 from plop_dist.data.rows import load_rows
+from plop_dist.data.texts import token_ids
 from plop_dist.errors import ConfigError, DataError
 from plop_dist.launch.rank import run_rank
 from plop_dist.rundir.stages import Stages
 from plop_dist.training import rewards
-from plop_dist.training.data import RowSet, prompts_of
+from plop_dist.training.data import RowSet, prompts_of, split_rows
 from plop_dist.training.train import train as run_training
 from plop_dist.values.placement import Placement
 from tests.models import save_tiny, tiny, tiny_tokenizer
@@ -34,6 +36,15 @@ def variety(prompts: list[str], completions: list[str], number: list[str], **col
     assert len(prompts) == len(completions) == len(number)
     assert all(prompt and value.lstrip("-").isdigit() for prompt, value in zip(prompts, number, strict=True))
     return [float(len(set(completion))) for completion in completions]
+
+
+def repeats(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [-float(prompt in completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def opens_a_chat(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    assert set(prompts) == {"<s>user: 2 + 3?\nassistant: "}
+    return [float(len(completion)) for completion in completions]
 
 
 def too_few(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -119,6 +130,7 @@ def test_builtin_rewards_compare_with_the_rows_answers() -> None:
     ("names", "message"),
     [
         (["no_such_module:f"], "module 'no_such_module' cannot be imported (ModuleNotFoundError"),
+        (["./rewards.py:f"], "name it as `import` does, not as a file, and install it, or put its directory on PYTHON"),
         (["tests.training.test_grpo:vareity"], "has no 'vareity'. Did you mean 'variety'?"),
         (["tests.training.test_grpo:ROWS"], "'tests.training.test_grpo:ROWS' is not a function"),
     ],
@@ -126,6 +138,19 @@ def test_builtin_rewards_compare_with_the_rows_answers() -> None:
 def test_a_reward_that_cannot_be_had_is_named(names: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         rewards.load_rewards(names, ROWS, "answer")
+
+
+def test_a_reward_in_a_script_that_ends_the_process_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_script.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--unknown'])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"module 'a_script' cannot be imported \(SystemExit: 2\)"):
+        rewards.load_rewards(["a_script:f"], ROWS, "answer")
+
+
+def test_an_engine_that_rates_one_completion_tells_the_reward_its_prompt() -> None:
+    info = {"rewards": ["tests.training.test_grpo:repeats"], "answer_field": "answer", "prompt": "2 + 3?",
+            "row": json.dumps(ROWS[0])}  # fmt: skip
+    assert [rewards.compute_score("", text, "", info) for text in ("2 + 3? 5", "5")] == [-1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -164,12 +189,58 @@ def test_prompts_are_the_template_the_text_or_the_open_chat(tmp_path: Path) -> N
     assert prompts_of(RowSet([{"chat": chat[:1]}], data), train, tiny_tokenizer()) == [asked]
 
 
+def beginning_tokenizer() -> Any:
+    """Return a tokenizer that puts a beginning of text before every text, as its chat template does, too."""
+    tokenizer = tiny_tokenizer()
+    begin = (str(tokenizer.bos_token), int(tokenizer.bos_token_id))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    tokenizer.chat_template = "{{ bos_token }}" + str(tokenizer.chat_template)
+    return tokenizer
+
+
+@pytest.mark.slow
+def test_trl_asks_a_chat_with_one_beginning_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl
+
+    save_tiny("llama", tmp_path / "model")
+    tokenizer = beginning_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    row = {"chat": [{"role": "user", "content": "2 + 3?"}], "number": "5"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    config = make_config(tmp_path, train={"max_steps": 1, "rewards": ["tests.training.test_grpo:opens_a_chat"]})
+    data = config.data.model_copy(update={"path": str(tmp_path / "rows.jsonl"), "messages_field": "chat"})
+    asked: list[list[int]] = []
+    tokenize = trl.GRPOTrainer._tokenize_prompts
+
+    def noted(trainer: Any, prompts: list[str]) -> Any:
+        found = tokenize(trainer, prompts)
+        asked.extend(found[0])
+        return found
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_tokenize_prompts", noted)
+    run_training(config.model_copy(update={"data": data}), make_placement(tiny("llama")), lambda entry: None)
+    text = "<s>user: 2 + 3?\nassistant: "
+    assert asked == [tokenizer(text, add_special_tokens=False)["input_ids"]] * 4
+    assert asked[0].count(tokenizer.bos_token_id) == 1
+
+
+def test_a_prompts_template_is_no_chat_where_the_rows_have_one_as_well(tmp_path: Path) -> None:
+    config = make_config(tmp_path, train={"prompt_template": "Q: {question}"})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"messages_field": "chat"})})
+    row_set, _ = split_rows(config)
+    prompts = prompts_of(row_set, config.train, tiny_tokenizer())
+    tokenizer = beginning_tokenizer()
+    every = token_ids(prompts, row_set.data, tokenizer)
+    assert {ids[0] for ids in every} == {tokenizer.bos_token_id}
+
+
 @pytest.mark.parametrize(
     ("train", "parallel", "error", "message"),
     [
         ({"num_generations": 3}, {}, ConfigError, "= 4 completions per step, which train.num_generations = 3 does not"),
         ({"engine": "trl"}, {"backend": "megatron"}, ConfigError, "train.engine is 'trl', but parallel.backend is"),
         ({"engine": "verl"}, {"backend": "deepspeed", "pp": 2}, ConfigError, "only parallel.backend=megatron hands tp"),
+        ({"micro_batch_size": 8000}, {}, DataError, "a step of train.engine 'trl' asks 2000 prompts of one epoch"),
         ({"sampler": "vllm"}, {}, ConfigError, "train.sampler is vllm, but train.vllm.url names no server"),
     ],
 )

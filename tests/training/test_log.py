@@ -51,10 +51,10 @@ def test_a_run_that_goes_on_or_begins_again_replaces_what_it_repeats(tmp_path: P
 def test_the_terminal_shows_how_far_a_step_strays(tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
     with TrainingLog(make_config("unused", tmp_path), tmp_path, lambda kind, **fields: told.append(fields)) as log:
-        log({"step": 1, "loss": 0.5, "reward": 0.25, "kl": 0.125, "clip_ratio/region_mean": 0.5, "grad_norm": 1.0})
+        log({"step": 1, "loss": 0.5, "reward": 0.25, "entropy": 1.5, "kl": 0.125, "clip_ratio/region_mean": 0.5})
         log({"step": 2, "loss": 0.5, "cispo_clip_ratio": 0.25, "sampling/sampling_logp_difference/max": 0.0625})
     assert [fields["note"] for fields in told] == [
-        "loss 0.5000, reward 0.2500, KL 0.1250, clipped 0.5000",
+        "loss 0.5000, reward 0.2500, entropy 1.5000, KL 0.1250, clipped 0.5000",
         "loss 0.5000, clipped 0.2500, sampler off by 0.0625",
     ]
 

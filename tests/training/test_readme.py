@@ -167,7 +167,7 @@ def test_the_reward_of_the_readme_is_found_by_its_name(packages: Path) -> None:
     assert config_with("short", "builtin:format").train.rewards == ["short", "builtin:format"]
     found = rewards.load_rewards(["short"], [{"question": "1 + 2"}], "answer")
     assert rewards.checked("short", found["short"])(["1 + 2"], ["3"], question=["1 + 2"]) == [0.5]
-    row = {"rewards": ["short"], "answer_field": "answer", "row": json.dumps({"question": "1 + 2"})}
+    row = {"rewards": ["short"], "answer_field": "answer", "prompt": "1 + 2", "row": json.dumps({"question": "1 + 2"})}
     assert rewards.compute_score("", "3", "3", row) == 0.5
     with pytest.raises(ConfigError, match="'shorter' is neither builtin:number, builtin:format, short nor module:func"):
         config_with("shorter")

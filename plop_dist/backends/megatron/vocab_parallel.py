@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from plop_dist.backends.entropy import token_entropies
 from plop_dist.backends.megatron.language import language_model
 
 
@@ -37,6 +38,10 @@ class VocabParallelLogits:
         # A new tensor, because Megatron's own changes what it is given.
         losses = vocab_parallel_cross_entropy(self.values.float() / temperature, targets_bs.clamp_min(0))
         return -losses.masked_fill(targets_bs < 0, 0.0)
+
+    def entropies(self, targets_bs: Tensor, temperature: float) -> Tensor:
+        """Return how undecided the prediction of each target that is not negative is. See token_entropies."""
+        return token_entropies(self.values, targets_bs >= 0, temperature, self.group)
 
     def at(self, places_b: Tensor) -> Tensor:
         """Return each row's logits at one place, (b, V), float32, whole. Collective over `group`."""

@@ -20,13 +20,14 @@ from plop_dist.data.texts import Row
 from plop_dist.errors import ConfigError, DataError, RunDirError
 from plop_dist.exporters.text import hydra_overrides
 from plop_dist.exporters.write import write_export
-from plop_dist.training.data import split_rows
+from plop_dist.training.data import RowSet, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
 from plop_dist.training.external.interpreter import Interpreter, interpreter_of
 from plop_dist.training.external.nodes import nodes_of
 from plop_dist.training.external.prompts import Prompts, chat_template, prompts_for
 from plop_dist.training.external.remote_code import check_remote_code
 from plop_dist.training.external.train_keys import check_keys
+from plop_dist.training.grpo.checks import check_fills_a_step
 from plop_dist.training.rewards import load_rewards
 from plop_dist.values.files import write_text
 from plop_dist.values.placement import Placement
@@ -176,6 +177,21 @@ def prompts_per_step(config: Config) -> int:
     return completions_per_step(config) // config.train.num_generations
 
 
+def check_rows(config: Config, rows: RowSet, held_out: RowSet, tokenizer: Any) -> None:
+    """Raise DataError for what an engine leaves out in silence: prompts over train.max_length, steps not filled."""
+    most, name = config.train.max_length, config.train.engine
+    check_fills_a_step(config, rows, name)
+    for row_set in (rows, held_out):
+        lengths = [len(ids) for ids in ids_of_prompts(row_set, prompts_of(row_set, config.train, tokenizer), tokenizer)]
+        long = next((number for number, length in enumerate(lengths) if length > most), None)
+        if long is not None:
+            raise DataError(
+                f"{row_set.data.path}: row {row_set.first + long}: the prompt has {lengths[long]} tokens, but "
+                f"train.max_length is {most}, and train.engine '{name}' asks none that is longer; set it to "
+                f"{max(lengths)}, or leave such rows out."
+            )
+
+
 def _check_config(config: Config, name: str) -> None:
     parallel = config.parallel
     for key in ("model.name_or_path", "train.engine_python"):
@@ -218,8 +234,10 @@ def _write(config: Config, placement: Placement, engine: ExternalEngine, directo
     kind = "megatron" if is_megatron else None
     export = write_export(placement, engine.name, directory.parent, engine=kind, widen=config.export.widen)
     train, tokenizer = config.train, load_tokenizer(config.model)
-    for split, row_set in zip(("train", "held_out"), split_rows(config), strict=True):
-        load_rewards(train.rewards, row_set.rows, train.answer_field)
+    row_sets = split_rows(config)
+    check_rows(config, *row_sets, tokenizer)
+    for split, row_set in zip(("train", "held_out"), row_sets, strict=True):
+        load_rewards(train.rewards, row_set.rows, train.answer_field, first=row_set.first)
         for number, row in row_set.numbered():
             if train.answer_field not in row:
                 raise DataError(

@@ -21,9 +21,13 @@ _AS_IT_IS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 @dataclass(frozen=True)
 class Prompts:
-    """chats: the messages of each row's prompt. template: the chat template that they need; None: the checkpoint's."""
+    """What every row asks: the messages, and the text that these become.
+
+    template: the chat template that they need; None: the checkpoint's.
+    """
 
     chats: Sequence[list[dict[str, str]]]
+    texts: Sequence[str]
     template: str | None
 
 
@@ -49,9 +53,9 @@ def prompts_for(row_set: RowSet, config: Config, tokenizer: Any) -> Prompts:
     template = chat_template(config, tokenizer)
     texts = prompts_of(row_set, config.train, tokenizer)  # renders, and so checks, every row
     if template is not None:
-        return Prompts([[{"role": "user", "content": text}] for text in texts], template)
+        return Prompts([[{"role": "user", "content": text}] for text in texts], texts, template)
     chats = []
     for number, row in row_set.numbered():
         messages = [dict(message) for message in joined_texts(messages_of(row, number, row_set.data))]
         chats.append(messages[:-1] if messages[-1].get("role") == "assistant" else messages)
-    return Prompts(chats, None)
+    return Prompts(chats, texts, None)

@@ -71,8 +71,8 @@ class SkyRL:
     def write_rows(self, directory: Path, split: str, rows: Sequence[Row], prompts: Prompts, config: Config) -> None:
         """Write SPLIT.parquet. See ExternalEngine."""
         entries = [
-            {"prompt": chat, "env_class": ENVIRONMENT, "rated_by": rated_by(row, config)}
-            for row, chat in zip(rows, prompts.chats, strict=True)
+            {"prompt": chat, "env_class": ENVIRONMENT, "rated_by": rated_by(row, text, config)}
+            for row, chat, text in zip(rows, prompts.chats, prompts.texts, strict=True)
         ]
         write_parquet(directory / f"{split}.parquet", entries)
 

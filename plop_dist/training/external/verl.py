@@ -75,9 +75,9 @@ class Verl:
                 "data_source": config.references.get("data.path", config.data.path),
                 "prompt": chat,
                 "reward_model": {"style": "rule", "ground_truth": str(row[config.train.answer_field])},
-                "extra_info": rated_by(row, config),
+                "extra_info": rated_by(row, text, config),
             }
-            for row, chat in zip(rows, prompts.chats, strict=True)
+            for row, chat, text in zip(rows, prompts.chats, prompts.texts, strict=True)
         ]
         write_parquet(directory / f"{split}.parquet", entries)
 
@@ -105,12 +105,13 @@ class Verl:
 ENGINE = HandedOver(Verl())
 
 
-def rated_by(row: Row, config: Config) -> dict[str, Any]:
-    """Return what rewards.compute_score wants to know of a row."""
+def rated_by(row: Row, prompt: str, config: Config) -> dict[str, Any]:
+    """Return what rewards.compute_score wants to know of a row, whose prompt is this text."""
     train = config.train
     return {
         "rewards": list(train.rewards),
         "answer_field": train.answer_field,
+        "prompt": prompt,
         "row": json.dumps(row, default=str),
     }
 

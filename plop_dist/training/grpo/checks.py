@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 from plop_dist.config.schema import Config
-from plop_dist.errors import ConfigError, MissingExtraError
+from plop_dist.errors import ConfigError, DataError, MissingExtraError
+from plop_dist.training.data import RowSet
 from plop_dist.training.samplers.own_server import check_own_server
 
 
@@ -36,6 +37,18 @@ def check_batch(config: Config) -> None:
             f"train.reward_timeout_s ({config.reward_seconds:g}) times {len(train.rewards)} rewards is {longest:g} s, "
             f"but the other ranks wait no longer than cluster.timeout_s ({config.cluster.timeout_s:g} s); lower the "
             "first, or raise the second."
+        )
+
+
+def check_fills_a_step(config: Config, rows: RowSet, engine: str) -> None:
+    """Raise DataError for fewer rows than one step asks: engines leave out what is left of an epoch, here all of it."""
+    train = config.train
+    per_step = train.micro_batch_size * train.gradient_accumulation_steps * config.parallel.dp // train.num_generations
+    if len(rows.rows) < per_step:
+        raise DataError(
+            f"{rows.data.path} has {len(rows.rows)} rows to train on, but a step of train.engine '{engine}' asks "
+            f"{per_step} prompts of one epoch (train.micro_batch_size * gradient_accumulation_steps * parallel.dp / "
+            "num_generations); give it more rows, or lower one of these."
         )
 
 

@@ -53,7 +53,9 @@ class GRPOObjective:
 
     def __call__(self, logits: Logits, batch: Batch) -> Tensor:
         """Return the weighted sum of the completions' token losses."""
-        log_probabilities = logits.log_probabilities(next_tokens(batch["labels"]), self._train.temperature)
+        targets, temperature = next_tokens(batch["labels"]), self._train.temperature
+        self.tally.add("entropy", logits.entropies(targets, temperature), batch["weights"] > 0)
+        log_probabilities = logits.log_probabilities(targets, temperature)
         return self.of(log_probabilities, batch)
 
     def of(self, log_probabilities: Tensor, batch: Batch) -> Tensor:

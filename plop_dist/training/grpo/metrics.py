@@ -13,12 +13,12 @@ from torch import Tensor
 from plop_dist import ranks
 
 _DIFFERENCE, _RATIO = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
-_NAMES = ("kl", "clip_ratio/", "cispo_clip_ratio", "vespo/", "sampling/")
+_KINDS = ("entropy", "kl", "clip_ratio", "cispo_clip_ratio", "vespo", "sampling")  # before the first /
 
 
 def is_metric(name: str) -> bool:
     """Tell whether a number of TRL's log is of the kind that is tallied here."""
-    return name.startswith(_NAMES)
+    return name.partition("/")[0] in _KINDS
 
 
 class Tally:

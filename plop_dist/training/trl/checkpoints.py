@@ -24,6 +24,7 @@ from plop_dist.errors import RunDirError
 from plop_dist.rundir.events import phase
 from plop_dist.rundir.layout import RunDir
 from plop_dist.training.checkpoint import WITHOUT_IT, fingerprint
+from plop_dist.training.loop import StepRefusedError
 from plop_dist.training.stopping import stoppable
 from plop_dist.training.trl.stop import StopCallback
 from plop_dist.values.files import write_text
@@ -60,11 +61,15 @@ def last_checkpoint(config: Config, placement: Placement) -> str | None:
         whole = [path for path in directory.glob("checkpoint-*") if _is_whole(path)]
         if not whole:
             return None
-        last = max(whole, key=lambda path: int(path.name.split("-")[1]))
+        last = max(whole, key=_step_of)
         check_resumable(last)
         return str(last)
 
     return ranks.agree(find)
+
+
+def _step_of(checkpoint: str | Path | None) -> int:
+    return 0 if checkpoint is None else int(Path(checkpoint).name.split("-")[1])
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -104,17 +109,22 @@ def finish(trainer: Any, config: Config, resume: str | None) -> Path:
     """Run a trainer to its end, from a checkpoint or from the start, and write the adapter; returns where that lies.
 
     Collective over the world: at ZeRO-3 shards are gathered. Raises RunDirError. Asked to stop, it ends after the step,
-    with a checkpoint, by SystemExit.
+    with a checkpoint, by SystemExit. A StepRefusedError of a step leaves a checkpoint of the steps before it.
     """
     trainer.remove_callback(PrinterCallback)  # it prints the dictionaries that our log already holds
     if resume is not None:
-        done = int(Path(resume).name.split("-")[1])
-        logger.info("training goes on from step %d of %d", done, config.train.max_steps)
+        logger.info("training goes on from step %d of %d", _step_of(resume), config.train.max_steps)
     with saving_to(checkpoints_of(config)), stoppable(RunDir(config.run_dir)) as stopping, ExitStack() as loading:
         loading.enter_context(tensors_only())
         trainer.add_callback(_Loaded(loading))
         trainer.add_callback(StopCallback(stopping, trainer.args.device))
-        trainer.train(resume_from_checkpoint=resume)
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except StepRefusedError as error:
+            done = trainer.state.global_step
+            if done % config.train.save_steps and _step_of(resume) < done:
+                trainer._save_checkpoint(trainer.model_wrapped, trial=None)  # a callback is asked after steps alone
+            raise StepRefusedError.keeping_others(error) from error
         done = trainer.state.global_step
         if done < trainer.state.max_steps:
             logger.info("training stopped after step %d of %d, with a checkpoint", done, trainer.state.max_steps)

@@ -8,12 +8,16 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]  # TRL exports them lazily
 
+from plop_dist import ranks
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
+from plop_dist.data.texts import token_ids
+from plop_dist.errors import ConfigError
 from plop_dist.training import rewards
 from plop_dist.training.data import RowSet, check_prompts, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.engine import Data, Log
-from plop_dist.training.grpo.checks import check_trl, sampler_name
+from plop_dist.training.grpo.checks import check_fills_a_step, check_trl, sampler_name
+from plop_dist.training.loop import StepRefusedError
 from plop_dist.training.reward_calls import checked
 from plop_dist.training.trl.callbacks import LogCallback
 from plop_dist.training.trl.checkpoints import finish, last_checkpoint
@@ -33,11 +37,14 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     check_trl(config)
     settings = config.train
     row_set, _ = split_rows(config)
+    check_fills_a_step(config, row_set, "trl")
     own = rewards.load_rewards(settings.rewards, row_set.rows, settings.answer_field)
-    functions = trl_rewards(row_set, own, config.reward_seconds)
     tokenizer = load_tokenizer(config.model)
     prompts = prompts_of(row_set, settings, tokenizer)
-    check_prompts(config, row_set, ids_of_prompts(row_set, prompts, tokenizer))
+    prompt_ids = ids_of_prompts(row_set, prompts, tokenizer)
+    check_prompts(config, row_set, prompt_ids)
+    functions = trl_rewards(row_set, prompts, own, config.reward_seconds)
+    asked = as_tokenized_by_default(row_set, prompts, prompt_ids, tokenizer)
     resume = last_checkpoint(config, placement)
     arguments = _arguments(config)
     history = rewards.RewardHistory(log)
@@ -47,7 +54,7 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
             model=model,
             args=arguments,
             reward_funcs=functions,
-            train_dataset=Dataset.from_dict({"prompt": prompts, _ROW: list(range(len(prompts)))}),
+            train_dataset=Dataset.from_dict({"prompt": asked, _ROW: list(range(len(asked)))}),
             processing_class=tokenizer,
             callbacks=[LogCallback(history)],
         )
@@ -57,17 +64,52 @@ def train(config: Config, placement: Placement, log: Log, data: Data | None = No
     return {**history.summary(), "num_steps": trainer.state.global_step, "adapter": str(adapter)}
 
 
-def trl_rewards(row_set: RowSet, own: Mapping[str, rewards.Reward], timeout_s: float | None = None) -> list[Any]:
-    """Return the rewards as TRL calls them: it hands over the rows' indices, they see the rows' columns."""
+def as_tokenized_by_default(
+    row_set: RowSet, prompts: Sequence[str], prompt_ids: Sequence[list[int]], tokenizer: Any
+) -> Sequence[str]:
+    """Return texts that have the prompts' tokens where the tokenizer adds its special ones, as TRL lets it.
+
+    A chat template has written them into a chat already, and a beginning of text would stand there twice. Raises
+    ConfigError where no text has just these tokens.
+    """
+    if row_set.data.messages_field is None:
+        return prompts
+    plain = row_set.data.model_copy(update={"messages_field": None})
+    begins = tokenizer.bos_token or ""
+    for texts in (prompts, [prompt.removeprefix(begins) for prompt in prompts]):
+        if token_ids(texts, plain, tokenizer, first=row_set.first) == prompt_ids:
+            return texts
+    raise ConfigError(
+        f"data.messages_field is '{row_set.data.messages_field}', and the tokenizer adds special tokens to a chat that "
+        "its template has written whole, so that TRL would ask something else than was scored; use train.engine=plop."
+    )
+
+
+def trl_rewards(
+    row_set: RowSet, prompts: Sequence[str], own: Mapping[str, rewards.Reward], timeout_s: float | None = None
+) -> list[Any]:
+    """Return the rewards as TRL calls them: it hands over the rows' indices, they see the rows' prompts and columns.
+
+    Every rank rates its own completions. Collective over all ranks, which raise StepRefusedError alike.
+    """
     rows, columns = row_set.rows, rewards.columns_of(row_set.rows)
 
     def adapt(name: str, reward: rewards.Reward) -> Callable[..., list[float | None]]:
         call = checked(name, reward, timeout_s)
 
-        def on_rows(prompts: Sequence[str], completions: Sequence[str], **given: Any) -> list[float | None]:
+        def on_rows(completions: Sequence[str], **given: Any) -> list[float | None]:
             chosen = [rows[index] for index in given[_ROW]]
+            asked = [prompts[index] for index in given[_ROW]]
             numbers = [row_set.first + index for index in given[_ROW]]
-            return call(prompts, completions, numbers, **{key: [row.get(key) for row in chosen] for key in columns})
+            own, failed = list[float | None](), None
+            try:
+                own = call(asked, completions, numbers, **{key: [row.get(key) for row in chosen] for key in columns})
+            except ConfigError as error:
+                failed = str(error)
+            first = next((text for text in ranks.gathered(failed) if text is not None), None)
+            if first is not None:
+                raise StepRefusedError(first)
+            return own
 
         on_rows.__name__ = name
         return on_rows
