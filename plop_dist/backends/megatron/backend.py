@@ -130,7 +130,7 @@ def load_chunks(config: Config, *, experts_apart: bool = False) -> tuple[list[nn
             fp16=dtype is torch.float16,
         )
     if config.model.checkpoint is not None:
-        load_checkpoint(chunks, Path(config.model.checkpoint))
+        load_checkpoint(chunks, Path(config.model.checkpoint), hf_config.get_text_config().vocab_size)
     for chunk in chunks:
         share_wide_norms(chunk)
     check_attention(hf_config, whole, [language_model(chunk) for chunk in chunks], config)

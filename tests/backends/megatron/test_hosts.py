@@ -30,6 +30,7 @@ PIPELINES: dict[str, tuple[int, dict[str, Any]]] = {
     "last": (1, {"num_layers_in_last_pipeline_stage": 1}),
     "embeddings alone": (1, {"pipeline_model_parallel_layout": "E|ttttL"}),
     "uneven virtual": (2, {"pipeline_model_parallel_layout": "Ett|t||tL"}),
+    "nothing first": (2, {"pipeline_model_parallel_layout": "Ett||t|tL"}),
 }
 LAYOUTS = {"bridge": (2, 2, 1), **dict.fromkeys(PIPELINES, (2, 2, 1)), "wrapped": (2, 1, 2)}
 FIELDS = {"num_hidden_layers": 4, "head_dim": 8}
@@ -76,7 +77,7 @@ def _plain_chunks(directory: Path, checkpoint: Path, virtual: int, pipeline: dic
         )
         for number in range(virtual)
     ]  # fmt: skip
-    load_checkpoint(chunks, checkpoint)
+    load_checkpoint(chunks, checkpoint, hf.vocab_size)
     return [chunk.train() for chunk in chunks]
 
 
