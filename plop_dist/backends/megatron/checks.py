@@ -128,10 +128,10 @@ def check_projections(found: Iterable[str], expected: Iterable[str], config: Con
 def check_attention(hf_config: Any, hf_model: nn.Module, chunks: Sequence[nn.Module], config: Config) -> None:
     """Give Megatron the checkpoint's rotary frequencies; raise ModelError where attention still differs.
 
-    Compared for the data.max_length positions that are scored: cosines and sines, and every layer's sliding window.
+    Compared as far as the longest row reaches: cosines and sines, and every layer's sliding window.
     hf_model: on the meta device.
     """
-    length = max(config.data.max_length, config.train.max_length if config.train.method != "none" else 0)
+    length = config.longest_row
     for chunk in map(unwrap, chunks):
         _check_tied(hf_config, hf_model, chunk, config)
         _check_windows(hf_config, chunk, length, config)
@@ -164,7 +164,8 @@ def _check_windows(hf_config: Any, chunk: Any, length: int, config: Config) -> N
             raise ModelError(
                 f"model.name_or_path '{config.model.name_or_path}': layer {layer.layer_number - 1} attends to "
                 f"{expected or 'all'} tokens, but Megatron-Bridge's to {found or 'all'}; set data.max_length (and "
-                f"train.max_length) to {min(filter(None, (found, expected)))} at most, or {_ELSEWHERE}."
+                "train.max_length; with grpo data.max_length + train.max_completion_length) to "
+                f"{min(filter(None, (found, expected)))} at most, or {_ELSEWHERE}."
             )
 
 

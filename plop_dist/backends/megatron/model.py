@@ -94,7 +94,7 @@ class MegatronModel:
             )
             return output[0] if isinstance(output, tuple) else output  # a loss mask beside it
 
-        with self._headless(), self._shapes(prepared), torch.no_grad():
+        with self._headless(), self._next_token_alone(), self._shapes(prepared), torch.no_grad():
             run_schedule(self._chunks, prepared, call, cp_size=self._place.cp_size, forward_only=True)
         check_called(self.sites)
 
@@ -131,6 +131,20 @@ class MegatronModel:
             yield
         finally:
             del layer.forward
+
+    @contextmanager
+    def _next_token_alone(self) -> Iterator[None]:
+        """Leave out multi-token prediction, whose layers no score is of and which calls the head again; undone."""
+        kept = [(one, name, getattr(one, name, None)) for chunk in self._bare
+                for one, name in ((chunk, "mtp_process"), (chunk.config, "mtp_num_layers"))]  # fmt: skip
+        predicts = [(one, name, value) for one, name, value in kept if value]
+        for one, name, value in predicts:
+            setattr(one, name, False if value is True else None)
+        try:
+            yield
+        finally:
+            for one, name, value in predicts:
+                setattr(one, name, value)
 
     @contextmanager
     def _shapes(self, prepared: Sequence[Prepared]) -> Iterator[None]:

@@ -165,3 +165,40 @@ def test_the_oldest_megatron_core_is_scored_without_bridge(tmp_path: Path) -> No
     ranks = run_ranks(4, _older_job, tmp_path, OLDER)
     assert ranks[0].keys() == PIPELINES.keys()
     _check(ranks)
+
+
+def _predicting_job(rank: int) -> tuple[Scores, Scores]:
+    """Score a chunk whose host trains it to predict two tokens, of a padded vocabulary, and the same without that."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+    from megatron.core.transformer import TransformerConfig
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    own = TransformerConfig(
+        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, gated_linear_unit=True,
+        add_bias_linear=False, use_cpu_initialization=True, gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False, persist_layer_norm=False, tensor_model_parallel_size=2, mtp_num_layers=1,
+    )  # fmt: skip
+    layers = get_gpt_decoder_block_spec(own, use_transformer_engine=False)
+    own.vocab_size = 125  # type: ignore[attr-defined]  # as Bridge's has it
+    predicting = get_gpt_mtp_block_spec(own, layers, use_transformer_engine=False)
+    model: Any = GPTModel(
+        own, layers, 128, 64, share_embeddings_and_output_weights=False, position_embedding_type="rope",
+        mtp_block_spec=predicting,
+    )  # fmt: skip
+    found = plop_dist.score([model], _batches(0, 1), num_directions=4, exclude=())
+    assert model.mtp_process
+    assert own.mtp_num_layers == 1
+    model.mtp_process, own.mtp_num_layers = False, None
+    return found, plop_dist.score([model], _batches(0, 1), num_directions=4, exclude=())
+
+
+def test_the_head_counts_no_padding_and_no_token_twice_where_several_are_predicted() -> None:
+    for found, expected in run_ranks(2, _predicting_job):
+        tokens = sum(len(row) for row in samples())
+        assert {module.num_tokens for module in found.modules} == {tokens}
+        (head,) = [module for module in found.modules if module.fqn == "lm_head"]
+        assert head.out_features == 125
+        assert [(m.fqn, m.gain) for m in found.modules] == [(m.fqn, m.gain) for m in expected.modules]
