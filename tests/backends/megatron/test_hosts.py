@@ -184,15 +184,21 @@ def _predicting_job(rank: int) -> tuple[Scores, Scores]:
     layers = get_gpt_decoder_block_spec(own, use_transformer_engine=False)
     own.vocab_size = 125  # type: ignore[attr-defined]  # as Bridge's has it
     predicting = get_gpt_mtp_block_spec(own, layers, use_transformer_engine=False)
-    model: Any = GPTModel(
-        own, layers, 128, 64, share_embeddings_and_output_weights=False, position_embedding_type="rope",
-        mtp_block_spec=predicting,
-    )  # fmt: skip
+    untied: dict[str, Any] = {"share_embeddings_and_output_weights": False, "position_embedding_type": "rope"}
+    model: Any = GPTModel(own, layers, 256, 64, mtp_block_spec=predicting, **untied)  # rank 1 holds padding alone
     found = plop_dist.score([model], _batches(0, 1), num_directions=4, exclude=())
     assert model.mtp_process
     assert own.mtp_num_layers == 1
     model.mtp_process, own.mtp_num_layers = False, None
-    return found, plop_dist.score([model], _batches(0, 1), num_directions=4, exclude=())
+    expected = plop_dist.score([model], _batches(0, 1), num_directions=4, exclude=())
+    around: Any = nn.Module()  # as a model that sees images has it
+    around.config, around.language_model, around.tower = own, model, GPTModel(own, layers, 128, 64, **untied).decoder
+    adapted = plop_dist.place(found, k=2).apply(around, r=4, lora_alpha=8)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(name.startswith("language_model.decoder.") and ".adapter." in name for name in trained)
+    assert any(name.startswith("language_model.mtp.") for name, _ in adapted.named_parameters())
+    return found, expected
 
 
 def test_the_head_counts_no_padding_and_no_token_twice_where_several_are_predicted() -> None:
