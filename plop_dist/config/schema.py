@@ -281,6 +281,15 @@ class Config(Section):
         return Path(self.run_dir)
 
     @property
+    def longest_row(self) -> int:
+        """The most tokens of a row that these ranks score or train on; a prompt of grpo is taken for a scored row."""
+        if not self.train.is_in_these_ranks:
+            return self.data.max_length
+        if self.train.method == "grpo":
+            return self.data.max_length + self.train.max_completion_length
+        return max(self.data.max_length, self.train.max_length)
+
+    @property
     def reward_seconds(self) -> float:
         """The longest time for one reward in one step, within which all of them end before other ranks give up."""
         given = self.train.reward_timeout_s

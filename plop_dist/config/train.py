@@ -28,6 +28,8 @@ _LATER = frozenset(
     {"sampler", "loss_type", "num_iterations", "beta", "epsilon", "epsilon_high", "importance_sampling_level",
      "scale_rewards", "reward_weights", "reward_timeout_s", "vllm", "engine_python"}
 )  # fmt: skip
+# What trains in the ranks that scored; any other engine runs by itself.
+_IN_THESE_RANKS = ("auto", "plop", "trl")
 
 
 class TrainConfig(Section):
@@ -58,7 +60,7 @@ class TrainConfig(Section):
     lora_dropout: Share = Field(default=0.0, description="Dropout before A.")
     save_steps: Count = Field(default=10, description="Steps between checkpoints.")
     seed: NumpySeed = Field(default=0, description="Seed of adapters, data order and dropout.")
-    engine: Annotated[str, NameOf(EXTERNAL_ENGINES, also=("auto", "plop", "trl"))] = Field(
+    engine: Annotated[str, NameOf(EXTERNAL_ENGINES, also=_IN_THESE_RANKS)] = Field(
         default="auto",
         description="GRPO engine: plop or trl in these ranks, or one that runs by itself; auto: trl in one process and "
         "with ZeRO, plop elsewhere.",
@@ -106,6 +108,11 @@ class TrainConfig(Section):
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         default=[], description="Besides console and JSONL."
     )
+
+    @property
+    def is_in_these_ranks(self) -> bool:
+        """Whether the ranks that scored also train."""
+        return self.method == "sft" or (self.method == "grpo" and self.engine in _IN_THESE_RANKS)
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

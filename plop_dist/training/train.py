@@ -72,7 +72,7 @@ def engine_name(config: Config) -> str:
     """
     parallel, wanted = config.parallel, config.train.engine
     of_layout = load(BACKENDS, parallel.backend).training_engine(config)
-    if config.train.method == "sft" or wanted not in ("auto", "plop", "trl"):
+    if config.train.method == "sft" or not config.train.is_in_these_ranks:
         return of_layout if config.train.method == "sft" else wanted
     if of_layout is None:
         raise ConfigError(

@@ -214,3 +214,19 @@ def test_a_value_with_an_equals_sign_or_not_yaml() -> None:
 def test_a_path_that_no_filesystem_takes_is_refused_by_its_key(tmp_path: Path, key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"{key}: expected a path of at most 4,095 bytes"):
         load(tmp_path, f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("train", "longest"),
+    [
+        ({"method": "none", "max_length": 900}, 100),
+        ({"method": "sft", "max_length": 900}, 900),
+        ({"method": "sft", "max_length": 50}, 100),
+        ({"method": "grpo", "max_completion_length": 2000}, 2100),
+        ({"method": "grpo", "max_completion_length": 2000, "engine": "verl"}, 100),
+    ],
+)
+def test_how_far_rows_reach_here_is_known_by_who_trains(train: dict[str, Any], longest: int) -> None:
+    more = {"rewards": ["builtin:number"]} if train["method"] == "grpo" else {}
+    tree = {"model": {"name_or_path": "m"}, "data": {"path": "d", "max_length": 100}, "train": {**train, **more}}
+    assert parse_config(tree).longest_row == longest

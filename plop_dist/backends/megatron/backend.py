@@ -88,7 +88,11 @@ def wrap(chunks: Sequence[nn.Module], exclude: Sequence[str] = ("lm_head",)) -> 
     """
     if any(hasattr(module, "to_wrap") for chunk in chunks for module in chunk.modules()):
         raise ModelError("the model already carries Megatron-Bridge's adapters; score it before they are added.")
-    return MegatronModel(chunks, Logical(conventional_names, with_head=needs_head(list(exclude))))
+    # Bridge's configurations say how many rows are no padding, Megatron's own do not.
+    vocab_size = getattr(language_model(chunks[0]).config, "vocab_size", None)
+    return MegatronModel(
+        chunks, Logical(conventional_names, vocab_size=vocab_size, with_head=needs_head(list(exclude)))
+    )
 
 
 def load_chunks(config: Config, *, experts_apart: bool = False) -> tuple[list[nn.Module], Any]:
@@ -130,7 +134,7 @@ def load_chunks(config: Config, *, experts_apart: bool = False) -> tuple[list[nn
             fp16=dtype is torch.float16,
         )
     if config.model.checkpoint is not None:
-        load_checkpoint(chunks, Path(config.model.checkpoint))
+        load_checkpoint(chunks, Path(config.model.checkpoint), hf_config.get_text_config().vocab_size)
     for chunk in chunks:
         share_wide_norms(chunk)
     check_attention(hf_config, whole, [language_model(chunk) for chunk in chunks], config)

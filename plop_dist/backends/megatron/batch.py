@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ IGNORED = -100  # as torch's cross entropy has it
 class Prepared:
     """A chunk's input. input_ids, position_ids, sample_ids: (b, s) int64; mask: (1 or b, 1, s, s), True = hidden.
 
-    labels: (b, s) int64, where the micro-batch had some. further: what a loss reads besides, (b, s) each.
+    labels: (b, s) int64, where the micro-batch had some. further: what a loss reads besides, (b, s) each. is_packed:
+    whether any row holds several samples.
     """
 
     input_ids: Tensor
@@ -31,25 +33,27 @@ class Prepared:
     mask: Tensor | None
     labels: Tensor | None = None
     further: Mapping[str, Tensor] = field(default_factory=dict)
+    is_packed: bool = False
 
 
 class Batching:
     """How the chunks of a rank take micro-batches, and in which order their hidden states hold the tokens.
 
-    chunk: one of the rank's, without wrappers. place: the rank's.
+    chunks: the rank's, without wrappers; an uneven pipeline may leave any of them without layers. place: the rank's.
     """
 
-    def __init__(self, chunk: nn.Module, place: Place) -> None:
-        self._place = place
-        self._with_mask = any(type(module).__name__ == "DotProductAttention" for module in chunk.modules())
-        self._device = next(chunk.parameters()).device
+    def __init__(self, chunks: Sequence[nn.Module], place: Place, device: torch.device) -> None:
+        self._place, self._device = place, device
+        masked = [_follows_mask(layer) for chunk in chunks for layer in _layers(chunk)]
+        self._with_mask, self._packs = any(masked), all(masked)
 
     def prepare(
         self, micro_batch: MicroBatch, labels: Tensor | None = None, further: Mapping[str, Tensor] | None = None
     ) -> Prepared:
-        """Return what a chunk is called with; labels and further, (b, s), move with the tokens. Raises as left_justify.
+        """Return what a chunk is called with; labels and further, (b, s), move with the tokens.
 
-        further: 0 where there are no tokens; not dealt out to context-parallel ranks.
+        further: 0 where there are no tokens; not dealt out to context-parallel ranks. Raises ModelError for packed rows
+        where any layer would let one sample see another.
         """
         place = self._place
         multiple = place.tp_size if place.is_sequence_parallel else 1
@@ -57,6 +61,12 @@ class Batching:
         prepared = left_justify(
             micro_batch, multiple, with_mask=self._with_mask, device=self._device, labels=labels, further=further or {}
         )
+        if prepared.is_packed and not self._packs:
+            raise ModelError(
+                "packed rows (position_ids that start again within a row) need Megatron's local attention in every "
+                "layer, without a sliding window, which takes no other mask beside it, and this model has layers of "
+                "another kind (Transformer Engine's, windows, state-space layers); pass one sample per row."
+            )
         return prepared if place.cp_size == 1 else context_share(prepared, place.cp_rank, place.cp_size)
 
     def token_layout(self, micro_batch: MicroBatch) -> Tensor:
@@ -87,7 +97,7 @@ def left_justify(
 
     Real tokens then see exactly what they would see alone under causal attention, whatever the side of padding, and
     Megatron's rotary embedding, which counts places and not position_ids, starts at the first real token.
-    Packed rows (position_ids that start again) get a block-diagonal mask; without local attention: ModelError.
+    Packed rows (position_ids that start again) get a block-diagonal mask.
     """
     order = torch.argsort((micro_batch.attention_mask == 0).to(torch.int8), dim=1, stable=True)
     keep = int((micro_batch.attention_mask != 0).sum(dim=1).max().clamp_min(1))
@@ -102,12 +112,6 @@ def left_justify(
     sample_ids = arrange(micro_batch.sample_ids, -1).where(real, -1)
     places = torch.arange(keep + extra, device=device).expand_as(input_ids)
     segment = _segments(micro_batch, arrange, real)
-    is_packed = segment is not None
-    if is_packed and not with_mask:
-        raise ModelError(
-            "packed rows (position_ids that start again within a row) need Megatron's local attention, and this model "
-            "uses Transformer Engine's; pass one sample per row."
-        )
     mask = None
     if with_mask:
         mask = (places[0][:, None] < places[0][None, :])[None, None]
@@ -117,7 +121,20 @@ def left_justify(
         places = arrange(micro_batch.position_ids, 0)  # type: ignore[arg-type]
     moved = None if labels is None else arrange(labels, IGNORED).where(real, IGNORED)
     besides = {name: arrange(tensor, 0) for name, tensor in further.items()}
-    return Prepared(input_ids, places.contiguous(), sample_ids, mask, moved, besides)
+    is_packed = segment is not None
+    return Prepared(input_ids, places.contiguous(), sample_ids, mask, moved, besides, is_packed=is_packed)
+
+
+def _layers(chunk: Any) -> Sequence[nn.Module]:
+    return getattr(getattr(chunk, "decoder", None), "layers", ())
+
+
+def _follows_mask(layer: Any) -> bool:
+    """Tell whether a layer's attention goes by the mask that it is given: Megatron's own, without a window."""
+    attention = getattr(getattr(layer, "self_attention", None), "core_attention", None)
+    if type(attention).__name__ != "DotProductAttention":
+        return False
+    return getattr(attention.scale_mask_softmax, "window_size", None) is None
 
 
 def _segments(micro_batch: MicroBatch, arrange: Callable[[Tensor, int], Tensor], real: Tensor) -> Tensor | None:

@@ -19,11 +19,12 @@ from plop_dist.errors import ModelError, as_cause, first_line
 _OBJECTS = "_extra_state"
 
 
-def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
+def load_checkpoint(chunks: Sequence[nn.Module], directory: Path, vocab_size: int) -> None:
     """Load a torch_dist checkpoint, saved at whatever layout, into the chunks. Collective. Raises ModelError.
 
     directory: what dist_checkpointing.save wrote, alone or in Megatron-LM's iter_NNNNNNN beside
-    latest_checkpointed_iteration.txt. Only weights are read: optimizer, random state and arguments are not.
+    latest_checkpointed_iteration.txt. vocab_size: without padding, of which the checkpoint may have more or less. Only
+    weights are read: optimizer, random state and arguments are not.
     """
     from megatron.core import dist_checkpointing
 
@@ -37,7 +38,7 @@ def load_checkpoint(chunks: Sequence[nn.Module], directory: Path) -> None:
     keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     wanted = {key: _tensors(cast(Any, chunk).sharded_state_dict()) for key, chunk in zip(keys, chunks, strict=True)}
     with indexes_checked():
-        match_keys(wanted, directory)
+        match_keys(wanted, directory, vocab_size)
     try:
         with _weights_alone(), tensors_only(), indexes_checked():
             loaded: Any = dist_checkpointing.load(wanted, str(directory))

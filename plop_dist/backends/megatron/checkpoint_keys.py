@@ -21,11 +21,11 @@ _NORMS = (
 _BESIDE = ("optimizer", "chained_", "rng_state", "rerun_state", "mtp.")
 
 
-def match_keys(wanted: Mapping[str, Any], directory: Path) -> None:
+def match_keys(wanted: Mapping[str, Any], directory: Path, vocab_size: int) -> None:
     """Give every wanted tensor the name under which the checkpoint holds it. Collective over the world.
 
-    wanted: sharded state dicts of this rank; their tensors' keys change. Raises ModelError naming a weight that the
-    checkpoint lacks, holds in another shape, or holds and the model has no place for.
+    wanted: sharded state dicts of this rank; their tensors' keys change. vocab_size: without padding. Raises ModelError
+    naming a weight that the checkpoint lacks, holds in another shape, or holds and the model has no place for.
     """
     from megatron.core import dist_checkpointing
 
@@ -34,7 +34,7 @@ def match_keys(wanted: Mapping[str, Any], directory: Path) -> None:
         if tensor.key not in have:
             tensor.key = next((key for key in _other_names(tensor.key) if key in have), tensor.key)
     # Every rank hears of what is wrong on any, before it waits for the others.
-    faults = gather_set(filter(None, (_fault(tensor, have) for tensor in _tensors(wanted))))
+    faults = gather_set(filter(None, (_fault(tensor, have, vocab_size) for tensor in _tensors(wanted))))
     if faults:
         raise ModelError(f"model.checkpoint '{directory}'{min(faults)}")
     read = gather_set(tensor.key for tensor in _tensors(wanted))
@@ -47,7 +47,7 @@ def match_keys(wanted: Mapping[str, Any], directory: Path) -> None:
         )
 
 
-def _fault(tensor: Any, have: Mapping[str, Any]) -> str | None:
+def _fault(tensor: Any, have: Mapping[str, Any], vocab_size: int) -> str | None:
     """Return what is wrong with one wanted tensor, None where nothing is."""
     found = have.get(tensor.key)
     if found is None:
@@ -56,7 +56,7 @@ def _fault(tensor: Any, have: Mapping[str, Any]) -> str | None:
             f" has no '{tensor.key}'{some}; it is a checkpoint of another architecture than model.name_or_path's, or "
             "of adapters alone."
         )
-    if _fits(tensor, found.global_shape):
+    if _fits(tensor, found.global_shape, vocab_size):
         return None
     return (
         f": '{tensor.key}' is {tuple(found.global_shape)}, and model.name_or_path's is {tuple(tensor.global_shape)}; "
@@ -85,9 +85,9 @@ def _other_names(key: str) -> Iterator[str]:
                 yield key.replace(old, new)
 
 
-def _fits(tensor: Any, found: tuple[int, ...]) -> bool:
-    """Tell whether shapes agree; a vocabulary may be padded otherwise, by less than a row for each rank."""
-    if not tensor.allow_shape_mismatch or len(found) != len(tensor.global_shape):
-        return tuple(found) == tuple(tensor.global_shape)
-    num_ranks = tensor.axis_fragmentations[tensor.prepend_axis_num]
-    return found[0] > tensor.global_shape[0] - num_ranks and tuple(found[1:]) == tuple(tensor.global_shape[1:])
+def _fits(tensor: Any, found: tuple[int, ...], vocab_size: int) -> bool:
+    """Tell whether shapes agree; a vocabulary may be padded otherwise, and all its rows must be there."""
+    want = tuple(tensor.global_shape)
+    if not tensor.allow_shape_mismatch or len(found) != len(want):
+        return tuple(found) == want
+    return found[0] >= min(vocab_size, want[0]) and tuple(found[1:]) == want[1:]

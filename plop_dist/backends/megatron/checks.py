@@ -15,6 +15,7 @@ from torch import nn
 
 from plop_dist.backends.hf.own_class import architecture
 from plop_dist.backends.megatron.chunks import unwrap
+from plop_dist.backends.megatron.language import language_model
 from plop_dist.backends.megatron.rotary import check_rotary
 from plop_dist.backends.megatron.sites import MegatronSite
 from plop_dist.config.schema import Config
@@ -41,15 +42,50 @@ def check_experts(config: Any) -> None:
             f"moe_token_dispatcher_type is '{config.moe_token_dispatcher_type}': the order in which its experts "
             "receive tokens is not known; use 'alltoall' or 'allgather'."
         )
-    if config.moe_pad_expert_input_to_capacity:
+    for field in ("moe_pad_expert_input_to_capacity", "moe_router_padding_for_quantization"):
+        if getattr(config, field, False):
+            raise ModelError(
+                f"{field} is on: experts then also see tokens that were never routed to them; turn it off for scoring."
+            )
+    # Also in eval mode.
+    for field in ("moe_input_jitter_eps", "moe_router_force_load_balancing", "moe_router_force_biased"):
+        if getattr(config, field, None):
+            raise ModelError(
+                f"{field} is {getattr(config, field)}: the router then sends tokens to experts by chance; turn it off "
+                "for scoring."
+            )
+    if getattr(config, "moe_mlp_glu_interleave_size", None) is not None:
         raise ModelError(
-            "moe_pad_expert_input_to_capacity is on: experts then also see tokens that were never routed to them; turn "
-            "it off for scoring."
+            f"moe_mlp_glu_interleave_size is {config.moe_mlp_glu_interleave_size}: gate and up of an expert then share "
+            "out its rows in blocks, where they are looked for in halves; score the model with None."
         )
     if config.moe_shared_expert_overlap:
         raise ModelError(
             "moe_shared_expert_overlap is on: shared experts then leave their sums to another stream; turn it off."
         )
+
+
+def check_heads(chunks: Sequence[nn.Module], tp_size: int) -> None:
+    """Raise LayoutError or ModelError for attention whose heads or tokens are not told apart here. Local.
+
+    chunks: in their wrappers; what sees images beside a language model makes that one's mask itself.
+    """
+    for chunk in chunks:
+        language, inner = language_model(chunk), unwrap(chunk)
+        groups = language.config.num_query_groups
+        if groups is not None and groups < tp_size:
+            raise LayoutError(
+                f"num_query_groups is {groups} and the tensor-parallel size {tp_size}: a rank then holds a piece of a "
+                "query group, whose q, k and v are not told apart; use a tensor-parallel size of at most "
+                f"{groups}."
+            )
+        for path, module in inner.named_modules() if language is inner else ():
+            kind = getattr(getattr(module, "self_attention", None), "attn_mask_type", None)
+            if kind is not None and "causal" not in kind.name:
+                raise ModelError(
+                    f"'{path}' has attn_mask_type '{kind.name}': rows are padded behind their tokens, which causal "
+                    "attention alone does not see; only models whose attention is causal are scored."
+                )
 
 
 def check_called(sites: Sequence[Site]) -> None:
@@ -92,10 +128,10 @@ def check_projections(found: Iterable[str], expected: Iterable[str], config: Con
 def check_attention(hf_config: Any, hf_model: nn.Module, chunks: Sequence[nn.Module], config: Config) -> None:
     """Give Megatron the checkpoint's rotary frequencies; raise ModelError where attention still differs.
 
-    Compared for the data.max_length positions that are scored: cosines and sines, and every layer's sliding window.
+    Compared as far as the longest row reaches: cosines and sines, and every layer's sliding window.
     hf_model: on the meta device.
     """
-    length = max(config.data.max_length, config.train.max_length if config.train.method != "none" else 0)
+    length = config.longest_row
     for chunk in map(unwrap, chunks):
         _check_tied(hf_config, hf_model, chunk, config)
         _check_windows(hf_config, chunk, length, config)
@@ -128,7 +164,8 @@ def _check_windows(hf_config: Any, chunk: Any, length: int, config: Config) -> N
             raise ModelError(
                 f"model.name_or_path '{config.model.name_or_path}': layer {layer.layer_number - 1} attends to "
                 f"{expected or 'all'} tokens, but Megatron-Bridge's to {found or 'all'}; set data.max_length (and "
-                f"train.max_length) to {min(filter(None, (found, expected)))} at most, or {_ELSEWHERE}."
+                "train.max_length; with grpo data.max_length + train.max_completion_length) to "
+                f"{min(filter(None, (found, expected)))} at most, or {_ELSEWHERE}."
             )
 
 

@@ -18,6 +18,14 @@ def unwrap(chunk: nn.Module) -> Any:
     return chunk
 
 
+def device_of(chunks: Sequence[nn.Module]) -> torch.device:
+    """Return where a rank's chunks compute; an uneven pipeline may leave a chunk, and a stage, without parameters."""
+    parameter = next((parameter for chunk in chunks for parameter in chunk.parameters()), None)
+    if parameter is not None:
+        return parameter.device
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def count_parameters(chunks: Sequence[nn.Module], config: Any) -> int:
     """Return the number of parameters of the whole model. Collective over the pipeline's ranks."""
     from megatron.core import parallel_state as state
@@ -33,7 +41,7 @@ def count_parameters(chunks: Sequence[nn.Module], config: Any) -> int:
                 total += parameter.numel() * ep
             else:
                 total += parameter.numel() * (tp if getattr(parameter, "tensor_model_parallel", False) else 1)
-    count = torch.tensor([total], dtype=torch.int64, device=next(chunks[0].parameters()).device)
+    count = torch.tensor([total], dtype=torch.int64, device=device_of(chunks))
     group: Any = state.get_pipeline_model_parallel_group()
     if dist.get_world_size(group) > 1:
         dist.all_reduce(count, group=group)

@@ -66,7 +66,7 @@ def check_family(hf_config: Any, config: Config) -> None:
         )
     check_fields(hf_config, family, config)
     _check_kernels(hf_config, name)
-    why = None if config.train.method != "sft" else _untrained(hf_config, family, config)
+    why = _untrained(hf_config, family, config) if config.train.is_in_these_ranks else None
     if why is not None:
         raise ModelError(
             f"train.method is '{config.train.method}', and model.name_or_path '{name}' is a {family}, {why}; set "
@@ -81,6 +81,8 @@ def _untrained(hf_config: Any, family: str, config: Config) -> str | None:
         return "which sees images beside its text: in Megatron its language model is scored, and not trained"
     if family in ("FalconH1ForCausalLM", "Gemma4ForCausalLM"):
         return "of which nobody has compared how Megatron trains it"
+    if config.train.packing and (has_transformer_engine() or getattr(text, "sliding_window", None)):
+        return "whose samples Megatron does not keep apart in a packed row here: set train.packing=false"
     if parallel.tp == 1:
         return None
     if family == "MiniMaxM2ForCausalLM":

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from plop_dist.backends.megatron.batch import Batching, Prepared
-from plop_dist.backends.megatron.checks import check_called, check_experts
+from plop_dist.backends.megatron.checks import check_called, check_experts, check_heads
 from plop_dist.backends.megatron.chunk_sites import Logical, find_sites
-from plop_dist.backends.megatron.chunks import count_parameters, unwrap
+from plop_dist.backends.megatron.chunks import count_parameters, device_of, unwrap
 from plop_dist.backends.megatron.groups import read_groups, read_place
 from plop_dist.backends.megatron.language import kinds_of_text, language_model
 from plop_dist.backends.megatron.schedule import run_schedule
+from plop_dist.measure.collectives import Reducer, attempt
 from plop_dist.measure.protocols import MicroBatch, Site
 from plop_dist.values.scores import Projection
 
@@ -42,21 +43,23 @@ class MegatronModel:
         self._with_head = logical.with_head
         check_experts(self._config)
         self._place = read_place(self._config)
-        self._batching = Batching(self._bare[0], self._place)
-        parameter = next(self._bare[0].parameters())
-        self.device = parameter.device
+        self.device = device_of(self._bare)
+        self._batching = Batching(self._bare, self._place, self.device)
         self.micro_batches_per_step = self._place.pp_size
         self.groups = read_groups(self._config)
-        self.sites: Sequence[Site] = find_sites(self._bare, self._config, self._place, logical)
+        # What one stage alone holds may be refused: every rank hears of it before it waits for the others.
+        sites, error = attempt(lambda: self._find_sites(logical))
+        Reducer(self.groups).gather_or_raise(None, error, "the search for linears")
+        self.sites: Sequence[Site] = sites or ()
         self._description = {
             "architecture": architecture or type(self._bare[0]).__name__,
             "model_type": model_type,
             "num_parameters": num_parameters or count_parameters(self._bare, self._config),
-            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "dtype": str(self._dtype()).removeprefix("torch."),
         }
 
     def check(self, micro_batch: MicroBatch) -> None:
-        """Raise ModelError for packed rows in a model without local attention."""
+        """Raise ModelError for packed rows in a model whose attention takes no mask."""
         self._batching.prepare(micro_batch)
 
     def takes(self, key: str) -> bool | None:
@@ -91,7 +94,7 @@ class MegatronModel:
             )
             return output[0] if isinstance(output, tuple) else output  # a loss mask beside it
 
-        with self._headless(), self._shapes(prepared), torch.no_grad():
+        with self._headless(), self._next_token_alone(), self._shapes(prepared), torch.no_grad():
             run_schedule(self._chunks, prepared, call, cp_size=self._place.cp_size, forward_only=True)
         check_called(self.sites)
 
@@ -106,6 +109,15 @@ class MegatronModel:
     def release(self) -> None:
         """Give back nothing: what Megatron holds besides the model are its process groups, which training reuses."""
 
+    def _find_sites(self, logical: Logical) -> Sequence[Site]:
+        check_heads(self._chunks, self._place.tp_size)
+        return find_sites(self._bare, self._config, self._place, logical)
+
+    def _dtype(self) -> torch.dtype:
+        """Return what the parameters are in; a stage without any goes by its configuration."""
+        dtypes = (parameter.dtype for chunk in self._bare for parameter in chunk.parameters())
+        return next(dtypes, self._config.params_dtype)
+
     @contextmanager
     def _headless(self) -> Iterator[None]:
         """Let the output layer hand the hidden states through, unless it is scored; undone on leaving."""
@@ -119,6 +131,20 @@ class MegatronModel:
             yield
         finally:
             del layer.forward
+
+    @contextmanager
+    def _next_token_alone(self) -> Iterator[None]:
+        """Leave out multi-token prediction, whose layers no score is of and which calls the head again; undone."""
+        kept = [(one, name, getattr(one, name, None)) for chunk in self._bare
+                for one, name in ((chunk, "mtp_process"), (chunk.config, "mtp_num_layers"))]  # fmt: skip
+        predicts = [(one, name, value) for one, name, value in kept if value]
+        for one, name, value in predicts:
+            setattr(one, name, False if value is True else None)
+        try:
+            yield
+        finally:
+            for one, name, value in predicts:
+                setattr(one, name, value)
 
     @contextmanager
     def _shapes(self, prepared: Sequence[Prepared]) -> Iterator[None]:

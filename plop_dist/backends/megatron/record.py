@@ -29,7 +29,8 @@ class Megatron(BackendRecord):
         "no families but those that were compared with transformers: more with Transformer Engine than without",
         "no tp that does not divide heads, key-value heads and MLP, nor pp the layers, nor ep the experts",
         "of models that read more than text the language model alone, and no training",
-        "no tensor parallelism inside experts, and no packed rows under Transformer Engine's attention",
+        "no tensor parallelism inside experts, and no packed rows under Transformer Engine's attention or a sliding "
+        "window",
     )
     hosts = "Megatron's list of model chunks"
     keys = ("tp", "pp", "dp", "cp", "ep", "sequence_parallel")

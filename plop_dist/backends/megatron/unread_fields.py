@@ -10,14 +10,29 @@ from plop_dist.config.schema import Config
 from plop_dist.errors import ModelError
 
 # Fields that Bridge does not read, and what it builds whatever they say: the values of the published models.
+_NORMED = {"norm_topk_prob": True}
 _FIXED: dict[str, dict[str, Any]] = {
+    "DeepseekV3ForCausalLM": _NORMED,
     "Exaone4_5_ForConditionalGeneration": {"hidden_act": "silu"},
+    "ExaoneMoEForCausalLM": _NORMED,
+    "ExaoneMoeForCausalLM": _NORMED,
     "FalconH1ForCausalLM": {"mamba_norm_before_gate": False, "time_step_limit": (0.0, math.inf)},
     "Gemma4ForCausalLM": {"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": None},
     "Gemma4ForConditionalGeneration": {"hidden_activation": "gelu_pytorch_tanh"},
-    "Glm4vMoeForConditionalGeneration": {"hidden_act": "silu", "n_group": 1, "norm_topk_prob": True},
+    "Glm4MoeForCausalLM": _NORMED,
+    "Glm4MoeLiteForCausalLM": _NORMED,
+    "Glm4vMoeForConditionalGeneration": {"hidden_act": "silu", "n_group": 1, **_NORMED},
     "Mistral3ForConditionalGeneration": {"hidden_act": "silu", "rms_norm_eps": 1e-5, "sliding_window": None},
+    "NemotronHForCausalLM": _NORMED,
+    "OlmoeForCausalLM": {"norm_topk_prob": False},
+    "Qwen3NextForCausalLM": _NORMED,
 }
+# Whose experts' weights, sigmoids, are divided by their sum: in Megatron only where there are two or more of them.
+_SIGMOIDS = (
+    "DeepseekV3ForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM", "Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM", "Glm4vMoeForConditionalGeneration", "HYV3ForCausalLM", "MiniMaxM2ForCausalLM",
+    "NemotronHForCausalLM",
+)  # fmt: skip
 # Every how many layers Bridge builds one of full attention, whatever layer_types says; Gemma 3 turns those otherwise.
 _FULL_LAYERS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6, "Gemma3ForConditionalGeneration": 6}
 _ELSEWHERE = "use parallel.backend=deepspeed or transformers for it"
@@ -35,6 +50,11 @@ def check_fields(hf_config: Any, family: str, config: Config) -> None:
                 f"model.name_or_path '{name}': {field} is {found}, where Megatron-Bridge builds {built}, as in the "
                 f"published models; {_ELSEWHERE}."
             )
+    if family in _SIGMOIDS and getattr(text, "num_experts_per_tok", None) == 1:
+        raise ModelError(
+            f"model.name_or_path '{name}': num_experts_per_tok is 1, where transformers gives the one expert the "
+            f"weight 1, and Megatron its sigmoid; {_ELSEWHERE}."
+        )
     period = _FULL_LAYERS.get(family)
     if period is not None:
         _check_period(text.layer_types, period, name)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from plop_dist.backends.entropy import token_entropies
 from plop_dist.backends.megatron.language import language_model
+from plop_dist.backends.megatron.names import local_out_features
 
 
 @dataclass(frozen=True)
 class VocabParallelLogits:
     """Logits (b, s, V_local) whose vocabulary is cut over `group` in the order of its ranks.
 
-    vocab_size: without the padding to a multiple of tp, which hide_padding has answered with -inf.
+    vocab_size: without padding, which hide_padding has answered with -inf.
     """
 
     values: Tensor
@@ -52,9 +53,9 @@ class VocabParallelLogits:
 
 
 def hide_padding(chunks: Iterable[nn.Module], vocab_size: int) -> None:
-    """Let what pads the vocabulary to a multiple of tp answer with -inf, so that no softmax counts it.
+    """Let what pads the vocabulary, however far, answer with -inf, so that no softmax counts it.
 
-    Its weights are zero, and so were its logits: as likely as a token that is neither likely nor unlikely.
+    Where its weights are zero its logits are too: as likely as a token that is neither likely nor unlikely.
     """
     for chunk in chunks:
         head = getattr(language_model(chunk), "output_layer", None)
@@ -67,7 +68,8 @@ def _hidden(vocab_size: int, module: nn.Module, args: Any, output: tuple[Tensor,
 
     logits, bias = output
     width = logits.shape[-1]
-    first = 0 if width >= vocab_size else state.get_tensor_model_parallel_rank() * width  # gathered, or this rank's
+    is_gathered = width != local_out_features(module)
+    first = 0 if is_gathered else state.get_tensor_model_parallel_rank() * width
     num_real = min(max(vocab_size - first, 0), width)
     if num_real == width:
         return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from plop_dist.backends.megatron.chunks import unwrap
 from plop_dist.backends.megatron.classes import changes_output
 from plop_dist.backends.megatron.groups import read_place
 from plop_dist.backends.megatron.language import language_model
@@ -26,13 +28,32 @@ def add_bridge_adapters(chunks: Sequence[nn.Module], peft: Any) -> RemovableHand
     """
     from megatron.core import parallel_state as state
 
-    peft(list(chunks), training=True)
+    with _scored_alone(chunks):
+        peft(list(chunks), training=True)
     _check_wrapped(chunks)
-    first = chunks[0]
+    first = language_model(chunks[0])
     if state.get_pipeline_model_parallel_world_size() > 1 and getattr(first, "pre_process", False):
         # A first stage without adapters would have nothing to send a gradient through.
         return first.get_submodule("embedding").register_forward_hook(_require_grad)
     return None
+
+
+@contextmanager
+def _scored_alone(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep adapters from what has no score and the same names: towers, multi-token prediction. They are frozen."""
+    hidden: list[tuple[nn.Module, str, nn.Module]] = []
+    for chunk in chunks:
+        inner, language = unwrap(chunk), language_model(chunk)
+        towers = [(inner, name, child) for name, child in inner.named_children() if child is not language]
+        hidden += towers if language is not inner else []
+        hidden += [(language, name, child) for name, child in language.named_children() if name == "mtp"]
+    for holder, name, _ in hidden:
+        setattr(holder, name, nn.Module())
+    try:
+        yield
+    finally:
+        for holder, name, child in hidden:
+            setattr(holder, name, child.requires_grad_(False))
 
 
 def check_ranks(ranks: Collection[int], tp_size: int) -> None:

@@ -62,8 +62,8 @@ class MegatronEngine:
         first = unwrap(self._chunks[0])
         first.config.variable_seq_lengths = config.parallel.pp > 1
         self._place = read_place(first.config)
-        self._batching = Batching(first, self._place)
         self.device = next(self._chunks[0].parameters()).device
+        self._batching = Batching([unwrap(chunk) for chunk in self._chunks], self._place, self.device)
         self._tp_group: Any = state.get_tensor_model_parallel_group()
         self._pp_group: Any = state.get_pipeline_model_parallel_group()
         self._cp_group: Any = state.get_context_parallel_group()

@@ -164,6 +164,7 @@ def _refuse(rank: int, root: Path) -> dict[str, str]:
             load(config(root / model, checkpoint=str(root / checkpoint)))
         messages[case] = str(caught.value)
         fresh()
+    messages["rows"] = _one_row_short(root / "short")
     loaded = []
     for name in ("good", "objects"):
         (whole,), _ = load_chunks(config(root / "other", checkpoint=str(root / name)))
@@ -171,6 +172,25 @@ def _refuse(rank: int, root: Path) -> dict[str, str]:
         fresh()
     assert all(torch.equal(one, other) for one, other in zip(*loaded, strict=True))
     return messages
+
+
+def _one_row_short(directory: Path) -> str:
+    """Return what is said of a vocabulary of 130 on two ranks, of which the checkpoint has 129 rows."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from plop_dist.backends.megatron.checkpoint_keys import match_keys
+
+    directory.mkdir()
+    written = ShardedTensor.from_rank_offsets("output_layer.weight", torch.ones(129, 4))
+    dist_checkpointing.save({"head": written}, str(directory))
+    half = ShardedTensor.from_rank_offsets(
+        "output_layer.weight", torch.zeros(65, 4), (0, 0, 2), allow_shape_mismatch=True
+    )
+    match_keys({"model": {"head": half}}, directory, 129)  # one row of padding
+    with pytest.raises(ModelError) as caught:
+        match_keys({"model": {"head": half}}, directory, 130)
+    return str(caught.value)
 
 
 def _plainly(directory: Path, keys: list[str]) -> None:
@@ -190,6 +210,8 @@ def test_other_checkpoints_are_one_error_that_names_a_key(root: Path) -> None:
         # Scored 8.7% off, and a head 88% off, before these were compared.
         "biases": r"holds 1 weights .* no place for, e\.g\. 'decoder\.layers\.self_attention\.linear_qkv\.bias'",
         "untied": r"holds 1 weights .* no place for, e\.g\. 'output_layer\.weight'",
+        # The last token's row was left at zero.
+        "rows": r"'output_layer\.weight' is \(129, 4\), and model.*'s is \(130, 4\); both must be the same model",
         "odd": "latest_checkpointed_iteration.txt' holds 'ten', neither",
     }
     for case, pattern in expected.items():

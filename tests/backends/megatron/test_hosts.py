@@ -30,6 +30,7 @@ PIPELINES: dict[str, tuple[int, dict[str, Any]]] = {
     "last": (1, {"num_layers_in_last_pipeline_stage": 1}),
     "embeddings alone": (1, {"pipeline_model_parallel_layout": "E|ttttL"}),
     "uneven virtual": (2, {"pipeline_model_parallel_layout": "Ett|t||tL"}),
+    "nothing first": (2, {"pipeline_model_parallel_layout": "Ett||t|tL"}),
 }
 LAYOUTS = {"bridge": (2, 2, 1), **dict.fromkeys(PIPELINES, (2, 2, 1)), "wrapped": (2, 1, 2)}
 FIELDS = {"num_hidden_layers": 4, "head_dim": 8}
@@ -76,7 +77,7 @@ def _plain_chunks(directory: Path, checkpoint: Path, virtual: int, pipeline: dic
         )
         for number in range(virtual)
     ]  # fmt: skip
-    load_checkpoint(chunks, checkpoint)
+    load_checkpoint(chunks, checkpoint, hf.vocab_size)
     return [chunk.train() for chunk in chunks]
 
 
@@ -164,3 +165,46 @@ def test_the_oldest_megatron_core_is_scored_without_bridge(tmp_path: Path) -> No
     ranks = run_ranks(4, _older_job, tmp_path, OLDER)
     assert ranks[0].keys() == PIPELINES.keys()
     _check(ranks)
+
+
+def _predicting_job(rank: int) -> tuple[Scores, Scores]:
+    """Score a chunk whose host trains it to predict two tokens, of a padded vocabulary, and the same without that."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+    from megatron.core.transformer import TransformerConfig
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    own = TransformerConfig(
+        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, gated_linear_unit=True,
+        add_bias_linear=False, use_cpu_initialization=True, gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False, persist_layer_norm=False, tensor_model_parallel_size=2, mtp_num_layers=1,
+    )  # fmt: skip
+    layers = get_gpt_decoder_block_spec(own, use_transformer_engine=False)
+    own.vocab_size = 125  # type: ignore[attr-defined]  # as Bridge's has it
+    predicting = get_gpt_mtp_block_spec(own, layers, use_transformer_engine=False)
+    untied: dict[str, Any] = {"share_embeddings_and_output_weights": False, "position_embedding_type": "rope"}
+    model: Any = GPTModel(own, layers, 256, 64, mtp_block_spec=predicting, **untied)  # rank 1 holds padding alone
+    found = plop_dist.score([model], _batches(0, 1), num_directions=4, exclude=())
+    assert model.mtp_process
+    assert own.mtp_num_layers == 1
+    model.mtp_process, own.mtp_num_layers = False, None
+    expected = plop_dist.score([model], _batches(0, 1), num_directions=4, exclude=())
+    around: Any = nn.Module()  # as a model that sees images has it
+    around.config, around.language_model, around.tower = own, model, GPTModel(own, layers, 128, 64, **untied).decoder
+    adapted = plop_dist.place(found, k=2).apply(around, r=4, lora_alpha=8)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(name.startswith("language_model.decoder.") and ".adapter." in name for name in trained)
+    assert any(name.startswith("language_model.mtp.") for name, _ in adapted.named_parameters())
+    return found, expected
+
+
+def test_the_head_counts_no_padding_and_no_token_twice_where_several_are_predicted() -> None:
+    for found, expected in run_ranks(2, _predicting_job):
+        tokens = sum(len(row) for row in samples())
+        assert {module.num_tokens for module in found.modules} == {tokens}
+        (head,) = [module for module in found.modules if module.fqn == "lm_head"]
+        assert head.out_features == 125
+        assert [(m.fqn, m.gain) for m in found.modules] == [(m.fqn, m.gain) for m in expected.modules]

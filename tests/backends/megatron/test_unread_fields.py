@@ -36,6 +36,11 @@ CASES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("Glm4vMoeForConditionalGeneration", "glm4v_moe", {"n_group": 2}, "n_group is 2, where Megatron-Bridge builds 1"),
     ("Mistral3ForConditionalGeneration", "mistral3", {}, None),
     ("Mistral3ForConditionalGeneration", "mistral3", {"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06, where .* 1e-05"),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", {}, None),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob is False, where .* True"),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1, where .* sigmoid"),
+    ("OlmoeForCausalLM", "olmoe", {}, None),
+    ("OlmoeForCausalLM", "olmoe", {"norm_topk_prob": True}, "norm_topk_prob is True, where Megatron-Bridge .* False"),
     ("FalconH1ForCausalLM", "falcon_h1", {}, None),
     ("FalconH1ForCausalLM", "falcon_h1", {"time_step_limit": [0.0, 0.1]}, "time_step_limit is .*0.1.*, where Megatron"),
 ]  # fmt: skip

@@ -16,7 +16,8 @@ from tests.models import tiny_config
 
 pytestmark = needs_bridge  # whose version the refusals name
 
-SFT = {"method": "sft"}
+SFT: dict[str, Any] = {"method": "sft"}
+GRPO: dict[str, Any] = {"method": "grpo", "rewards": ["builtin:number"]}
 
 
 @pytest.mark.parametrize(
@@ -31,22 +32,45 @@ SFT = {"method": "sft"}
         ("llama", {"tp": 2, "sequence_parallel": True}, None),
     ],
 )
+@pytest.mark.parametrize("train", [SFT, GRPO], ids=["sft", "grpo"])
 def test_training_is_refused_and_scoring_is_not(
-    tmp_path: Path, family: str, parallel: dict[str, Any], message: str | None
+    tmp_path: Path, family: str, parallel: dict[str, Any], message: str | None, train: dict[str, Any]
 ) -> None:
     hf_config: Any = tiny_config(family)
     hf_config.architectures = [{"deepseek_v3": "DeepseekV3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}[family]]
     hf_config.architectures[0] += "ForCausalLM"
     tree = {"model": {"name_or_path": str(tmp_path)}, "data": {"path": "builtin:arithmetic"}}
     parallel = {"backend": "megatron", **parallel}
-    families.check_family(hf_config, parse_config({**tree, "parallel": parallel}))
-    config = parse_config({**tree, "parallel": parallel, "train": SFT})
+    elsewhere = {**GRPO, "engine": "verl"}
+    for scored in ({"method": "none"}, elsewhere):
+        families.check_family(hf_config, parse_config({**tree, "parallel": parallel, "train": scored}))
+    config = parse_config({**tree, "parallel": parallel, "train": train})
     if message is None:
         families.check_family(hf_config, config)
         return
-    with pytest.raises(ModelError, match=r"train\.method is 'sft', and .* set train\.method=none") as caught:
+    start = rf"train\.method is '{train['method']}', and .* set train\.method=none"
+    with pytest.raises(ModelError, match=start) as caught:
         families.check_family(hf_config, config)
     caught.match(message)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "has_te"), [("llama", "LlamaForCausalLM", True), ("mistral", "MistralForCausalLM", False)]
+)
+def test_packed_rows_whose_samples_are_not_kept_apart_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, name: str, has_te: bool
+) -> None:
+    monkeypatch.setattr(families, "has_transformer_engine", lambda: has_te)
+    hf_config: Any = tiny_config(family)
+    hf_config.architectures = [name]
+    tree = {"model": {"name_or_path": str(tmp_path)}, "data": {"path": "builtin:arithmetic"},
+            "parallel": {"backend": "megatron"}}  # fmt: skip
+    families.check_family(hf_config, parse_config({**tree, "train": SFT}))
+    with pytest.raises(ModelError, match=r"apart in a packed row here: set train\.packing=false"):
+        families.check_family(hf_config, parse_config({**tree, "train": {**SFT, "packing": True}}))
+    if not has_te:
+        hf_config.sliding_window = None
+        families.check_family(hf_config, parse_config({**tree, "train": {**SFT, "packing": True}}))
 
 
 @pytest.mark.parametrize(
