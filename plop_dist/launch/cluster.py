@@ -6,22 +6,21 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import ray
+from ray.exceptions import AuthenticationError, RayError
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import ConfigError, LayoutError, WorkerError
 from plop_dist.launch import inside_ray
+from plop_dist.launch.joinable import check_joinable
 
 _MOST_LOCAL_RANKS_PER_CPU = 16
-_HEAD_WAIT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def connected(config: Config, *, takes_jobs: bool = False) -> Iterator[None]:
     finally:
         if starts and not inside_ray.is_inside():
             ray.shutdown()
-        elif starts and _address(config) is None:
+        elif starts and address_of(config) is None:
             inside_ray.end_local()
         if previous is not None:  # one that was not set from Python cannot be set again
             _answer_sigterm(previous)
@@ -63,7 +62,7 @@ def _answer_sigterm(answer: Any) -> None:
 
 
 def _start_or_join(config: Config, takes_jobs: bool) -> None:
-    address = _address(config)
+    address = address_of(config)
     close_token(make=address is None)
     if address is None:
         options = _local_options(config)
@@ -82,17 +81,26 @@ def _start_or_join(config: Config, takes_jobs: bool) -> None:
             ) from error
         return
     try:
-        _check_answers(address)
+        check_joinable(address)
         ray.init(log_to_driver=False, logging_level=logging.ERROR, address=address)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"cluster.address '{address}' cannot be joined: {last_line(error)}; give host:port of `ray start --head` "
-            "(the dashboard's URL is for `plop-dist submit`), or leave it out for a local Ray."
-        ) from error
+    except (OSError, RayError, RuntimeError, ValueError) as error:
+        given = "cluster.address" if address == config.cluster.address else "the environment variable RAY_ADDRESS"
+        is_token = isinstance(error, (PermissionError, AuthenticationError))
+        remedy = (
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what Ray was started with there (its ~/.ray/auth_token)."
+            if is_token
+            else "give host:port of `ray start --head` (the dashboard's URL is for `plop-dist submit`), or "
+            "cluster.address=local for a Ray of this run's own."
+        )
+        raise ConfigError(f"{given} '{address}' cannot be joined: {last_line(error)}; {remedy}") from error
 
 
-def _address(config: Config) -> str | None:
-    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+def address_of(config: Config) -> str | None:
+    """Return which Ray is joined, None for a local one: what is configured, else RAY_ADDRESS, as Ray reads it."""
+    address = config.cluster.address
+    if address in (None, "", "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address or "local"
+    return None if address == "local" else address
 
 
 def close_token(*, make: bool = False) -> None:
@@ -133,16 +141,6 @@ def _local_options(config: Config) -> dict[str, Any]:
         )
     # As many CPUs as the ranks ask for: on a small machine they share cores instead of waiting for ever.
     return {"num_cpus": max(int(world_size * config.cluster.cpus_per_worker) + 1, num_cpus)}
-
-
-def _check_answers(address: str) -> None:
-    """Raise OSError or ValueError where nothing listens: Ray 2.60 itself tries again for more than ten minutes."""
-    if address in ("auto", "local"):
-        return
-    url = urlsplit(address if "://" in address else f"//{address}")
-    if url.scheme or not url.hostname or not url.port:  # a Ray client, ray://, does not see what single nodes have free
-        raise ValueError("it is not host:port or auto")
-    socket.create_connection((url.hostname, url.port), timeout=_HEAD_WAIT_S).close()
 
 
 def resources_per_worker(config: Config) -> dict[str, float]:

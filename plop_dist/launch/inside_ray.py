@@ -29,7 +29,7 @@ def start(work: Callable[[], None]) -> threading.Event:
         finally:
             has_ended.set()
 
-    _ends.append(has_ended)
+    _ends[:] = [*(end for end in _ends if not end.is_set()), has_ended]
     threading.Thread(target=run, daemon=True).start()
     return has_ended
 

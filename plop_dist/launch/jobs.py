@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-import ray
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from plop_dist.config.schema import Config
-from plop_dist.errors import ConfigError, WorkerError, first_line
-from plop_dist.launch.cluster import close_token, connected
+from plop_dist.errors import ConfigError, PlopError, WorkerError, first_line
+from plop_dist.launch.asked import Asked, head_address
+from plop_dist.launch.cluster import address_of, close_token, connected
 from plop_dist.launch.same_files import with_absolute_paths
 from plop_dist.values.visible import log_text, say
 
@@ -57,7 +57,7 @@ def submit_job(config: Config, address: str, *, working_dir: Path | None = None,
         say(f"job {job} is taken\n{_way_on(job, address)}")
         return 0
     with suppress(KeyboardInterrupt):
-        return _follow_job(client, job)
+        return _follow_job(client, job, address)
     error = WorkerError(f"no longer followed: job {job} goes on on the cluster.\n{_way_on(job, address)}")
     error.exit_status = 128 + signal.SIGINT
     raise error
@@ -198,7 +198,7 @@ def run_script(config: Config, script: Path, directory: Path) -> int:
     On the configured cluster, else on a local Ray that ends with it. Raises ConfigError, WorkerError.
     """
     with connected(config, takes_jobs=True):
-        address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        address = address_of(config)
         variables = {}
         if address is None:
             # The script's python is this one, and finds what lies in the current directory, as this one does.
@@ -206,7 +206,7 @@ def run_script(config: Config, script: Path, directory: Path) -> int:
             packages = [os.getcwd(), os.environ.get("PYTHONPATH", "")]
             variables = {"PATH": os.pathsep.join(path), "PYTHONPATH": os.pathsep.join(filter(None, packages))}
         try:
-            client = JobSubmissionClient(address or ray.get_runtime_context().gcs_address)
+            client = JobSubmissionClient(address or head_address())
             job = client.submit_job(
                 entrypoint=f"cd {shlex.quote(str(directory))} && exec sh {shlex.quote(str(script))}",
                 runtime_env={"env_vars": variables},
@@ -216,12 +216,38 @@ def run_script(config: Config, script: Path, directory: Path) -> int:
                 f"{script} could not be submitted as a Ray job: {first_line(error)}; cluster.address must be of a Ray "
                 "with its dashboard, or run the script yourself."
             ) from error
-        return _follow_job(client, job)
+        try:
+            return _follow_job(client, job, client.get_address())
+        except (KeyboardInterrupt, SystemExit):  # what this run has started ends with it, as its workers do
+            Asked(lambda: client.stop_job(job)).has_ended.wait(_DASHBOARD_WAIT_S)
+            raise
 
 
-def _follow_job(client: Any, job: str) -> int:
-    """Print a job's log until it ends; returns its exit status, at least 1 if it failed."""
+def _follow_job(client: Any, job: str, address: str) -> int:
+    """Print a job's log until it ends; returns its exit status, at least 1 if it failed.
 
+    Raises WorkerError where the dashboard no longer answers: the job may go on.
+    """
+    left = f"Job {job} may go on.\n{_way_on(job, address)}"
+    try:
+        return Asked(lambda: _followed(client, job)).outcome(client.get_address(), left, _is_web_server)
+    except PlopError:
+        raise
+    except Exception as error:  # Ray's client raises what its HTTP libraries do
+        raise WorkerError(f"the log of job {job} cannot be followed: {first_line(error)}. {left}") from error
+
+
+def _is_web_server(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=_DASHBOARD_WAIT_S).close()
+    except urllib.error.HTTPError:
+        return True  # it asks for a token
+    except (http.client.HTTPException, OSError):
+        return False
+    return True
+
+
+def _followed(client: Any, job: str) -> int:
     async def follow() -> None:
         async for lines in client.tail_job_logs(job):
             say(log_text(lines), end="", at_once=True)

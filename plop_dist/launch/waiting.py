@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ray.autoscaler.sdk import request_resources
 
 from plop_dist.config.schema import Config
 from plop_dist.errors import LayoutError, WorkerError
+from plop_dist.launch.asked import answered, head_address, listens
 from plop_dist.launch.capacity import Node, amounts_text, autoscales, holders, living_nodes, nodes_text
 from plop_dist.launch.rank_places import Places, find_places
 
@@ -22,28 +24,29 @@ def wait_for_room(config: Config, per_worker: Mapping[str, float], notify: Any, 
     """Return where the ranks can run now, once there is room for all of them.
 
     until: by time.monotonic(). again: the workers have run before, and what they had may come back. Raises LayoutError
-    at once for more than a cluster has that does not grow, and WorkerError where there is no room in time.
+    at once for more than a cluster has that does not grow, and WorkerError where there is no room in time, or its head
+    no longer answers.
     """
     world_size, group_size = config.parallel.world_size, config.parallel.tp
     began, said, asked = time.monotonic(), "", False
     try:
         while True:
-            nodes = living_nodes()
+            nodes = answered(living_nodes)
             found = find_places({node.id: node.room(per_worker) for node in nodes}, world_size, group_size)
             if found is not None:
                 _say_torn(found, nodes, group_size, notify)
                 return found
-            now, grows = time.monotonic(), autoscales()
+            now, grows = time.monotonic(), answered(autoscales)
             if not again and grows is False and _exceeds(nodes, per_worker, world_size):
                 raise LayoutError(
                     f"{_wanted(config, per_worker)}, which is more than the Ray cluster has: "
                     f"{_shown(nodes, per_worker)}; {_remedy(per_worker)}, or add nodes."
                 )
             if grows and not asked:
-                request_resources(bundles=[dict(per_worker)] * world_size)
                 asked = True
+                answered(partial(request_resources, bundles=[dict(per_worker)] * world_size))
             if grows or now >= min(began + _PATIENCE_S, until):  # what is asked of the cluster is said at once
-                text = _missing(config, per_worker, nodes, grows)
+                text = answered(partial(_missing, config, per_worker, nodes, grows))
                 if now >= until:
                     raise WorkerError(
                         f"{text}; waited for cluster.start_timeout_s ({config.cluster.start_timeout_s:g} s)."
@@ -53,7 +56,7 @@ def wait_for_room(config: Config, per_worker: Mapping[str, float], notify: Any, 
                     said = text
             time.sleep(min(_POLL_S, max(0.0, until - now)))
     finally:
-        if asked:
+        if asked and listens(head_address()):
             request_resources(bundles=[])
 
 

@@ -23,9 +23,10 @@ from plop_dist import ranks
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
 from plop_dist.errors import PlopError, UserError, WorkerError
+from plop_dist.launch.asked import answered
 from plop_dist.launch.capacity import living_nodes
 from plop_dist.launch.causes import before_start, cause, found_no_room
-from plop_dist.launch.cluster import close_token, connected, last_line, resources_per_worker
+from plop_dist.launch.cluster import address_of, close_token, connected, last_line, resources_per_worker
 from plop_dist.launch.environment import worker_environment, worker_secrets
 from plop_dist.launch.fit import fit
 from plop_dist.launch.group import GroupConfig
@@ -80,7 +81,8 @@ def run_workers(stages: Stages, wanted: Sequence[str], *, force: bool = False) -
     notify = EventWriter(events, config.hide)
     close_token()  # here, so that what it says does not go where libraries talk
     with kept_apart(stages.run_dir.log) as own, shown(events, own):
-        notify("phase", text=f"joining Ray at {config.cluster.address}" if config.cluster.address else "starting Ray")
+        address = address_of(config)
+        notify("phase", text="starting Ray" if address is None else f"joining Ray at {address}")
         with connected(config):
             _Attempts(config, launch, variables, secrets, records, notify, stages.run_dir.stop_request).run()
     shutil.rmtree(records, ignore_errors=True)
@@ -124,10 +126,10 @@ class _Attempts:
     def _failure(self) -> PlopError | None:
         """Run one attempt; return what it failed on. Raises where another attempt would not help."""
         until = time.monotonic() + self.config.cluster.start_timeout_s
-        per_worker = resources_per_worker(self.config)
+        per_worker = answered(lambda: resources_per_worker(self.config))
         while True:
             places = wait_for_room(self.config, per_worker, self.notify, until=until, again=self.num_started > 0)
-            names = {node.id: node.name for node in living_nodes()}
+            names = {node.id: node.name for node in answered(living_nodes)}
             hosts = [names.get(node, "a lost node") for node in places.nodes]
             self.notify("phase", text=f"starting {len(hosts)} workers on {', '.join(dict.fromkeys(hosts))}")
             self.num_started += 1

@@ -86,7 +86,8 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
 def environment(**more: str) -> dict[str, str]:
     """Return the environment of commands: the virtual environment's programs, one thread, no waiting for a hub."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+    # Without SPT_NOENV, Ray's processes write their titles over what the kernel shows of their environment.
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SPT_NOENV": "1", **more}
 
 
 def run(*command: str | Path, timeout_s: float = 330, **more: str) -> subprocess.CompletedProcess[str]:
@@ -98,21 +99,11 @@ def run(*command: str | Path, timeout_s: float = 330, **more: str) -> subprocess
 
 @contextmanager
 def session(
-    command: list[str],
-    variables: dict[str, str],
-    output: IO[str] | int = subprocess.PIPE,
-    stdin: int | None = None,
+    command: list[str], variables: dict[str, str], output: IO[str] | int = subprocess.PIPE
 ) -> Iterator[subprocess.Popen[str]]:
     """Start a command as the leader of its own process group; afterwards end it, and what is left of the group."""
     process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=variables,
-        stdin=stdin,
-        stdout=output,
-        stderr=output,
-        text=True,
-        start_new_session=True,
+        command, cwd=ROOT, env=variables, stdout=output, stderr=output, text=True, start_new_session=True
     )
     try:
         yield process

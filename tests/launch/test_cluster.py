@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 
 from plop_dist.config.loading import parse_config
 from plop_dist.errors import ConfigError, DataError, LayoutError, RunDirError, WorkerError
-from plop_dist.launch import cluster, workers
+from plop_dist.launch import cluster, joinable, workers
 from plop_dist.launch import environment as environment_of
 from plop_dist.launch.causes import cause
 from plop_dist.rundir.attempts import begin_attempt
@@ -199,6 +201,58 @@ def test_an_address_where_no_ray_listens_fails_at_once(address: str, reason: str
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize(("given", "variable"), [("auto", "127.0.0.1:1"), (None, "127.0.0.1:1"), (None, "http://h:1")])
+def test_an_address_of_the_environment_is_named_as_such(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, variable: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    config = parse_config({"model": {"name_or_path": "m"}, "data": {"path": "d"}, "cluster": {"address": given}})
+    started = time.monotonic()
+    with (
+        pytest.raises(ConfigError, match=f"^the environment variable RAY_ADDRESS '{variable}' cannot be joined"),
+        cluster.connected(config),
+    ):
+        pass
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "expected"),
+    [(None, "", None), (None, "local", None), ("local", "h:1", None), ("g:1", "h:1", "g:1"), ("auto", "", "auto")],
+)
+def test_ray_s_own_words_for_addresses(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, variable: str, expected: str | None
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    tree = {"model": {"name_or_path": "m"}, "data": {"path": "d"}, "cluster": {"address": given}}
+    assert cluster.address_of(parse_config(tree)) == expected
+
+
+@pytest.mark.parametrize(("answer", "reason"), [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "connect"), (None, "Deadline")])
+def test_what_listens_and_is_no_ray_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes | None, reason: str
+) -> None:
+    monkeypatch.setattr(joinable, "HEAD_WAIT_S", 2)
+
+    def serve() -> None:
+        with suppress(OSError):  # it listens no more
+            while True:
+                connection, _ = listening.accept()
+                opened.append(connection)
+                if answer is not None:
+                    connection.sendall(answer)
+
+    opened: list[socket.socket] = []
+    with socket.create_server(("", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(OSError, match=reason):
+            joinable.check_joinable(f"127.0.0.1:{listening.getsockname()[1]}")
+        assert time.monotonic() - started < 30
+    for connection in opened:
+        connection.close()
+
+
 @pytest.mark.parametrize("is_starting", [True, False])
 def test_sigterm_is_answered_with_its_status_whatever_ray_answers(
     monkeypatch: pytest.MonkeyPatch, is_starting: bool
@@ -293,6 +347,16 @@ def test_submit_without_the_token_is_one_message(case: Case, head: Head) -> None
     begun, said = done.stderr.splitlines()
     assert begun == "plop-dist submit: starting"
     assert said.startswith(f"error: --address {head.dashboard} does not take this job")
+
+
+@pytest.mark.slow
+def test_a_run_without_the_token_is_one_message_at_once(case: Case, head: Head) -> None:
+    config = case.write("refused", cluster={"address": head.address})
+    done = run(BIN / "plop-dist", "score", config, RAY_AUTH_TOKEN="0" * 64)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"error: cluster.address '{head.address}' cannot be joined")
+    assert "RAY_AUTH_TOKEN" in said
 
 
 def test_workers_get_threads_by_cores_and_this_process_caches(monkeypatch: pytest.MonkeyPatch) -> None:

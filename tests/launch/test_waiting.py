@@ -7,8 +7,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -71,6 +73,31 @@ def test_a_busy_cluster_is_waited_for_in_the_stated_time_and_its_holder_named(tm
     assert re.search(rf"job \w+ \(process {holder.pid} on [\d.]+\) holds 3 CPUs", said), said
     assert "waited for cluster.start_timeout_s (8 s)" in said
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.rare
+@pytest.mark.timeout(400)
+def test_a_head_that_dies_while_room_is_waited_for_is_named(tmp_path: Path) -> None:
+    with ExitStack() as running:
+        head = running.enter_context(ray_head())
+        holding = [sys.executable, "-c", HOLDS.format(address=head.address)]
+        holder = running.enter_context(session(holding, environment()))
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        command = [str(BIN / "plop-dist"), "score", str(config(tmp_path, head))]
+        process = running.enter_context(session(command, environment()))
+        path = tmp_path / "run" / "events.jsonl"
+        until = time.monotonic() + 120
+        while not (path.is_file() and "waiting up to" in path.read_text()):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        for gcs in psutil.process_iter(["name"]):
+            if gcs.info["name"] == "gcs_server" and head.address.rpartition(":")[2] in " ".join(gcs.cmdline()):
+                gcs.kill()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert re.search(r"error: the Ray head at \S+ has not answered for 30 s", err.splitlines()[-1]), err
 
 
 @pytest.mark.slow
