@@ -234,7 +234,7 @@ def test_a_model_under_zero_init_is_scored_without_an_engine(tmp_path: Path) -> 
         assert is_released
 
 
-T5 = {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4,
+T5: dict[str, Any] = {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4,
       "decoder_start_token_id": 0}  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def refuse_adapted_parameters(model: nn.Module) -> None:
     sharded.
     """
     layers: Any = sys.modules.get("peft.tuners.lora.layer")
-    for path, module in model.named_modules() if layers is not None else ():
+    for path, found in model.named_modules() if layers is not None else ():
+        module: Any = found
         if not isinstance(module, layers.ParamWrapper) or module.disable_adapters or module.merged:
             continue
         if any(_adds(module.lora_B[name]) for name in module.active_adapters if name in module.lora_B):

@@ -167,16 +167,14 @@ def _marked() -> Iterator[None]:
     transformers 5.12 leaves biases of some families (OpenAI GPT's) in whatever memory they got.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        True,
-    )
+    memory: Any = torch.utils.deterministic
+    is_filled, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        memory.fill_uninitialized_memory = is_filled
 
 
 def _own_class(model: Any) -> Any:

@@ -191,10 +191,11 @@ def test_a_host_with_flash_attention_is_asked_in_float32(sees: Any) -> None:
 def test_the_copy_has_no_weight_that_nothing_was_written_to() -> None:
     """Biases of OpenAI GPT, which transformers 5.12 does not make: what they held decided whether padding is seen."""
     model = build("openai-gpt", architectures()["openai-gpt"])
-    is_filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    is_filled = memory.fill_uninitialized_memory
     copies = [padding._build(model, model.config, torch.device("cpu")) for _ in range(2)]
     assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory == is_filled
+    assert memory.fill_uninitialized_memory == is_filled
     for (name, one), other in zip(copies[0].named_parameters(), copies[1].parameters(), strict=True):
         assert torch.equal(one, other), name
         assert one.abs().max() < 10, name
