@@ -131,7 +131,7 @@ def _layers(chunk: Any) -> Sequence[nn.Module]:
 
 def _follows_mask(layer: Any) -> bool:
     """Tell whether a layer's attention goes by the mask that it is given: Megatron's own, without a window."""
-    attention = getattr(getattr(layer, "self_attention", None), "core_attention", None)
+    attention: Any = getattr(getattr(layer, "self_attention", None), "core_attention", None)
     if type(attention).__name__ != "DotProductAttention":
         return False
     return getattr(attention.scale_mask_softmax, "window_size", None) is None

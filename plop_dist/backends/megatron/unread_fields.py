@@ -35,6 +35,10 @@ _SIGMOIDS = (
 )  # fmt: skip
 # Every how many layers Bridge builds one of full attention, whatever layer_types says; Gemma 3 turns those otherwise.
 _FULL_LAYERS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6, "Gemma3ForConditionalGeneration": 6}
+# Whose norms of latent queries and keys have 1e-6 in transformers, and in Megatron what the others have: 1e-5, as in
+# some published models, makes a difference of 3e-6 in a gain, 1e-2 one of 3e-3.
+_LATENT = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM")
+_MOST_EPS = 1e-5
 _ELSEWHERE = "use parallel.backend=deepspeed or transformers for it"
 
 
@@ -54,6 +58,11 @@ def check_fields(hf_config: Any, family: str, config: Config) -> None:
         raise ModelError(
             f"model.name_or_path '{name}': num_experts_per_tok is 1, where transformers gives the one expert the "
             f"weight 1, and Megatron its sigmoid; {_ELSEWHERE}."
+        )
+    if family in _LATENT and text.rms_norm_eps > _MOST_EPS:
+        raise ModelError(
+            f"model.name_or_path '{name}': rms_norm_eps is {text.rms_norm_eps}, which Megatron takes for the norms of "
+            f"latent queries and keys too, where transformers has 1e-06; {_ELSEWHERE}."
         )
     period = _FULL_LAYERS.get(family)
     if period is not None:

@@ -43,8 +43,9 @@ def _chunk(*attention: nn.Module, groups: int = 4, mask: MaskType = MaskType.cau
     holder.layers = nn.ModuleList()
     for core in attention:
         layer: Any = nn.Module()
-        layer.self_attention = nn.Module()
-        layer.self_attention.core_attention, layer.self_attention.attn_mask_type = core, mask
+        own: Any = nn.Module()
+        own.core_attention, own.attn_mask_type = core, mask
+        layer.self_attention = own
         holder.layers.append(layer)
     return chunk
 

@@ -181,9 +181,9 @@ def _predicting_job(rank: int) -> tuple[Scores, Scores]:
         add_bias_linear=False, use_cpu_initialization=True, gradient_accumulation_fusion=False,
         masked_softmax_fusion=False, persist_layer_norm=False, tensor_model_parallel_size=2, mtp_num_layers=1,
     )  # fmt: skip
-    layers = get_gpt_decoder_block_spec(own, use_transformer_engine=False)
+    layers: Any = get_gpt_decoder_block_spec(own, use_transformer_engine=False)
     own.vocab_size = 125  # type: ignore[attr-defined]  # as Bridge's has it
-    predicting = get_gpt_mtp_block_spec(own, layers, use_transformer_engine=False)
+    predicting: Any = get_gpt_mtp_block_spec(own, layers, use_transformer_engine=False)
     untied: dict[str, Any] = {"share_embeddings_and_output_weights": False, "position_embedding_type": "rope"}
     model: Any = GPTModel(own, layers, 256, 64, mtp_block_spec=predicting, **untied)  # rank 1 holds padding alone
     found = plop_dist.score([model], _batches(0, 1), num_directions=4, exclude=())

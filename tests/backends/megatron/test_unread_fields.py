@@ -39,6 +39,8 @@ CASES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("DeepseekV3ForCausalLM", "deepseek_v3", {}, None),
     ("DeepseekV3ForCausalLM", "deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob is False, where .* True"),
     ("DeepseekV3ForCausalLM", "deepseek_v3", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1, where .* sigmoid"),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", {"rms_norm_eps": 1e-5}, None),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", {"rms_norm_eps": 1e-4}, "rms_norm_eps is 0.0001, which .* has 1e-06"),
     ("OlmoeForCausalLM", "olmoe", {}, None),
     ("OlmoeForCausalLM", "olmoe", {"norm_topk_prob": True}, "norm_topk_prob is True, where Megatron-Bridge .* False"),
     ("FalconH1ForCausalLM", "falcon_h1", {}, None),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ def _job(rank: int) -> None:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
-    group = parallel_state.get_tensor_model_parallel_group()
+    group: Any = parallel_state.get_tensor_model_parallel_group()
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 3, HIDDEN, generator=generator)
     targets = torch.tensor([[49, 0, 27], [3, -1, 26]])
