@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
 from ray._private import services  # where Ray finds the address auto: nothing public says it
@@ -14,15 +15,16 @@ _DIRECT = (("grpc.enable_http_proxy", 0),)  # as Ray's own connections
 def check_joinable(address: str) -> None:
     """Raise ValueError for what is no address, PermissionError for a wrong token, and OSError where no Ray answers."""
     import grpc
-    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # pyright: ignore[reportAttributeAccessIssue]
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     url = urlsplit(address if "://" in address else f"//{address}")
     # A Ray client, ray://, does not see what single nodes have free.
     if address != "auto" and (url.scheme or not url.hostname or not url.port):
         raise ValueError("it is not host:port or auto")
-    found = services.canonicalize_bootstrap_address(address)
-    with init_grpc_channel(found, options=_DIRECT) as channel:
+    found = str(services.canonicalize_bootstrap_address(address))
+    channel: Any = init_grpc_channel(found, options=_DIRECT)
+    with channel:
         try:
             NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=HEAD_WAIT_S)
         except grpc.RpcError as error:

@@ -66,7 +66,9 @@ def refuse_adapted_parameters(model: nn.Module) -> None:
     sharded.
     """
     layers: Any = sys.modules.get("peft.tuners.lora.layer")
-    for path, found in model.named_modules() if layers is not None else ():
+    if layers is None:
+        return
+    for path, found in model.named_modules():
         module: Any = found
         if not isinstance(module, layers.ParamWrapper) or module.disable_adapters or module.merged:
             continue
