@@ -66,8 +66,19 @@ def while_there(
     def remove() -> None:
         module._old_forward = plain
 
-    module._old_forward = forward
+    module._old_forward = _Observed(forward, plain)
     return remove
+
+
+class _Observed:
+    """A module's forward with observers around it, which still tells whose method it is."""
+
+    def __init__(self, forward: Callable[..., Any], plain: Any) -> None:
+        self._forward = forward
+        self.__func__ = getattr(plain, "__func__", plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
 
 
 def execution_device(model: nn.Module) -> torch.device:
