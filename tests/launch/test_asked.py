@@ -42,7 +42,7 @@ def test_a_head_that_is_gone_is_named(waiting: threading.Event) -> None:
 class Client:
     """Stands for Ray's client of jobs: `follow` is what happens to who follows the log."""
 
-    def __init__(self, address: str, follow: Callable[[], None]) -> None:
+    def __init__(self, address: str, follow: Callable[[], object]) -> None:
         self.address, self.follow, self.stopped = address, follow, threading.Event()
 
     def get_address(self) -> str:
