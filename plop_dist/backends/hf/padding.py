@@ -111,7 +111,8 @@ def _gains(collector: Collector, micro_batch: MicroBatch) -> np.ndarray:
     Raises ValueError where there is next to none.
     """
     totals = collector.step([micro_batch])
-    if totals.num_skipped.sum() > totals.num_tokens.sum():
+    is_read = ~np.isnan(totals.gain_total)  # the rest shows other activations than one per token, and has no score
+    if totals.num_skipped[is_read].sum() > totals.num_tokens[is_read].sum():
         raise ValueError("most activations of the copy that was asked are zero, or no numbers")
     return (totals.gain_total / np.maximum(totals.num_tokens, 1)).T
 
