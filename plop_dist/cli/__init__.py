@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import threading
 from contextlib import suppress
 
 from plop_dist.cli import look_up, prepare, steps, whole
@@ -90,5 +91,9 @@ def _leave(status: int) -> None:
         # exit. After success gloo's threads, which outlive its groups, may abort the interpreter's own end.
         if not status:
             atexit._run_exitfuncs()
+        os._exit(status)
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        # What a user's code left in a thread, a reward that never returns, would be waited for without a limit.
+        atexit._run_exitfuncs()
         os._exit(status)
     sys.exit(status)

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,3 +287,9 @@ def test_what_breaks_while_an_interrupt_is_answered_does_not_hide_it(interrupt: 
     with pytest.raises(type(interrupt)) as raised:
         program._with_talk(place)(run_dir=Path(), quiet=True, verbose=False, log_file=None)
     assert raised.value is interrupt
+
+
+def test_a_thread_that_never_ends_does_not_keep_a_command_from_ending() -> None:
+    stuck = "import threading, time; threading.Thread(target=time.sleep, args=(600,)).start()"
+    script = f"{stuck}; from plop_dist import cli; cli._leave(3)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 3

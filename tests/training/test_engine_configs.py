@@ -142,6 +142,20 @@ def test_nemo_rl_asks_with_one_message_and_refuses_rows_of_several(model: Path, 
         hand_over(make_config(chats, tmp_path, "nemo-rl", TP2_PP2, data=data))
 
 
+def test_a_chat_that_reads_otherwise_once_tables_fill_its_keys_is_refused(model: Path, tmp_path: Path) -> None:
+    chats, data = chat_model(model, tmp_path)
+    rows = [
+        {"chat": [*CHAT, {"role": "user", "content": "?", "name": "Ada"}], "number": "5"},
+        {"chat": CHAT, "number": "5"},
+    ]
+    Path(data["path"]).write_text("".join(f"{json.dumps(row)}\n" for row in rows * 20))
+    hand_over(make_config(chats, tmp_path / "1", "verl", TP2_PP2, data=data))
+    named = "{% for m in messages %}{% if m.name is defined %}{{ m.name }}: {% endif %}{{ m.content }}{% endfor %}"
+    (chats / "chat_template.jinja").write_text(named)
+    with pytest.raises(DataError, match=r"row 1: messages lack the keys name of others, .* fills with null"):
+        hand_over(make_config(chats, tmp_path / "2", "verl", TP2_PP2, data=data))
+
+
 @pytest.mark.parametrize("parallel", [{"dp": 2}, TP2_PP2, TP4])
 def test_nemo_rl_finds_every_key_in_its_example_configuration(
     parallel: dict[str, Any], model: Path, tmp_path: Path

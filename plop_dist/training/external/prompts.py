@@ -12,11 +12,12 @@ from typing import Any
 
 from plop_dist.config.schema import Config
 from plop_dist.data.images import joined_texts
-from plop_dist.data.texts import messages_of
-from plop_dist.errors import ConfigError
+from plop_dist.data.texts import messages_of, render_prompt
+from plop_dist.errors import ConfigError, DataError
 from plop_dist.training.data import RowSet, prompts_of
 
 _AS_IT_IS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+Chat = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Prompts:
     template: the chat template that they need; None: the checkpoint's.
     """
 
-    chats: Sequence[list[dict[str, str]]]
+    chats: Sequence[Chat]
     texts: Sequence[str]
     template: str | None
 
@@ -58,4 +59,20 @@ def prompts_for(row_set: RowSet, config: Config, tokenizer: Any) -> Prompts:
     for number, row in row_set.numbered():
         messages = [dict(message) for message in joined_texts(messages_of(row, number, row_set.data))]
         chats.append(messages[:-1] if messages[-1].get("role") == "assistant" else messages)
+    _check_filled(chats, texts, row_set, tokenizer)
     return Prompts(chats, texts, None)
+
+
+def _check_filled(chats: Sequence[Chat], texts: Sequence[str], row_set: RowSet, tokenizer: Any) -> None:
+    """Raise DataError for a chat that reads otherwise once every message has every key: tables fill them with null."""
+    keys = sorted({key for chat in chats for message in chat for key in message})
+    for number, (chat, text) in enumerate(zip(chats, texts, strict=True), start=row_set.first):
+        filled = [{key: message.get(key) for key in keys} for message in chat]
+        row = {str(row_set.data.messages_field): filled}
+        if filled != chat and render_prompt(row, number, row_set.data, None, tokenizer) != text:
+            missing = sorted({key for message in chat for key in keys if key not in message})
+            raise DataError(
+                f"{row_set.data.path}: row {number}: messages lack the keys {', '.join(missing)} of others, which the "
+                "engine's file fills with null, and the chat template writes another text then; give every message "
+                "the same keys."
+            )
