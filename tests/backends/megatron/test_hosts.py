@@ -174,6 +174,9 @@ def _predicting_job(rank: int) -> tuple[Scores, Scores]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.transformer import TransformerConfig
 
+    from plop_dist.backends.megatron import cpu
+
+    cpu.prepare()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     own = TransformerConfig(
