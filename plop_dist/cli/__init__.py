@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from contextlib import suppress
 
 from plop_dist.cli import look_up, prepare, steps, whole
@@ -18,6 +19,8 @@ from plop_dist.launch.launcher import adopt_launcher
 from plop_dist.rundir import talk
 from plop_dist.values.secret_texts import secret_part, without_secrets
 from plop_dist.values.visible import make_messages_visible, say, visible
+
+_THREADS_WAIT_S = 5.0
 
 app = assembled(prepare, steps, whole, look_up)
 
@@ -92,8 +95,18 @@ def _leave(status: int) -> None:
         if not status:
             atexit._run_exitfuncs()
         os._exit(status)
-    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
-        # What a user's code left in a thread, a reward that never returns, would be waited for without a limit.
+    left = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    if left:
+        threading.Thread(target=_end_without, args=(left, status), daemon=True).start()
+    sys.exit(status)
+
+
+def _end_without(left: list[threading.Thread], status: int) -> None:
+    """End the process some seconds after its main thread, whatever a user's code left in others: a stuck reward."""
+    threading.main_thread().join()
+    until = time.monotonic() + _THREADS_WAIT_S
+    for one in left:
+        one.join(max(0.0, until - time.monotonic()))
+    if any(one.is_alive() for one in left):
         atexit._run_exitfuncs()
         os._exit(status)
-    sys.exit(status)
