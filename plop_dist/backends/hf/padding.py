@@ -155,10 +155,18 @@ def _build(model: Any, config: Any, device: torch.device) -> nn.Module:
         weights = _random_weights(twin, device)
         with _marked():
             small = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
-        for parameter in small.parameters():
-            if parameter.is_floating_point() and bool(parameter.detach().reshape(-1)[:1].isnan().any()):
-                nn.init.normal_(parameter, std=0.1)
+        for parameter in filter(_is_unwritten, small.parameters()):
+            nn.init.normal_(parameter, std=0.1)
+        made = dict(model.named_buffers())  # as its class makes them: constants of an activation (Apertus), say
+        for name, buffer in small.named_buffers():
+            if _is_unwritten(buffer) and name in made and made[name].shape == buffer.shape:
+                buffer.copy_(made[name])
     return small.to(device).eval()
+
+
+def _is_unwritten(tensor: Tensor) -> bool:
+    """Tell whether a tensor is as _marked leaves it."""
+    return tensor.is_floating_point() and bool(tensor.detach().reshape(-1)[:1].isnan().any())
 
 
 @contextmanager

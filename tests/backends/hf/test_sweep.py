@@ -12,7 +12,7 @@ from tests.sweep.table import architectures, markdown, sweep, table_file
 # One of each kind: dense, experts in three ways of storing and one unknown, latent attention, state-space and linear
 # attention, learned positions, an encoder, a model of images, weights that no linear holds.
 SAMPLE = ("llama", "mixtral", "granitemoe", "llama4_text", "aria_text", "deepseek_v3", "mamba", "qwen3_next", "gpt2",
-          "bert", "gemma3", "xlnet")  # fmt: skip
+          "bert", "gemma3", "xlnet", "apertus")  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
