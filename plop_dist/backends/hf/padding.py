@@ -166,7 +166,8 @@ def _build(model: Any, config: Any, device: torch.device) -> nn.Module:
 
 def _is_unwritten(tensor: Tensor) -> bool:
     """Tell whether a tensor is as _marked leaves it."""
-    return tensor.is_floating_point() and bool(tensor.detach().reshape(-1)[:1].isnan().any())
+    first = tensor.detach()[(slice(0, 1),) * tensor.dim()]  # no reshape: rows that overlap would be copied whole
+    return tensor.is_floating_point() and bool(first.isnan().any())
 
 
 @contextmanager

@@ -199,3 +199,8 @@ def test_the_copy_has_no_weight_that_nothing_was_written_to() -> None:
     for (name, one), other in zip(copies[0].named_parameters(), copies[1].parameters(), strict=True):
         assert torch.equal(one, other), name
         assert one.abs().max() < 10, name
+
+
+def test_the_copys_overlapping_weights_are_asked_without_a_copy_of_them() -> None:
+    for value, is_unwritten in ((0.0, False), (torch.nan, True)):
+        assert padding._is_unwritten(torch.full((1, 1), value).expand(1 << 21, 1 << 21)) == is_unwritten  # 16 TiB
