@@ -53,7 +53,13 @@ def surroundings() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-HANDED = {"method": "grpo", "engine": "verl", "lr_scheduler": "constant", "gradient_accumulation_steps": 4}
+HANDED = {
+    "method": "grpo",
+    "engine": "verl",
+    "lr_scheduler": "constant",
+    "gradient_accumulation_steps": 4,
+    "max_length": 128,  # verl is asked for no prompt that is longer, and the longest has 113 tokens
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +67,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and two finished runs: one that has trained, one that was handed to another trainer."""
     folder = tmp_path_factory.mktemp("base")
     model = save_tiny("llama", folder / "model")
-    for name, train in (("trained", {"method": "sft"}), ("handed", HANDED)):
+    for name, train in (("trained", {"method": "sft", "max_length": 24}), ("handed", HANDED)):
         (folder / name).mkdir()
         config = write_config(folder / name, model)
         tree = yaml.safe_load(config.read_text())
-        tree["train"] = {**train, "max_steps": 2, "save_steps": 1, "micro_batch_size": 1, "max_length": 24}
+        tree["train"] = {**train, "max_steps": 2, "save_steps": 1, "micro_batch_size": 1}
         tree["train"] |= {"eval_samples": 2, "answer_field": "number"}
         tree |= {"placement": {"k": 2, "rank": 2}, "export": {"targets": ["peft", "verl", "trl"]}}
         config.write_text(yaml.safe_dump(tree))
