@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from plop_dist.config.loading import parse_config
 from plop_dist.config.schema import Config
@@ -109,15 +110,17 @@ def _recording(address: str, sampled: dict[tuple[int, int], list[int]]) -> Any:
 
 
 def check_equal(
-    found: dict[str, Any], expected: dict[str, Any], directory: Path, family: str, keys: Sequence[str] = KEYS
+    found: dict[str, Any],
+    expected: dict[str, Any],
+    load_base: Callable[[], nn.Module],
+    keys: Sequence[str] = KEYS,
+    adapter_tolerance: float = 1e-3,
 ) -> None:
     """Assert that entries are those of the other run, and that the adapter, loaded in plain PEFT, is its adapter.
 
-    keys: what is compared of the entries; by default all metrics too.
+    load_base: returns the model without adapters. keys: what is compared of the entries; by default all metrics too.
     """
     from peft import PeftModel
-
-    from tests.models import tiny
 
     assert [entry["step"] for entry in found["entries"]] == [entry["step"] for entry in expected["entries"]][
         -len(found["entries"]) :
@@ -132,10 +135,10 @@ def check_equal(
             assert_equal(key, [entry[key] for entry in found["entries"]], values)
     weights = []
     for run in (expected, found):
-        model = PeftModel.from_pretrained(tiny(family), run["summary"]["adapter"])
+        model = PeftModel.from_pretrained(load_base(), run["summary"]["adapter"])
         weights.append({name: p.detach() for name, p in model.named_parameters() if "lora_" in name})
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         assert bool(weight.any()), f"{name} is zero"
-        assert_equal(name, weights[1][name], weight, tolerance=1e-3)
+        assert_equal(name, weights[1][name], weight, tolerance=adapter_tolerance)
     assert torch.isfinite(torch.cat([w.flatten() for w in weights[0].values()])).all()
