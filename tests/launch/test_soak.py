@@ -1,0 +1,149 @@
+"""Runs one after another on one Ray cluster leave nothing behind: neither on its nodes nor in a driver that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launch.cluster_case import Case, make_case, processes_with, run
+from tests.launch.ray_head import Head, ray_head
+
+pytestmark = [pytest.mark.rare, pytest.mark.timeout(7200)]
+RUNS = int(os.environ.get("PLOP_DIST_SOAK_RUNS", "50"))
+WARM = min(5, RUNS // 2)  # runs until caches and pools have the size that they keep
+MARK = f"PLOP_DIST_TEST_{uuid.uuid4().hex}"
+SETTLES_S = 40  # Ray ends idle workers and takes back placement groups some moments later
+RAYS_SOCKETS = 2  # Ray 2.60 keeps one of each ray.init() of a process: a run's, and the driver's own below
+
+# A driver that scores again and again, and says after each run what it holds and what is left on the cluster.
+DRIVER = f"""
+import json, logging, os, sys, threading, time
+import ray
+from ray.util import placement_group_table
+from ray.util.state import list_actors
+from plop_dist.config.loading import load_config
+from plop_dist.launch import pipeline
+
+RAYS_OWN = "AutoscalingCoordinator"  # an actor of Ray 2.60's that outlives its drivers
+
+def left(address):
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    until = time.monotonic() + {SETTLES_S}
+    while True:
+        actors = [one for one in list_actors(address=address) if one.state != "DEAD" and one.name != RAYS_OWN]
+        groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        free, there = ray.available_resources(), ray.cluster_resources()
+        held = {{name: round(there[name] - free.get(name, 0)) for name in ("CPU", "memory", "object_store_memory")}}
+        if not (actors or groups or any(held.values())) or time.monotonic() > until:
+            break
+        time.sleep(0.5)
+    ray.shutdown()
+    return {{"actors": len(actors), "placement groups": len(groups), **held}}
+
+path, address, first, end = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+for number in range(first, end):
+    pipeline.score(load_config(path, [f"run_dir={{os.path.dirname(path)}}/soak-{{number}}"]), "soak")
+    opened = [os.path.realpath(os.path.join("/proc/self/fd", name)) for name in os.listdir("/proc/self/fd")]
+    sockets = sum("socket:" in name for name in opened)
+    own = {{"threads": threading.active_count(), "files": len(opened) - sockets, "sockets": sockets}}
+    print(json.dumps({{"own": own, "left": left(address)}}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("soak"))
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head("--object-store-memory=100000000", **{MARK: "1"}) as running:
+        yield running
+
+
+def of_cluster() -> Counter[str]:
+    """Return how many processes of each kind the cluster has, and what they hold.
+
+    Those with the head's mark alone: other programs of this machine do not matter.
+    """
+    found: Counter[str] = Counter()
+    shared: set[str] = set()
+    for pid in processes_with(MARK):
+        with suppress(psutil.NoSuchProcess, OSError):  # it ends
+            process = psutil.Process(pid)
+            kind, threads, opened = kind_of(process), process.num_threads(), opened_by(pid)
+            # Ray's log monitor keeps up to 200 logs open, of workers that have ended too.
+            opened = [path for path in opened if "/logs/" not in path]
+            mapped = [line.split(maxsplit=5)[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+            sockets = sum(path.startswith("socket:") for path in opened)
+            found[kind] += 1
+            found[f"{kind}: threads"] += threads
+            found[f"{kind}: sockets"] += sockets
+            found[f"{kind}: files"] += len(opened) - sockets
+            shared.update(path for path in (*mapped, *opened) if path.startswith("/dev/shm/"))
+    found["shared memory"] = len(shared)
+    return found
+
+
+def kind_of(process: psutil.Process) -> str:
+    """Return the program that a process runs: its script, for one that Python runs."""
+    scripts = (Path(part).name for part in process.cmdline() if part.endswith(".py"))
+    return next(scripts, process.name())
+
+
+def opened_by(pid: int) -> list[str]:
+    """Return what the descriptors of a process lead to, as the kernel says it."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(path))
+    return found
+
+
+def at_rest() -> Counter[str]:
+    """Return the least that the cluster has of each kind within a while: what it keeps while nobody uses it."""
+    found, until = of_cluster(), time.monotonic() + SETTLES_S
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        found &= of_cluster()
+    return found
+
+
+def driven(config: Path, head: Head, numbers: range) -> list[dict[str, Any]]:
+    """Make the runs of these numbers in one driver; return what it held and what was left after each."""
+    command = (sys.executable, "-c", DRIVER, config, head.address, str(numbers.start), str(numbers.stop))
+    done = run(*command, timeout_s=7200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_nothing_grows_with_the_number_of_runs(case: Case, head: Head) -> None:
+    config = case.write(
+        "soak", parallel={"backend": "transformers", "zero_stage": 0}, cluster={"address": head.address}
+    )
+    first = driven(config, head, range(WARM))
+    warm = at_rest()
+    driver = driven(config, head, range(WARM, RUNS))
+    last = at_rest()
+    print(*first, *driver, *((name, warm[name], last[name]) for name in sorted(warm | last)), sep="\n")
+    case.assert_same_scores(f"soak-{RUNS - 1}")
+    assert [one["left"] for one in (*first, *driver) if any(one["left"].values())] == []
+    # What grew with each run would be more by at least one a run; pools and caches vary by a few.
+    allowed = (RUNS - WARM) // 5
+    own = [one["own"] for one in driver[WARM:] or driver[-1:]]
+    rightly = {"threads": 0, "files": 0, "sockets": RAYS_SOCKETS * (len(own) - 1)}
+    grown = {name: own[-1][name] - own[0][name] - rightly[name] for name in rightly}
+    assert {name: count for name, count in grown.items() if count > allowed} == {}, own
+    held = {name: last[name] - warm[name] - (allowed if ": " in name else 0) for name in last}
+    assert {name: count for name, count in held.items() if count > 0} == {}, (warm, last)
