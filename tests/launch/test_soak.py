@@ -26,14 +26,15 @@ MARK = f"PLOP_DIST_TEST_{uuid.uuid4().hex}"
 SETTLES_S = 40  # Ray ends idle workers and takes back placement groups some moments later
 RAYS_SOCKETS = 2  # Ray 2.60 keeps one of each ray.init() of a process: a run's, and the driver's own below
 
-# A driver that scores again and again, and says after each run what it holds and what is left on the cluster.
+# Ray 2.60 itself keeps some of what a driver opened: as much is allowed, as it keeps of drivers that do nothing.
+PLAIN_RUNS = min(15, RUNS)
+
+# A driver that works again and again, and says after each run what it holds and what is left on the cluster.
 DRIVER = f"""
 import json, logging, os, sys, threading, time
 import ray
 from ray.util import placement_group_table
 from ray.util.state import list_actors
-from plop_dist.config.loading import load_config
-from plop_dist.launch import pipeline
 
 RAYS_OWN = "AutoscalingCoordinator"  # an actor of Ray 2.60's that outlives its drivers
 
@@ -53,11 +54,33 @@ def left(address):
 
 path, address, first, end = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 for number in range(first, end):
-    pipeline.score(load_config(path, [f"run_dir={{os.path.dirname(path)}}/soak-{{number}}"]), "soak")
+    work(path, address, number)
     opened = [os.path.realpath(os.path.join("/proc/self/fd", name)) for name in os.listdir("/proc/self/fd")]
     sockets = sum("socket:" in name for name in opened)
     own = {{"threads": threading.active_count(), "files": len(opened) - sockets, "sockets": sockets}}
     print(json.dumps({{"own": own, "left": left(address)}}), flush=True)
+"""
+
+SCORES = """
+def work(path, address, number):
+    import os
+    from plop_dist.config.loading import load_config
+    from plop_dist.launch import pipeline
+    pipeline.score(load_config(path, [f"run_dir={os.path.dirname(path)}/soak-{number}"]), "soak")
+"""
+
+# Nothing of ours: two workers of Ray Train, which do nothing.
+NOTHING = """
+def work(path, address, number):
+    import logging, os, ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    storage = os.path.dirname(path) + f"/nothing-{number}"
+    TorchTrainer(
+        lambda: None, scaling_config=ScalingConfig(num_workers=2), run_config=RunConfig(storage_path=storage)
+    ).fit()
+    ray.shutdown()
 """
 
 
@@ -120,30 +143,47 @@ def at_rest() -> Counter[str]:
     return found
 
 
-def driven(config: Path, head: Head, numbers: range) -> list[dict[str, Any]]:
-    """Make the runs of these numbers in one driver; return what it held and what was left after each."""
-    command = (sys.executable, "-c", DRIVER, config, head.address, str(numbers.start), str(numbers.stop))
-    done = run(*command, timeout_s=7200)
+def driven(config: Path, head: Head, work: str, numbers: range) -> list[dict[str, Any]]:
+    """Do the work of these numbers in one driver; return what it held and what was left after each."""
+    program = work + DRIVER
+    done = run(
+        sys.executable, "-c", program, config, head.address, str(numbers.start), str(numbers.stop), timeout_s=7200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_nothing_grows_with_the_number_of_runs(case: Case, head: Head) -> None:
-    config = case.write(
-        "soak", parallel={"backend": "transformers", "zero_stage": 0}, cluster={"address": head.address}
-    )
-    first = driven(config, head, range(WARM))
+def grown(config: Path, head: Head, work: str, runs: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return what the drivers held after each run, and how much more of each kind the cluster keeps per warm run."""
+    warm_up = driven(config, head, work, range(WARM))
     warm = at_rest()
-    driver = driven(config, head, range(WARM, RUNS))
+    driver = driven(config, head, work, range(WARM, WARM + runs))
     last = at_rest()
-    print(*first, *driver, *((name, warm[name], last[name]) for name in sorted(warm | last)), sep="\n")
+    print(*warm_up, *driver, *((name, warm[name], last[name]) for name in sorted(warm | last)), sep="\n")
+    assert [one["left"] for one in (*warm_up, *driver) if any(one["left"].values())] == []
+    return driver, {name: (last[name] - warm[name]) / runs for name in warm | last}
+
+
+def test_nothing_grows_with_the_number_of_runs(case: Case) -> None:
+    kept: dict[str, dict[str, float]] = {}
+    drivers: dict[str, list[dict[str, Any]]] = {}
+    for name, work, runs in (("nothing", NOTHING, PLAIN_RUNS), ("scores", SCORES, RUNS - WARM)):
+        with ray_head("--object-store-memory=100000000", **{MARK: "1"}) as head:
+            config = case.write(
+                "soak", parallel={"backend": "transformers", "zero_stage": 0}, cluster={"address": head.address}
+            )
+            drivers[name], kept[name] = grown(config, head, work, runs)
     case.assert_same_scores(f"soak-{RUNS - 1}")
-    assert [one["left"] for one in (*first, *driver) if any(one["left"].values())] == []
     # What grew with each run would be more by at least one a run; pools and caches vary by a few.
     allowed = (RUNS - WARM) // 5
-    own = [one["own"] for one in driver[WARM:] or driver[-1:]]
+    own = [one["own"] for one in drivers["scores"][WARM:] or drivers["scores"][-1:]]
     rightly = {"threads": 0, "files": 0, "sockets": RAYS_SOCKETS * (len(own) - 1)}
-    grown = {name: own[-1][name] - own[0][name] - rightly[name] for name in rightly}
-    assert {name: count for name, count in grown.items() if count > allowed} == {}, own
-    held = {name: last[name] - warm[name] - (allowed if ": " in name else 0) for name in last}
-    assert {name: count for name, count in held.items() if count > 0} == {}, (warm, last)
+    more = {name: own[-1][name] - own[0][name] - rightly[name] for name in rightly}
+    assert {name: count for name, count in more.items() if count > allowed} == {}, own
+    over = {}
+    for name, per_run in kept["scores"].items():
+        of_ray = max(0.0, kept["nothing"].get(name, 0.0))
+        count = round((per_run - of_ray) * (RUNS - WARM), 1) - (allowed if ": " in name else 0)
+        if count > 0:
+            over[name] = count
+    assert over == {}, kept
