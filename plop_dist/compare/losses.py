@@ -13,7 +13,7 @@ import numpy as np
 from plop_dist.backends.hf.load import load_tokenizer
 from plop_dist.config.schema import Config
 from plop_dist.training.batch import IGNORED, Batch
-from plop_dist.training.data import Example, TrainingData, check_lengths, collate
+from plop_dist.training.data import Example, TrainingData, check_readable, collate
 from plop_dist.training.engine import Engine
 from plop_dist.training.loop import losses_of_rows, train_step
 
@@ -30,7 +30,7 @@ class HeldOutLoss:
         self._data: dict[int, TrainingData] = {}
         self._tokenizer = load_tokenizer(config.model)
         data = self._of(config)
-        check_lengths(config, data.longest)
+        check_readable(config, data.longest)
         rows = _examples(data.held_out)
         targets = [sum(label != IGNORED for label in row.labels[1:]) for row in rows]
         self.targets_R = np.array(targets, dtype=np.float64)

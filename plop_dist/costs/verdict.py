@@ -26,7 +26,7 @@ from plop_dist.errors import (
 from plop_dist.exporters.exporter import find_exporter
 from plop_dist.registry import BACKENDS, EXTERNAL_ENGINES, load, names
 from plop_dist.rundir.stages import Stages
-from plop_dist.training.data import check_lengths, check_prompts, encode, ids_of_prompts, prompts_of, split_rows
+from plop_dist.training.data import check_prompts, check_readable, encode, ids_of_prompts, prompts_of, split_rows
 from plop_dist.training.external.handover import check_rows
 from plop_dist.training.grpo.checks import check_fills_a_step
 from plop_dist.training.image_data import check_keys
@@ -193,7 +193,7 @@ def _judge_training_rows(
             return
         if config.train.method == "sft":
             examples = [example for one in (rows, held_out) for example in encode(one, config.train, tokenizer)]
-            check_lengths(config, max(len(example.input_ids) for example in examples))
+            check_readable(config, max(len(example.input_ids) for example in examples))
         elif config.train.engine in names(EXTERNAL_ENGINES):
             check_rows(config, rows, held_out, tokenizer)
         else:

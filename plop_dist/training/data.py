@@ -14,6 +14,7 @@ import torch
 
 from plop_dist import ranks
 from plop_dist.backends.hf.load import load_hf_config, meta_model
+from plop_dist.backends.hf.packed_training import check_packing
 from plop_dist.backends.hf.positions import check_completions, check_positions
 from plop_dist.config.schema import Config, DataConfig, TrainConfig
 from plop_dist.data.images import refuse_images
@@ -101,10 +102,17 @@ def encode(row_set: RowSet, train: TrainConfig, tokenizer: Any) -> list[Example]
     return examples
 
 
-def check_lengths(config: Config, longest: int) -> None:
-    """Raise DataError where the longest row has more tokens than the model has places. Reads no weights."""
+def check_readable(config: Config, longest: int) -> None:
+    """Raise DataError where the model cannot read the rows as they are trained on. Reads no weights.
+
+    Where the longest, in tokens, has more of them than the model has places, or train.packing puts samples into one row
+    that see each other there.
+    """
     hf_config = load_hf_config(config.model)
-    check_positions(config, hf_config, longest, lambda: meta_model(config.model, hf_config), section="train")
+    build = lambda: meta_model(config.model, hf_config)  # noqa: E731
+    check_positions(config, hf_config, longest, build, section="train")
+    if config.train.packing:
+        check_packing(build(), config.train.max_length)
 
 
 def prompts_of(row_set: RowSet, train: TrainConfig, tokenizer: Any) -> list[str]:

@@ -18,7 +18,7 @@ from plop_dist.data.processed import ImageRows
 from plop_dist.data.texts import fill
 from plop_dist.errors import ConfigError, DataError
 from plop_dist.training.batch import IGNORED, Batch
-from plop_dist.training.data import Endless, RowSet, TrainingData, check_lengths, split_rows
+from plop_dist.training.data import Endless, RowSet, TrainingData, check_readable, split_rows
 
 
 def training_data(config: Config, tokenizer: Any) -> TrainingData | ImageTrainingData:
@@ -26,7 +26,7 @@ def training_data(config: Config, tokenizer: Any) -> TrainingData | ImageTrainin
     sets = split_rows(config)
     if not any(has_images(row_set.rows, row_set.data) for row_set in sets):
         data = TrainingData(config, tokenizer)
-        check_lengths(config, data.longest)
+        check_readable(config, data.longest)
         return data
     check_keys(config)
     return ImageTrainingData(config, *sets, load_processor(config.model))

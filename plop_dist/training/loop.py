@@ -21,7 +21,7 @@ from plop_dist.rundir.events import phase
 from plop_dist.rundir.layout import RunDir
 from plop_dist.training.batch import Batch, count_targets, to_device, without_targets
 from plop_dist.training.checkpoint import Checkpoints, fingerprint
-from plop_dist.training.data import TrainingData, check_lengths, count_rows
+from plop_dist.training.data import TrainingData, check_readable, count_rows
 from plop_dist.training.engine import Data, Engine, Evaluating, Log, Stateful
 from plop_dist.training.grpo.checks import check_layout
 from plop_dist.training.stopping import stoppable
@@ -58,7 +58,7 @@ class StepEngine:
             return train(self.open, config, placement, log)
         if data is None:
             data = TrainingData(config, load_tokenizer(config.model))
-            check_lengths(config, data.longest)
+            check_readable(config, data.longest)
         engine = self.open(config, placement)
         try:
             return run(engine, data, config, placement, log)

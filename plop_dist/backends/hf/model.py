@@ -104,7 +104,7 @@ class HFModel:
         length = rounded if rounded <= getattr(config, "max_position_embeddings", rounded) else length
         tokens = micro_batch.input_ids[micro_batch.attention_mask != 0]
         try:
-            found = sees(self.module, tokens, length, self.device, self._alike)
+            found = sees(self.module, tokens, length, self.device, self.alike)
         except Exception as error:  # transformers, and whatever code comes with a model
             raise DataError(
                 f"a micro-batch has {what}, and whether it changes {kind}'s activations cannot be found out "
@@ -117,7 +117,7 @@ class HFModel:
             )
         self._longest_known[sees] = length
 
-    def _alike(self, module: nn.Module, sites: Sequence[Site]) -> HFModel:
+    def alike(self, module: nn.Module, sites: Sequence[Site]) -> HFModel:
         """Return another module as this one is run, whose padding is taken as it comes."""
         wanted = [site for site in sites if self._with_head or site.projections[0].type != "lm_head"]
         return HFModel(module, wanted, with_head=self._with_head, knows_padding=True)

@@ -159,7 +159,8 @@ def _build(model: Any, config: Any, device: torch.device) -> nn.Module:
             nn.init.normal_(parameter, std=0.1)
         made = dict(model.named_buffers())  # as its class makes them: constants of an activation (Apertus), say
         for name, buffer in small.named_buffers():
-            if _is_unwritten(buffer) and name in made and made[name].shape == buffer.shape:
+            known = name in made and made[name].shape == buffer.shape and not made[name].is_meta
+            if _is_unwritten(buffer) and known:
                 buffer.copy_(made[name])
     return small.to(device).eval()
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 import plop_dist
 from plop_dist.backends.hf import padding
 from plop_dist.backends.hf.model import HFModel
-from plop_dist.errors import DataError, ModelError
+from plop_dist.backends.hf.packed_training import check_packing
+from plop_dist.errors import ConfigError, DataError, ModelError
 from tests.models import random_tokens, tiny
 from tests.sweep.family import build
 from tests.sweep.table import architectures
@@ -180,11 +181,25 @@ def test_packed_rows_are_refused_where_their_samples_see_each_other(family: str)
         plop_dist.score(model, [packed(batch)])
 
 
+def test_training_packs_samples_where_they_are_kept_apart_alone() -> None:
+    for family in ("llama", "gpt2"):
+        check_packing(on_meta(family), 24)
+    for family in ("openai-gpt", "qwen3_next"):
+        with pytest.raises(ConfigError, match=rf"packing is true, but for {family} .*; set train.packing=false"):
+            check_packing(on_meta(family), 24)
+
+
+def on_meta(family: str) -> Any:
+    model = build(family, architectures()[family])
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
 @pytest.mark.parametrize("sees", [padding.sees_padding, padding.sees_neighbours])
 def test_a_host_with_flash_attention_is_asked_in_float32(sees: Any) -> None:
     model = build("llama", architectures()["llama"])
     model.config._attn_implementation_internal = "flash_attention_2"
-    found = sees(model, random_tokens(1, 24)[0], 24, torch.device("cpu"), HFModel(model, [])._alike)
+    found = sees(model, random_tokens(1, 24)[0], 24, torch.device("cpu"), HFModel(model, []).alike)
     assert found <= 1
 
 
