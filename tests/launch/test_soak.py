@@ -8,7 +8,6 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -89,12 +88,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(tmp_path_factory.mktemp("soak"))
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with ray_head("--object-store-memory=100000000", **{MARK: "1"}) as running:
-        yield running
-
-
 def of_cluster() -> Counter[str]:
     """Return how many processes of each kind the cluster has, and what they hold.
 
@@ -168,7 +161,8 @@ def test_nothing_grows_with_the_number_of_runs(case: Case) -> None:
     kept: dict[str, dict[str, float]] = {}
     drivers: dict[str, list[dict[str, Any]]] = {}
     for name, work, runs in (("nothing", NOTHING, PLAIN_RUNS), ("scores", SCORES, RUNS - WARM)):
-        with ray_head("--object-store-memory=100000000", **{MARK: "1"}) as head:
+        marked: Any = {MARK: "1"}
+        with ray_head("--object-store-memory=100000000", **marked) as head:
             config = case.write(
                 "soak", parallel={"backend": "transformers", "zero_stage": 0}, cluster={"address": head.address}
             )
