@@ -15,7 +15,6 @@ import pytest
 from tests.launch.cluster_case import environment, session
 
 SCRIPT = Path(__file__).with_name("hosts.sh")
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")  # Debian's libfaketime
 
 
 @dataclass(frozen=True)

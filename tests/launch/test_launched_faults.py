@@ -6,14 +6,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.launch.cluster_case import BIN, Case, environment, make_case
-from tests.launch.hosts import FAKETIME, Hosts, all_at_once, hosts
+from tests.launch.hosts import Hosts, all_at_once, hosts
 from tests.launch.ray_head import wait_for
 
 pytestmark = [pytest.mark.rare, pytest.mark.timeout(600)]
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")  # Debian's libfaketime
 TIMEOUT_S = 30
 
 
