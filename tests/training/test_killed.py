@@ -95,7 +95,7 @@ def test_a_worker_killed_in_training_changes_nothing(case: Case, head: Head, eng
     whole, killed = (_Trained(case.directory / f"{engine}-{name}") for name in ("whole", "killed"))
     assert killed.steps == whole.steps == list(range(1, train["max_steps"] + 1))
     metrics = [key for key in whole.log[-1] if key == "reward" or is_metric(key)]
-    assert metrics or train["method"] == "sft"
+    assert metrics if train["method"] == "grpo" else set(metrics) <= {"entropy"}  # which TRL logs of sft too
     for key in ("loss", "grad_norm", "learning_rate", *metrics):
         assert killed.by_step(key) == pytest.approx(whole.by_step(key), rel=1e-4, abs=1e-6), key
     for key in ("held_out_before", "held_out_after") if train["method"] == "sft" else ():
